@@ -1,0 +1,61 @@
+# make demo   set up, then the whole story on this machine: toy world, training, generation, report
+# make test   set up, then the tests
+# PYTHON, TORCH, PIP_ARGS and WAVFLOW_BUILD choose interpreter, torch, pip options and kernels.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+VENV ?= .venv
+SEED ?= 0
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: setup demo test slow lint sanitize clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "wavflow needs Python 3.10 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "this Python lacks venv or pip: install python3-venv and python3-pip"; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
+	  || echo "no C++ compiler found (Debian: build-essential): the kernels will run as plain torch"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# The installed torch is kept if TORCH accepts it; the build itself is isolated and needs none.
+$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install $(PIP_ARGS) "$(TORCH)"
+	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[dev]"
+	$(BIN)/python -m wavflow_kernels
+	@touch $@
+
+demo: setup
+	$(BIN)/wavflow demo --out out/demo --seed $(SEED)
+
+test: setup
+	$(BIN)/pytest -m "not slow and not gpu"
+
+slow: setup
+	$(BIN)/pytest -m "slow and not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZED := build/sanitize
+sanitize: setup
+	WAVFLOW_BUILD=cpu WAVFLOW_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --upgrade \
+	  --target $(SANITIZED) $(PIP_ARGS) .
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+	  $(BIN)/pytest tests/test_ops.py tests/test_properties.py -q -k "cpp or property" -p no:cacheprovider
+
+clean:
+	rm -rf build $(VENV) *.egg-info wavflow_kernels/_C*.so

@@ -1,0 +1,92 @@
+// Threads and instruction sets of the CPU kernels.
+//
+// One binary holds every kernel for three instruction sets and picks at run time; WAVFLOW_CPU_ISA
+// (avx512, avx2 or default) overrides. Work is cut into blocks whose size never depends on the
+// number of threads, so results do not either.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "../math.h"
+
+namespace wavflow {
+
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+Isa isa();               // the instruction set in use
+bool in_forked_child();  // libgomp's thread pool does not survive fork()
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WF_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,movbe")))
+#define WF_AVX512 __attribute__((target("avx2,bmi,bmi2,lzcnt,movbe,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")))
+#else
+#define WF_AVX2
+#define WF_AVX512
+#endif
+
+template <class Body> WF_AVX512 void run_avx512(const Body& body, int64_t i) { body(i); }
+template <class Body> WF_AVX2 void run_avx2(const Body& body, int64_t i) { body(i); }
+template <class Body> void run_baseline(const Body& body, int64_t i) { body(i); }
+
+// Calls body(i) for i in [0, count) in the chosen instruction set. `body` must be an always-inline
+// lambda (WF_BODY), so that it is compiled anew inside each run_* function.
+#define WF_BODY __attribute__((always_inline))
+
+template <class Body>
+void parallel_for(int64_t count, int threads, const Body& body) {
+  void (*run)(const Body&, int64_t) = run_baseline<Body>;
+  if (isa() == Isa::avx512) run = run_avx512<Body>;
+  if (isa() == Isa::avx2) run = run_avx2<Body>;
+#ifdef _OPENMP
+  if (threads > 1 && count > 1 && !in_forked_child()) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < count; ++i) run(body, i);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) run(body, i);
+}
+
+constexpr int64_t kBlock = 16384;  // elements a block; 64 KiB of float32
+
+inline int64_t blocks(int64_t elements) { return (elements + kBlock - 1) / kBlock; }
+
+// Sum of f(0) .. f(count - 1) in 16 running lanes, added as a fixed tree: the same bits in every
+// instruction set, and the compiler vectorises it without reassociating.
+template <class A, class F>
+WF_HD A lane_sum(int64_t count, const F& f) {
+  constexpr int lanes = 16;
+  A sum[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes)
+    for (int l = 0; l < lanes; ++l) sum[l] += f(i + l);
+  for (int l = 0; i < count; ++i, ++l) sum[l] += f(i);
+  for (int width = lanes / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) sum[l] += sum[l + width];
+  return sum[0];
+}
+
+template <class A> struct Magnitude;
+template <> struct Magnitude<float> { using bits = uint32_t; static constexpr bits mask = 0x7fffffffu; };
+template <> struct Magnitude<double> {
+  using bits = uint64_t;
+  static constexpr bits mask = 0x7fffffffffffffffu;
+};
+
+// The largest |f(i)|, 0 for none, NaN if there is one. Magnitudes are ordered like their bit patterns
+// with NaN on top, and an integer maximum is vectorised where a float's is not.
+template <class A, class F>
+WF_HD A largest_magnitude(int64_t count, const F& f) {
+  using Bits = typename Magnitude<A>::bits;
+  Bits top = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Bits bits = bit_cast<Bits>(A(f(i))) & Magnitude<A>::mask;
+    top = bits > top ? bits : top;
+  }
+  return bit_cast<A>(top);
+}
+
+}  // namespace wavflow

@@ -1,0 +1,74 @@
+"""How far a result may lie from the truth. Every tolerance of the op tests lives here.
+
+The truth is the reference in float64 on the same inputs. A result in a dtype cannot be nearer than
+the truth rounded once to that dtype, so the bound is 1.25 times that rounding error plus a few
+units of the precision the op computes in (float32, or float64 for float64).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Units of computed precision, relative to the largest element of the truth.
+SLACK = {"exact": 0.0, "single_pass": 4.0, "reduction": 16.0}
+
+
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def to_float64(value: Any) -> Any:
+    """Float tensors and float dtypes become float64; everything else stays."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    if isinstance(value, tuple):
+        return tuple(to_float64(v) for v in value)
+    return value
+
+
+def excess(actual: Tensor, truth: Tensor, tolerance: str) -> float:
+    """Error over allowed error: at most 1 is within the tolerance. NaN and Inf must agree."""
+    assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, wanted {tuple(truth.shape)}"
+    if not actual.numel():
+        return 0.0
+    truth = truth.double()
+    if not actual.is_floating_point():
+        return 0.0 if torch.equal(actual.double(), truth) else float("inf")
+    if not torch.equal(actual.isfinite(), truth.isfinite()):
+        return float("inf")
+    error = (actual.double() - truth).nan_to_num()
+    rounding = (truth.to(actual.dtype).double() - truth).nan_to_num()
+    computed = eps(torch.float64 if actual.dtype == torch.float64 else torch.float32)
+    slack = SLACK[tolerance] * computed * truth.nan_to_num().abs().max()
+    # The largest element may err by its own rounding anywhere: half an ulp of the largest truth.
+    largest = 1.25 * max(
+        rounding.abs().max(), eps(actual.dtype) / 4 * truth.nan_to_num().abs().max()
+    )
+    tiny = torch.finfo(actual.dtype).smallest_normal
+    worst = error.abs().max() / (largest + slack + tiny)
+    norm = error.norm() / (1.25 * rounding.norm() + slack * actual.numel() ** 0.5 + tiny)
+    return float(max(worst, norm))
+
+
+def assert_close(actual: Any, truth: Any, tolerance: str, what: str = "result") -> None:
+    """Fail unless each tensor of `actual` is within the tolerance class of `truth` (float64)."""
+    actual = actual if isinstance(actual, (tuple, list)) else (actual,)
+    truth = truth if isinstance(truth, (tuple, list)) else (truth,)
+    assert len(actual) == len(truth), f"{what}: {len(actual)} tensors, wanted {len(truth)}"
+    for i, (a, t) in enumerate(zip(actual, truth, strict=True)):
+        if t is None:
+            assert a is None, f"{what} {i}: wanted None"
+            continue
+        ratio = excess(a, t, tolerance)
+        assert ratio <= 1, f"{what} {i} ({a.dtype}): {ratio:.3g} times the allowed error"
+
+
+def relative(actual: Tensor, truth: Tensor) -> float:
+    """norm(actual - truth) / norm(truth), in float64."""
+    actual, truth = actual.double(), truth.double()
+    return float((actual - truth).norm() / truth.norm().clamp_min(1e-300))

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from wavflow import checkpoint
+from wavflow.ema import initial_share
+from wavflow.errors import InputError
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def public_file(path, step=100, **more):
+    model = tiny()
+    state = model.state_dict()
+    checkpoint.save(
+        path,
+        {
+            "model": state,
+            "optimizer": {},
+            "epoch": 3,
+            "global_step": step,
+            "model_ema1": {k: v + 1 for k, v in state.items()},
+            "model_ema2": {k: v + 2 for k, v in state.items()},
+            **more,
+        },
+    )
+    return model
+
+
+def test_each_set_of_weights_is_read(tmp_path):
+    path = tmp_path / "c.pth"
+    model = public_file(path, step=10**6)
+    for ema, shift in (("none", 0), ("ema1", 1), ("ema2", 2)):
+        weights = checkpoint.read_weights(path, ema)
+        assert weights.global_step == 10**6 and weights.config is None
+        torch.testing.assert_close(weights.state["0.weight"], model[0].weight + shift)
+        checkpoint.load_into(tiny(), weights.state, path)
+
+
+def test_flat_ema_file_with_public_buffers(tmp_path):
+    path = tmp_path / "ema_epoch_1.pth"
+    state = tiny().state_dict()
+    checkpoint.save(path, {**state, "t_embed.freqs": torch.zeros(128), "clip_rot": torch.zeros(2)})
+    weights = checkpoint.read_weights(path, "ema2")
+    assert weights.which == "flat"
+    checkpoint.load_into(tiny(), weights.state, path)
+
+
+def test_writing_is_atomic(tmp_path):
+    path = tmp_path / "c.pth"
+    checkpoint.save(path, {"a": torch.ones(3)})
+    with pytest.raises(AttributeError):
+        checkpoint.save(path, {"a": lambda: None})
+    assert os.listdir(tmp_path) == ["c.pth"]
+    assert checkpoint.load(path)["a"].tolist() == [1, 1, 1]
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.target),))
+
+
+def test_unreadable_files_name_themselves(tmp_path):
+    whole = tmp_path / "whole.pth"
+    public_file(whole)
+    data = whole.read_bytes()
+    cases = {
+        "truncated.pth": data[: len(data) // 2],
+        "empty.pth": b"",
+        "text.pth": b"hello, world\n" * 10,
+        "payload.pth": pickle.dumps({"model": Payload(tmp_path / "ran")}, protocol=2),
+    }
+    for name, content in cases.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=name) as caught:
+            checkpoint.load(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="gone.pth: no such checkpoint"):
+        checkpoint.load(tmp_path / "gone.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_foreign_dicts(tmp_path):
+    path = tmp_path / "foreign.pth"
+    checkpoint.save(path, {"weights": 3, "note": "x"})
+    with pytest.raises(InputError, match="not a WavFlow checkpoint; it holds weights, note"):
+        checkpoint.read_weights(path)
+    checkpoint.save(path, {"model": {}, "epoch": 1})
+    with pytest.raises(InputError, match="lacks optimizer, global_step"):
+        checkpoint.load_training(path)
+    with pytest.raises(InputError, match="no model_ema1; ask for ema=none"):
+        checkpoint.read_weights(path)
+
+
+def test_size_mismatch_names_the_tensor(tmp_path):
+    state = tiny().state_dict()
+    other = {**state, "1.weight": torch.zeros(2, 5)}
+    with pytest.raises(
+        InputError, match=r"x\.pth: 1\.weight is \(2, 5\); the model wants \(2, 4\)"
+    ):
+        checkpoint.load_into(tiny(), other, "x.pth")
+    del other["1.weight"], other["1.bias"]
+    with pytest.raises(InputError, match=r"it lacks 1\.weight and 1 more"):
+        checkpoint.load_into(tiny(), other, "x.pth")
+    with pytest.raises(InputError, match="it has foreign extra;"):
+        checkpoint.load_into(tiny(), {**state, "extra": torch.zeros(1)}, "x.pth")
+
+
+def test_initial_share_by_hand():
+    assert initial_share(0.9999, 1000, warmed_up=False) == pytest.approx(0.9048, abs=1e-4)
+    assert initial_share(0.9999, 3, warmed_up=True) == pytest.approx((1 / 10) * (2 / 11) * (3 / 12))
+    assert initial_share(0.5, 4, warmed_up=True) == pytest.approx(
+        (1 / 10) * (2 / 11) * (3 / 12) * (4 / 13)
+    )
+    assert initial_share(0.9999, 100, warmed_up=True) < 1e-6
+
+
+def test_young_foreign_average_is_warned_about_with_the_figure(tmp_path, caplog):
+    path = tmp_path / "c.pth"
+    public_file(path, step=1000)
+    checkpoint.read_weights(path, "ema1")
+    assert (
+        "after 1000 updates at decay 0.9999, 90 % of it is still the initialisation" in caplog.text
+    )
+    caplog.clear()
+    checkpoint.read_weights(path, "none")
+    public_file(path, step=200_000)
+    checkpoint.read_weights(path, "ema1")
+    public_file(path, step=1000, ema_age=1000, ema_decay={"ema1": 0.9999, "ema2": 0.9996})
+    checkpoint.read_weights(path, "ema1")
+    assert caplog.text == ""
+    public_file(path, step=1000, ema_age=2, ema_decay={"ema1": 0.9999, "ema2": 0.9996})
+    checkpoint.read_weights(path, "ema1")
+    assert "2 % of it" in caplog.text

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from wavflow import __version__
+from wavflow.audio import load_audio
+from wavflow.cli import main
+
+TINY = [
+    "model.hidden_dim=32",
+    "model.depth=2",
+    "model.fused_depth=1",
+    "model.num_heads=1",
+    "training.batch_size=4",
+    "training.warmup_steps=2",
+    "training.max_steps=3",
+]
+
+
+def run(*argv):
+    """Exit code of the command line."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in argv])
+    return caught.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    assert run("toy", "--out", root / "toy", "--clips", 8, "--heldout", 2, "--workers", 1) == 0
+    assert run("extract", "--csv", root / "toy/train.csv", "--out", root / "f") == 0
+    assert (
+        run(
+            "train",
+            "--config",
+            "toy_8k",
+            *TINY,
+            f"data.csv_path={root / 'f/train.csv'}",
+            f"training.output_dir={root / 'runs'}",
+        )
+        == 0
+    )
+    return root, root / "runs/toy_8k/checkpoint_latest.pth"
+
+
+def test_generate_by_caption_video_and_both(trained, tmp_path, capsys):
+    root, checkpoint = trained
+    video = next(csv.DictReader(open(root / "toy/heldout.csv")))["video_path"]
+    options = ["--checkpoint", checkpoint, "--steps", 2, "--seed", 5]
+    for name, given in {
+        "c.wav": ["--caption", "a bell rings, twice"],
+        "v.flac": ["--video", root / "toy" / video],
+        "b.wav": ["--caption", "a bell", "--video", root / "toy" / video, "--guidance", 1],
+    }.items():
+        assert run("generate", *options, *given, "--out", tmp_path / name) == 0
+        assert load_audio(tmp_path / name, 8000).shape == (16000,)
+        assert f"{name}: 2.00 s at 8000 Hz" in capsys.readouterr().err
+
+
+def test_generate_from_a_table(trained, tmp_path, capsys):
+    root, checkpoint = trained
+    options = ["generate", "--checkpoint", checkpoint, "--steps", 2]
+    assert run(*options, "--csv", root / "toy/heldout.csv", "--out", tmp_path / "all") == 0
+    assert len(list((tmp_path / "all").glob("*.wav"))) == 2
+    (tmp_path / "some.csv").write_text("id,caption,text_exist\nx,a bell,1\ny,a drum,7\n")
+    assert run(*options, "--csv", tmp_path / "some.csv", "--out", tmp_path / "some") == 1
+    assert "1 rows failed" in capsys.readouterr().err
+    (tmp_path / "none.csv").write_text("id,caption,text_exist\ny,a drum,7\n")
+    assert run(*options, "--csv", tmp_path / "none.csv", "--out", tmp_path / "none") == 2
+
+
+def test_extract_exit_codes(trained, tmp_path):
+    root, _ = trained
+    rows = list(csv.DictReader(open(root / "toy/train.csv")))
+    for row in rows:
+        row["audio_path"] = root / "toy" / row["audio_path"]
+        row["video_path"] = root / "toy" / row["video_path"] if row["video_path"] else ""
+
+    def table(name, chosen):
+        with open(tmp_path / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(chosen)
+        return run("extract", "--csv", tmp_path / name, "--out", tmp_path / "o", "--workers", 0)
+
+    bad = {**rows[0], "id": "bad", "audio_path": "gone.wav"}
+    assert table("good.csv", rows[:2]) == 0
+    assert table("some.csv", [rows[0], bad]) == 1
+    assert table("none.csv", [bad]) == 2
+
+
+def test_info(trained, capsys):
+    assert run("info", trained[1]) == 0
+    out = capsys.readouterr().out
+    assert f"wavflow {__version__}, torch {torch.__version__}" in out
+    assert "toy_8k, encoders embedded, 2.0 s at 8000 Hz" in out
+    assert "global_step: 3" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--config", "gone.yaml"], "gone.yaml: no such config file"),
+        (["train", "--config", "toy_8k"], "data.csv_path is not set"),
+        (["train", "--config", "toy_8k", "data.csv_pth=x"], "did you mean data.csv_path?"),
+        (["train", "--config", "toy_8k", "data.csv_path=gone.csv"], "gone.csv: no such file"),
+        (["extract", "--csv", "gone.csv", "--out", "o"], "gone.csv: no such file"),
+        (["generate", "--checkpoint", "gone.pth", "--out", "o.wav"], "give --caption"),
+        (
+            ["generate", "--checkpoint", "gone.pth", "--out", "o.wav", "--caption", "x"],
+            "gone.pth: no such checkpoint",
+        ),
+        (["infer", "--config", "toy_8k"], "model.ckpt_path is not set"),
+        (["toy", "--out", "o", "--clips", "0"], "0 clips"),
+        (["info", "gone.pth"], "gone.pth: no such checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*argv) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_output_suffix_and_conflicts(trained, tmp_path, capsys):
+    options = ["generate", "--checkpoint", trained[1], "--caption", "x"]
+    assert run(*options, "--out", tmp_path / "x.mp3") == 2
+    assert "wanted a .wav or .flac file" in capsys.readouterr().err
+    assert run(*options, "--csv", "t.csv", "--out", tmp_path) == 2
+
+
+def test_unknown_option_and_help():
+    assert run("train", "--conf", "x") == 2
+    assert run("--help") == 0
+
+
+@pytest.mark.parametrize("module", ["wavflow", "wavflow.train", "wavflow.infer"])
+def test_modules_run(module, tmp_path):
+    wanted = ["--help"] if module == "wavflow" else ["--config", "gone.yaml"]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *wanted],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if module == "wavflow":
+        assert done.returncode == 0
+        for command in ("toy", "extract", "train", "generate", "infer", "demo", "info"):
+            assert command in done.stdout
+    else:
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith("error: gone.yaml")
+
+
+def test_imports_are_lazy():
+    heavy = (
+        "soundfile soxr pyloudnorm av omegaconf matplotlib sklearn torchaudio torchvision".split()
+    )
+    code = (
+        "import sys, wavflow\n"
+        "assert 'torch' not in sys.modules, 'wavflow imports torch'\n"
+        "import wavflow.model.networks, wavflow.sampler, wavflow.trainer, wavflow_kernels\n"
+        f"loaded = [m for m in {heavy!r} if m in sys.modules]\n"
+        "assert not loaded, loaded\n"
+        "assert 'train' in dir(wavflow) and callable(wavflow.train)\n"
+        "assert wavflow.Sampler is wavflow.sampler.Sampler\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_unknown_attribute():
+    import wavflow
+
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        _ = wavflow.Trainr

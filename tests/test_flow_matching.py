@@ -1,0 +1,387 @@
+"""Flow matching and its solvers: golden vectors, exact cases and properties."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from golden_weights import golden_state_dict, load_golden, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wavflow.model.flow_matching import FlowMatching, log_normal_sample
+from wavflow.model.networks import WavflowModel
+from wavflow.solvers import adaptive, euler_table, shift_time, solve, time_grid
+
+TOLERANCE = 1e-5
+LOSSES = ("x_pred_x_loss", "x_pred_v_loss", "v_pred_v_loss", "v_pred_x_loss")
+properties = settings(max_examples=50, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module", params=["model_tiny", "model_head64"])
+def golden(request):
+    """A golden file, and fn(t, x) of its guided model."""
+    tensors, metadata = load_golden(request.param)
+    return tensors, guided(tensors, metadata)
+
+
+def guided(tensors, metadata):
+    model = WavflowModel(**json.loads(metadata["config"]))
+    model.load_weights(golden_state_dict(model))
+    with torch.no_grad():
+        conditions = model.preprocess_conditions(
+            *(tensors[f"in.{k}"] for k in ("clip", "sync", "text"))
+        )
+        empty = model.get_empty_conditions(3)
+
+    def fn(weight):
+        return lambda t, x: model.ode_wrapper(t, x, conditions, empty, weight)
+
+    fn.model, fn.conditions, fn.empty = model, conditions, empty
+    return fn
+
+
+@pytest.fixture(scope="module")
+def edge():
+    """The edge cases' file, the inputs they belong to, and fn(t, x) of the guided model."""
+    tensors, metadata = load_golden("model_tiny")
+    return load_golden("edge_tiny")[0], tensors, guided(tensors, metadata)
+
+
+def tokens(seed, *shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# Golden vectors
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_golden_euler(golden, prediction, shift):
+    tensors, fn = golden
+    flow = FlowMatching(num_steps=5, prediction_type=prediction, noise_shift=shift)
+    wanted = tensors[f"out.euler5_{prediction}_shift{shift}"]
+    assert relative_error(flow.to_data(fn(4.5), tensors["in.noise"]), wanted) < TOLERANCE
+
+
+def test_golden_path_and_losses(golden):
+    tensors, _ = golden
+    flow = FlowMatching(noise_shift=3.0)
+    t = flow.shift_timestep(tensors["in.t"])
+    assert relative_error(t, tensors["fm.t_shifted3"]) < TOLERANCE
+    x0, x1 = tensors["in.noise"], tensors["in.latent"]
+    xt = flow.get_conditional_flow(x0, x1, t)
+    assert relative_error(xt, tensors["fm.xt_shift3"]) < TOLERANCE
+    for loss in LOSSES:
+        got = getattr(flow, loss)(tensors["fm.pred"], x0, xt, x1, t)
+        assert relative_error(got, tensors[f"fm.{loss}"]) < TOLERANCE, loss
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_golden_min_sigma(edge, prediction):
+    wanted, tensors, fn = edge
+    flow = FlowMatching(min_sigma=0.01, num_steps=5, prediction_type=prediction)
+    got = flow.to_data(fn(2.0), tensors["in.noise"])
+    assert relative_error(got, wanted[f"euler5_{prediction}_minsigma0.01_cfg2"]) < TOLERANCE
+
+
+def test_golden_to_prior(edge):
+    wanted, tensors, fn = edge
+    flow = FlowMatching(num_steps=5, prediction_type="v")
+    got = flow.to_prior(fn(1.0), tensors["in.latent"])
+    assert relative_error(got, wanted["to_prior5_v_cfg1"]) < TOLERANCE
+
+
+def test_golden_losses_near_the_end(edge):
+    wanted, tensors, _ = edge
+    flow = FlowMatching(min_sigma=0.01)
+    x0, x1, t = tensors["in.noise"], tensors["in.latent"], wanted["loss.t"]
+    xt = flow.get_conditional_flow(x0, x1, t)
+    assert relative_error(xt, wanted["loss.xt_minsigma0.01"]) < TOLERANCE
+    for loss in LOSSES:
+        got = getattr(flow, loss)(wanted["loss.pred"], x0, xt, x1, t)
+        # Each item on its own: at t = 1 the velocity loss is 1e12 times the others.
+        for item in range(3):
+            assert relative_error(got[item], wanted[f"loss.{loss}"][item]) < TOLERANCE, loss
+
+
+def test_golden_noise(edge):
+    wanted, tensors, _ = edge
+    flow = FlowMatching(noise_scale=0.7, noise_shift=3.0)
+    conditions = object()
+    x0, x1, xt, t, passed = flow.get_x0_xt_c(
+        tensors["in.latent"],
+        torch.tensor([0.2, 0.5, 0.8]),
+        conditions,
+        generator=torch.Generator().manual_seed(123),
+    )
+    assert x1 is tensors["in.latent"]
+    assert passed is conditions
+    for name, value in (("x0", x0), ("xt", xt), ("t", t)):
+        key = f"x0xtc_seed123_scale0.7_shift3.{name}"
+        assert relative_error(value, wanted[key]) < TOLERANCE, name
+
+
+def test_golden_log_normal_sample(edge):
+    wanted = edge[0]["log_normal_seed123_m0.3_s0.8"]
+    generator = torch.Generator().manual_seed(123)
+    got = log_normal_sample(torch.empty(6, 2, 3), generator, m=0.3, s=0.8)
+    assert got.dtype == torch.float32
+    assert relative_error(got, wanted) < TOLERANCE
+
+
+# Solvers
+
+
+def test_guidance_in_the_step_equals_guidance_in_the_network(golden):
+    tensors, fn = golden
+    table = euler_table(time_grid(5), guidance=4.5)
+
+    def pair(t, x):
+        return fn.model.predict_flow_pair(x, t, fn.conditions, fn.empty)
+
+    got = solve(pair, tensors["in.noise"], table)
+    assert relative_error(got, tensors["out.euler5_x_shift1.0"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_euler_is_exact_on_constant_velocity(dtype, shift):
+    x0, x1 = tokens(0, 2, 5, 3).to(dtype), tokens(1, 2, 5, 3).to(dtype)
+    seen = []
+
+    def velocity(t, x):
+        assert t.dim() == 0 and x.dtype == dtype
+        seen.append((float(t), x))
+        return x1 - x0
+
+    def clean(t, x):
+        return x1
+
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
+    for prediction, fn in (("v", velocity), ("x", clean)):
+        flow = FlowMatching(num_steps=7, prediction_type=prediction, noise_shift=shift)
+        got = flow.to_data(fn, x0)
+        assert got.dtype == dtype
+        assert relative_error(got, x1) < tolerance, prediction
+    times = [t for t, _ in seen]
+    assert times[0] == 0 and len(times) == 7
+    assert times == sorted(times)
+    assert torch.equal(seen[0][1], x0)  # what fn got is not overwritten later
+
+
+def test_euler_converges_with_order_one():
+    """dx/dt = -x + t with x-prediction; halving the step halves the error."""
+    x0 = torch.full((1, 1, 1), 2.0, dtype=torch.float64)
+
+    def fn(t, x):
+        return x + (1 - t) * (t - x)
+
+    exact = 3 * math.exp(-1.0)  # x = 3 exp(-t) + t - 1
+    errors = [
+        abs(solve(fn, x0, euler_table(time_grid(steps))).item() - exact) for steps in (100, 200)
+    ]
+    assert 1.9 < errors[0] / errors[1] < 2.1
+
+
+def test_solving_records_no_gradient():
+    weight = torch.ones((), requires_grad=True)
+    x0 = tokens(0, 1, 2, 3)
+    for mode in ("euler", "adaptive"):
+        out = FlowMatching(num_steps=2, inference_mode=mode).to_data(lambda t, x: weight * x, x0)
+        assert not out.requires_grad
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_adaptive_meets_a_known_solution(prediction, shift):
+    """dx/dt = -x + t, x(0) = 2: the time shift changes the steps, not the solution."""
+    x0 = torch.full((2, 3, 1), 2.0, dtype=torch.float64)
+
+    def fn(t, x):
+        velocity = t - x
+        return velocity if prediction == "v" else x + (1 - t) * velocity
+
+    flow = FlowMatching(inference_mode="adaptive", prediction_type=prediction, noise_shift=shift)
+    got = flow.run_t0_to_t1(fn, x0, 0.0, 1.0)
+    # With x-prediction the last 1e-3 is one Euler step, of error below 1e-6.
+    assert (got - 3 * math.exp(-1.0)).abs().max() < 1e-4
+    tight = adaptive(fn, x0, 0.0, 1.0, prediction=prediction, rtol=1e-10, atol=1e-10)
+    assert (tight - 3 * math.exp(-1.0)).abs().max() < (1e-6 if prediction == "x" else 1e-9)
+
+
+def test_adaptive_ends_on_the_prediction(edge):
+    _, tensors, fn = edge
+    calls = []
+
+    def recorded(t, x):
+        calls.append((float(t), fn(1.0)(t, x)))
+        return calls[-1][1]
+
+    got = FlowMatching(inference_mode="adaptive").to_data(recorded, tensors["in.noise"])
+    assert calls[-1][0] == pytest.approx(0.999)
+    assert torch.allclose(got, calls[-1][1])
+
+
+def test_adaptive_bounds_its_calls():
+    x0 = tokens(0, 1, 2, 3)
+    calls = 0
+
+    def rough(t, x):
+        nonlocal calls
+        calls += 1
+        return torch.sin(1e6 * x + 1e5 * t)
+
+    with pytest.raises(RuntimeError, match="after 50 calls of the network: allow more"):
+        adaptive(rough, x0, 0.0, 1.0, prediction="v", max_calls=50)
+    assert calls == 50
+    with pytest.raises(RuntimeError, match="adaptive solver"):
+        adaptive(lambda t, x: x * math.nan, x0, 0.0, 1.0, prediction="v")
+
+
+def test_to_prior_inverts_to_data():
+    x0 = tokens(0, 2, 4, 3, dtype=torch.float64)
+    flow = FlowMatching(num_steps=2000, prediction_type="v")
+
+    def fn(t, x):
+        return t - x
+
+    assert relative_error(flow.to_prior(fn, flow.to_data(fn, x0)), x0) < 1e-3
+    with pytest.raises(ValueError, match="prediction_type is 'x', wanted 'v'"):
+        FlowMatching().to_prior(fn, x0)
+
+
+# Properties
+
+
+@properties
+@given(t=st.floats(0, 1), shift=st.floats(0.1, 10))
+def test_noise_shift_round_trip(t, shift):
+    time = torch.tensor([t], dtype=torch.float64)
+    shifted = FlowMatching(noise_shift=shift).shift_timestep(time)
+    assert 0 <= shifted.item() <= 1
+    assert (shifted.item() - t) * (1 - shift) >= -1e-12
+    assert shift_time(shifted, 1 / shift).item() == pytest.approx(t, abs=1e-12)
+
+
+@properties
+@given(
+    steps=st.integers(1, 60),
+    t0=st.floats(0, 0.4),
+    t1=st.floats(0.5, 1),
+    shift=st.floats(0.1, 10),
+)
+def test_time_grid(steps, t0, t1, shift):
+    grid = time_grid(steps, t0, t1, shift)
+    assert grid.shape == (steps + 1,) and grid.dtype == torch.float64
+    assert (grid.diff() > 0).all()
+    ends = shift_time(torch.tensor([t0, t1], dtype=torch.float64), shift)
+    assert torch.allclose(grid[[0, -1]], ends, rtol=0, atol=1e-14)
+    uniform = shift_time(grid, 1 / shift).diff()
+    assert torch.allclose(uniform, uniform.mean().expand_as(uniform), rtol=0, atol=1e-12)
+
+
+@properties
+@given(steps=st.integers(1, 40), shift=st.floats(0.2, 5), seed=st.integers(0, 1000))
+def test_x_and_v_prediction_take_the_same_steps(steps, shift, seed):
+    x0 = tokens(seed, 1, 3, 2, dtype=torch.float64)
+
+    def clean(t, x):
+        return torch.tanh(x + t)
+
+    def velocity(t, x):
+        return (clean(t, x) - x) / (1 - t).clamp_min(1e-6)
+
+    grid = time_grid(steps, shift=shift)
+    by_x = solve(clean, x0, euler_table(grid, prediction="x"))
+    by_v = solve(velocity, x0, euler_table(grid, prediction="v"))
+    assert torch.allclose(by_x, by_v, rtol=1e-9, atol=1e-9)
+
+
+@properties
+@given(t=st.floats(0, 0.999), sigma=st.floats(0, 0.5), seed=st.integers(0, 1000))
+def test_losses_vanish_at_the_target(t, sigma, seed):
+    flow = FlowMatching(min_sigma=sigma)
+    x0, x1 = (tokens(seed + i, 2, 3, 4, dtype=torch.float64) for i in range(2))
+    time = torch.full((2,), t, dtype=torch.float64)
+    xt = flow.get_conditional_flow(x0, x1, time)
+    velocity = x1 - (1 - sigma) * x0
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert torch.equal(flow.x_pred_x_loss(x1, x0, xt, x1, time), zero)
+    assert torch.equal(flow.x_pred_v_loss(x1, x0, xt, x1, time), zero)
+    assert torch.allclose(flow.v_pred_v_loss(velocity, x0, xt, x1, time), zero, atol=1e-20)
+    # The x-loss of a velocity takes the path's end for x1, which sigma_min moves by sigma x0.
+    moved = (sigma * x0).square().mean(dim=(1, 2))
+    assert torch.allclose(flow.v_pred_x_loss(velocity, x0, xt, x1, time), moved, atol=1e-12)
+
+
+@properties
+@given(m=st.floats(-2, 2), s=st.floats(0.1, 2), seed=st.integers(0, 1000))
+def test_log_normal_sample_is_logit_normal(m, s, seed):
+    x = torch.empty(4096, 1)
+    t = log_normal_sample(x, torch.Generator().manual_seed(seed), m=m, s=s)
+    assert t.shape == (4096,)
+    assert ((t > 0) & (t < 1)).all()
+    logit = torch.logit(t.double())
+    assert logit.mean().item() == pytest.approx(m, abs=5 * s / 64)
+    assert logit.std().item() == pytest.approx(s, rel=0.06)
+
+
+# Dtypes and errors
+
+
+def test_losses_of_half_precision_predictions_have_gradients():
+    flow = FlowMatching()
+    x0, x1 = tokens(0, 2, 3, 4), tokens(1, 2, 3, 4)
+    t = torch.tensor([0.2, 0.9])
+    xt = flow.get_conditional_flow(x0, x1, t)
+    pred = tokens(2, 2, 3, 4).bfloat16().requires_grad_()
+    for loss in LOSSES:
+        value = getattr(flow, loss)(pred, x0, xt, x1, t)
+        assert value.shape == (2,) and value.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(value.sum(), pred)
+        assert gradient.dtype == torch.bfloat16 and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inference_mode": "rk9"}, "inference_mode is 'rk9', wanted one of euler, adaptive"),
+        ({"prediction_type": "eps"}, "prediction is 'eps', wanted 'x' or 'v'"),
+        ({"num_steps": 0}, "num_steps is 0, wanted at least 1"),
+        ({"min_sigma": -0.1}, "min_sigma is -0.1"),
+        ({"noise_scale": -1}, "noise_scale is -1"),
+        ({"noise_shift": 0}, "noise_shift is 0"),
+    ],
+)
+def test_option_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        FlowMatching(**options)
+
+
+def test_shape_errors_name_argument_shape_and_wanted():
+    flow = FlowMatching()
+    x, short, t = tokens(0, 2, 3, 4), tokens(0, 2, 2, 4), torch.rand(2)
+    cases = [
+        (lambda: flow.get_conditional_flow(short, x, t), "x0", "(2, 3, 4)"),
+        (lambda: flow.get_conditional_flow(x[0], x[0], t), "x1", "(batch, tokens, samples)"),
+        (lambda: flow.get_conditional_flow(x, x, t[:1]), "t", "(2,)"),
+        (lambda: flow.get_x0_xt_c(x, t[None], None), "t", "(2,)"),
+        (lambda: flow.to_data(lambda t, x: x, x[0]), "x0", "(batch, tokens, samples)"),
+    ]
+    for loss in LOSSES:
+        call = getattr(flow, loss)
+        cases += [
+            (lambda call=call: call(x, x, short, x, t), "xt", "(2, 3, 4)"),
+            (lambda call=call: call(x, x, x, short, t), "x1", "(2, 3, 4)"),
+            (lambda call=call: call(x, x, x, x, torch.tensor(0.5)), "t", "(2,)"),
+        ]
+    for call, argument, wanted in cases:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value).startswith(f"{argument} has shape ("), argument
+        assert str(error.value).endswith(f", wanted {wanted}"), argument
+    with pytest.raises(ValueError, match="pred"):
+        flow.to_data(lambda t, x: x[:, :1], x)

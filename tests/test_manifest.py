@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import csv
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wavflow.data.manifest import read_manifest, write_csv, write_report
+from wavflow.errors import InputError
+
+
+def write(path, text: str, encoding: str = "utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_a_training_manifest(tmp_path):
+    path = write(
+        tmp_path / "train.csv",
+        "id,audio_path,features_path,video_exist,text_exist\r\n"
+        "001,a/1.wav,f/1.pth,1,0\r\n"
+        "\r\n"
+        "1,/abs/2.wav,f/2.pth,0, 1 \r\n",
+        "utf-8-sig",
+    )
+    rows = read_manifest(path, required=("id", "audio_path", "features_path", "video_exist"))
+    assert [row.id for row in rows] == ["001", "1"] and rows.errors == []
+    assert [row.number for row in rows] == [2, 4]
+    assert rows[0].audio_path == tmp_path / "a/1.wav"
+    assert str(rows[1].audio_path) == "/abs/2.wav"
+    assert (rows[0].video_exist, rows[0].text_exist) == (True, False)
+    assert (rows[1].video_exist, rows[1].text_exist) == (False, True)
+    assert rows[0].fields["features_path"] == "f/1.pth" and rows[0].video_path is None
+    rooted = read_manifest(path, data_root=tmp_path / "root")
+    assert rooted[0].features_path == tmp_path / "root" / "f/1.pth"
+
+
+def test_an_inference_manifest_and_its_default_ids(tmp_path):
+    path = write(
+        tmp_path / "x.csv",
+        "video_path,caption,video_exist,text_exist\n"
+        'clips/dog.mp4,"a dog, barking",1,1\n'
+        ",only words,0,1\n"
+        "clips/cat.mp4,,1,1\n"
+        "clips/ignored.mp4,said,0,0\n",
+    )
+    rows = read_manifest(path, required=("video_path", "caption"))
+    assert [row.id for row in rows] == ["dog", "row_00001", "cat", "ignored"]
+    assert rows[0].caption == "a dog, barking" and rows[0].video_path == tmp_path / "clips/dog.mp4"
+    assert [row.video_exist for row in rows] == [True, False, True, False]
+    assert [row.text_exist for row in rows] == [True, True, False, False]
+
+
+def test_flags_may_be_left_out(tmp_path):
+    path = write(tmp_path / "x.csv", "id,video_path,caption\na,v.mp4,\nb,,words\n")
+    rows = read_manifest(path)
+    assert [(row.video_exist, row.text_exist) for row in rows] == [(True, False), (False, True)]
+
+
+def test_rows_that_cannot_be_used_are_collected(tmp_path):
+    path = write(
+        tmp_path / "x.csv",
+        "id,audio_path,video_path,caption,video_exist,text_exist\n"
+        "good,a.wav,v.mp4,c,1,1\n"
+        "flag,a.wav,v.mp4,c,yes,1\n"
+        "flag2,a.wav,v.mp4,c,1,\n"
+        "good,b.wav,v.mp4,c,1,1\n"
+        "../x,a.wav,v.mp4,c,1,1\n"
+        "a/b,a.wav,v.mp4,c,1,1\n"
+        ",a.wav,v.mp4,c,1,1\n"
+        "noaudio,,v.mp4,c,1,1\n"
+        "novideo,a.wav,,c,1,1\n"
+        "textonly,a.wav,,c,0,1\n"
+        "cells,a.wav\n",
+    )
+    rows = read_manifest(path, required=("id", "audio_path", "video_path"))
+    assert [row.id for row in rows] == ["good", "textonly"]
+    found = [(error.row_number, error.field, error.value) for error in rows.errors]
+    assert found == [
+        (3, "video_exist", "yes"),
+        (4, "text_exist", ""),
+        (5, "id", "good"),
+        (6, "id", "../x"),
+        (7, "id", "a/b"),
+        (8, "id", ""),
+        (9, "audio_path", ""),
+        (10, "video_path", ""),
+        (12, "row", "cells,a.wav"),
+    ]
+    assert str(rows.errors[0]) == "row 3, video_exist 'yes': wanted 0 or 1"
+    assert rows.errors[2].reason == "already the id of row 2"
+    assert [error.id for error in rows.errors][:2] == ["flag", "flag2"]
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    for text, reason in [
+        ("", "empty, wanted a header"),
+        ("id,audio_path\n", "a header and no rows"),
+        ("id,id\n1,2\n", "column 'id' is there 2 times"),
+        ("id,caption\n1,x\n", "no column 'audio_path', found id, caption"),
+        ('id,audio_path\n1,"open\n', "row 2: not valid CSV"),
+    ]:
+        path = write(tmp_path / "x.csv", text)
+        with pytest.raises(InputError, match=reason) as caught:
+            read_manifest(path, required=("id", "audio_path"))
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_manifest(write(tmp_path / "x.csv", "id\né\n", "latin-1"))
+    with pytest.raises(InputError, match="no such file"):
+        read_manifest(tmp_path / "missing.csv")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_manifest(tmp_path)
+
+
+cells = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)
+
+
+@given(st.lists(cells, min_size=1, max_size=8))
+def test_captions_survive_writing_and_reading(tmp_path_factory, captions):
+    path = tmp_path_factory.getbasetemp() / "captions.csv"
+    rows = [{"id": f"{i:03d}", "caption": c, "text_exist": True} for i, c in enumerate(captions)]
+    write_csv(path, rows, ("id", "caption", "video_exist", "text_exist"))
+    with open(path, encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["caption"] for row in table] == captions
+    assert table[0]["video_exist"] == "" and table[0]["text_exist"] == "1"
+
+
+def test_write_csv_refuses_unknown_columns_and_keeps_the_old_file(tmp_path):
+    write_csv(tmp_path / "x.csv", [{"id": "a"}], ("id",))
+    with pytest.raises(ValueError, match="other"):
+        write_csv(tmp_path / "x.csv", [{"id": "b", "other": 1}], ("id",))
+    assert (tmp_path / "x.csv").read_text() == "id\na\n"
+
+
+def test_reports(tmp_path):
+    write_report(tmp_path / "report.csv", [("a", "ok", ""), ("b", "skipped", "two\nlines")])
+    text = (tmp_path / "report.csv").read_text()
+    assert text == "id,status,reason\na,ok,\nb,skipped,two lines\n"
+    with pytest.raises(ValueError, match="'fine'"):
+        write_report(tmp_path / "report.csv", [("a", "fine", "")])

@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+import wavflow
+from wavflow import checkpoint
+from wavflow.audio import load_audio
+from wavflow.build import build_model
+from wavflow.config import Config, DataConfig, ModelConfig, load_config
+from wavflow.errors import InputError
+from wavflow.infer import infer, infer_config, row_seed
+from wavflow.sampler import Sampler, Sound
+
+TINY = ["model.hidden_dim=32", "model.depth=2", "model.fused_depth=1", "model.num_heads=1"]
+CPU = torch.device("cpu")
+
+
+def random_model(config):
+    torch.manual_seed(0)
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.08)
+    return model
+
+
+def tiny_sampler(dtype=torch.float32, **sampling):
+    config = load_config("toy_8k", TINY)
+    config = replace(config, sampling=replace(config.sampling, num_steps=4, **sampling))
+    return Sampler(random_model(config), config, CPU, dtype)
+
+
+def random_features(seed, *, video=True, text=True):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = load_config("toy_8k").data.feature_shapes
+    kinds = {"clip_features": video, "sync_features": video, "text_features": text}
+    return {k: torch.randn(shapes[k], generator=generator) for k, wanted in kinds.items() if wanted}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    wavflow.write_toy_world(root, 6, 1, heldout=4, workers=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "checkpoint_latest.pth"
+    config = load_config("toy_8k", [*TINY, "sampling.num_steps=4"])
+    model = random_model(config)
+    state = model.state_dict()
+    ema = dict(model.named_parameters())
+    checkpoint.save(
+        path,
+        {
+            "model": state,
+            "optimizer": {},
+            "epoch": 1,
+            "global_step": 900,
+            "ema_age": 900,
+            "ema_decay": {"ema1": 0.9999, "ema2": 0.9996},
+            "config": config.to_dict(),
+            "model_ema1": {k: v.detach() for k, v in ema.items()},
+            "model_ema2": {k: v.detach() * 0.5 for k, v in ema.items()},
+        },
+    )
+    return path
+
+
+MIXED = [{}, {"video": False}, {"text": False}, {"video": False, "text": False}, {}]
+
+
+def mixed():
+    return [random_features(i, **kind) for i, kind in enumerate(MIXED)]
+
+
+@pytest.mark.parametrize("guidance", [4.5, 1.0])
+def test_batch_does_not_change_a_row(guidance):
+    sampler, seeds = tiny_sampler(), [5, 2**62, 7, 0, 9]
+    together = sampler.generate_features(mixed(), seeds, guidance=guidance, batch_size=5)
+    by_two = sampler.generate_features(mixed(), seeds, guidance=guidance, batch_size=2)
+    alone = sampler.generate_features(mixed()[2:3], [7], guidance=guidance)
+    for a, b in zip(together, by_two, strict=True):
+        torch.testing.assert_close(a.wave, b.wave, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(alone[0].wave, together[2].wave, atol=2e-5, rtol=1e-4)
+
+
+def test_seed_and_conditions_matter():
+    sampler = tiny_sampler()
+    rows = [random_features(1), random_features(1), random_features(2), random_features(1)]
+    a, b, c, d = (s.wave for s in sampler.generate_features(rows, [1, 2, 1, 1]))
+    assert a.shape == (16000,) and a.dtype == torch.float32
+    assert torch.equal(a, d)
+    assert not torch.allclose(a, b, atol=1e-2)
+    assert not torch.allclose(a, c, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [4.5, 0.5])
+def test_agrees_with_the_drop_in_path(prediction, shift, guidance):
+    import wavflow_kernels as kernels
+    from wavflow.model.flow_matching import FlowMatching
+
+    sampler = tiny_sampler(prediction_type=prediction, noise_shift=shift, noise_scale=0.8)
+    rows = [random_features(1), random_features(2)]
+    made = sampler.generate_features(rows, [3, 4], guidance=guidance)
+    model = sampler.model
+    flow = FlowMatching(num_steps=4, prediction_type=prediction, noise_shift=shift)
+    conditions = model.preprocess_conditions(
+        *(torch.stack([row[key] for row in rows]) for key in rows[0])
+    )
+    empty = model.get_empty_conditions(2)
+    noise = kernels.philox_normal(torch.tensor([3, 4]), 200, 80, noise_scale=0.8)
+    tokens = flow.to_data(lambda t, x: model.ode_wrapper(t, x, conditions, empty, guidance), noise)
+    wave = (tokens / 3).flatten(1).clamp(-1, 1)
+    torch.testing.assert_close(torch.stack([s.wave for s in made]), wave, atol=1e-5, rtol=1e-4)
+
+
+def test_adaptive_agrees_with_many_euler_steps():
+    sampler, rows = tiny_sampler(prediction_type="v"), [random_features(1)]
+    fine = sampler.generate_features(rows, [3], steps=400, guidance=2.0)[0].wave
+    adaptive = sampler.generate_features(rows, [3], solver="adaptive", guidance=2.0)[0].wave
+    coarse = sampler.generate_features(rows, [3], steps=4, guidance=2.0)[0].wave
+    assert (adaptive - fine).norm() < 0.02 * fine.norm()
+    assert (adaptive - fine).norm() < (coarse - fine).norm()
+
+
+def test_bfloat16_is_close_and_casts_only_large_matrices():
+    reference = tiny_sampler().generate_features(mixed(), range(5), guidance=2.0)
+    sampler = tiny_sampler(torch.bfloat16)
+    kinds = {n: p.dtype for n, p in sampler.model.named_parameters()}
+    assert kinds["joint_blocks.0.latent_block.attn.qkv.weight"] == torch.bfloat16
+    assert kinds["joint_blocks.0.latent_block.attn.q_norm.weight"] == torch.float32
+    assert all(d == torch.float32 for n, d in kinds.items() if n.startswith("t_embed"))
+    made = sampler.generate_features(mixed(), range(5), guidance=2.0)
+    for a, b in zip(made, reference, strict=True):
+        assert a.wave.dtype == torch.float32
+        assert (a.wave - b.wave).norm() < 0.1 * b.wave.norm()
+
+
+def test_whole_tokens_or_the_configured_duration():
+    config = load_config("toy_8k", [*TINY, "data.audio_duration=1.999"])
+    sampler = Sampler(random_model(config), config, CPU, torch.float32)
+    assert sampler.generate_features([{}], [1], steps=1)[0].wave.shape == (15992,)
+    assert sampler.generate_features([{}], [1], steps=1, trim=False)[0].wave.shape == (16000,)
+
+
+def test_from_files(saved, world, tmp_path):
+    sampler = Sampler.load(saved, dtype="float32")
+    rows = list(csv.DictReader(open(world / "heldout.csv")))
+    video = world / rows[0]["video_path"]
+    done = []
+    sounds = sampler.generate(
+        captions=["a bell rings", None, "a bell rings", None],
+        videos=[None, video, video, None],
+        seed=4,
+        guidance=2.0,
+        batch_size=3,
+        progress=lambda *at: done.append(at),
+    )
+    assert done == [(3, 4), (4, 4)]
+    assert len({tuple(s.wave[:50].tolist()) for s in sounds}) == 4
+    again = sampler.generate(captions=["a bell rings"], seeds=[4], guidance=2.0)
+    torch.testing.assert_close(again[0].wave, sounds[0].wave, atol=2e-5, rtol=1e-4)
+    again[0].save(tmp_path / "a.wav")
+    torch.testing.assert_close(
+        load_audio(tmp_path / "a.wav", 8000), again[0].wave, atol=1e-4, rtol=0
+    )
+    other = Sampler.load(saved, dtype="float32", ema="ema2").generate(["a bell rings"], seeds=[4])
+    assert not torch.allclose(other[0].wave, again[0].wave, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "nothing to generate"),
+        ({"captions": "a bell"}, "captions is 'a bell'; wanted a list"),
+        ({"captions": ["a"], "videos": [None, None]}, "1 captions and 2 videos"),
+        ({"captions": ["a"], "seeds": [1, 2]}, "2 seeds for 1 rows"),
+        ({"captions": ["a"], "solver": "rk9"}, "solver is 'rk9'; wanted one of euler, adaptive"),
+        ({"captions": ["a"], "steps": 0}, "steps is 0"),
+        ({"videos": ["gone.mp4"]}, "gone.mp4"),
+    ],
+)
+def test_bad_requests(arguments, message):
+    with pytest.raises(InputError, match=message):
+        tiny_sampler().generate(**arguments)
+
+
+def test_wrong_features():
+    sampler, row = tiny_sampler(), random_features(1)
+    with pytest.raises(
+        InputError, match=r"row 1: clip_features is \(15, 64\); the model wants \(16, 64\)"
+    ):
+        bad = {**row, "clip_features": row["clip_features"][1:]}
+        sampler.generate_features([row, bad], [1, 2])
+    with pytest.raises(InputError, match="row 0: clip_features and sync_features go together"):
+        sampler.generate_features([{"sync_features": row["sync_features"]}], [1])
+
+
+def test_checkpoint_and_configuration_must_agree(saved, tmp_path):
+    flat = tmp_path / "ema_epoch_1.pth"
+    checkpoint.save(flat, checkpoint.read_weights(saved).state)
+    with pytest.raises(InputError, match="carries no configuration"):
+        Sampler.load(flat)
+    config = load_config("toy_8k", TINY)
+    assert Sampler.load(flat, config=config).rate == 8000
+    with pytest.raises(InputError, match=r"is \(32, 80, 7\); the model wants \(48, 80, 7\)"):
+        Sampler.load(flat, config=replace(config, model=replace(config.model, hidden_dim=48)))
+    with pytest.raises(
+        InputError, match=r"trained with data\.target_sample_rate 8000; asked for 16000"
+    ):
+        Sampler.load(
+            saved, config=replace(config, data=replace(config.data, target_sample_rate=16000))
+        )
+    with pytest.raises(InputError, match=r"device is 'abacus'"):
+        Sampler.load(saved, device="abacus")
+    with pytest.raises(InputError, match=r"dtype is 'int4'"):
+        Sampler.load(saved, dtype="int4")
+
+
+def test_encoders_of_another_width_are_refused():
+    data = DataConfig(
+        text_dim=32,
+        target_sample_rate=8000,
+        audio_duration=2.0,
+        audio_dim=80,
+        clip_seq_len=16,
+        sync_seq_len=48,
+        clip_dim=64,
+        sync_dim=96,
+    )
+    model = ModelConfig(
+        name="toy_8k", hidden_dim=32, num_heads=1, depth=2, fused_depth=1, encoders="embedded"
+    )
+    config = Config(model=model, data=data)
+    sampler = Sampler(random_model(config), config, CPU, torch.float32)
+    with pytest.raises(
+        InputError, match=r"text_features is \(77, 64\); the model wants \(77, 32\)"
+    ):
+        sampler.generate(captions=["x"])
+
+
+def test_loudness():
+    generator = torch.Generator().manual_seed(0)
+    sound = Sound(0.01 * torch.randn(16000, generator=generator), 8000).loud(-23.0)
+    import pyloudnorm
+
+    meter = pyloudnorm.Meter(8000)
+    assert meter.integrated_loudness(sound.wave.numpy()) == pytest.approx(-23, abs=0.1)
+
+
+# Tables
+
+
+def table(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def report(path):
+    return list(csv.DictReader(open(path, encoding="utf-8")))
+
+
+def test_table_semantics(saved, world, tmp_path):
+    sampler = Sampler.load(saved, dtype="float32")
+    heldout = list(csv.DictReader(open(world / "heldout.csv")))
+    videos = [world / row["video_path"] for row in heldout]
+    rows = [
+        {
+            "video_path": videos[0],
+            "caption": "a bell, struck twice",
+            "video_exist": 1,
+            "text_exist": 1,
+            "id": "",
+        },
+        {
+            "video_path": "not/there.mp4",
+            "caption": "a drum",
+            "video_exist": 0,
+            "text_exist": 1,
+            "id": "007",
+        },
+        {
+            "video_path": videos[1],
+            "caption": "ignored",
+            "video_exist": 1,
+            "text_exist": 0,
+            "id": "mute",
+        },
+        {"video_path": "", "caption": "a bird", "video_exist": 0, "text_exist": 1, "id": ""},
+    ]
+    result = infer(
+        sampler,
+        table(tmp_path / "in.csv", rows),
+        tmp_path / "out",
+        seed=3,
+        guidance=2.0,
+        batch_size=3,
+        loudness=None,
+    )
+    assert (result.done, result.failed) == (4, 0)
+    ids = [videos[0].stem, "007", "mute", "row_00003"]
+    assert sorted(p.name for p in result.out.iterdir()) == sorted(
+        [*(f"{i}.wav" for i in ids), "report.csv"]
+    )
+    assert [row["id"] for row in report(result.report)] == ids
+    wanted = sampler.generate(
+        captions=["a bell, struck twice", "a drum", None, "a bird"],
+        videos=[videos[0], None, videos[1], None],
+        seeds=[row_seed(3, id) for id in ids],
+        guidance=2.0,
+    )
+    for id, sound in zip(ids, wanted, strict=True):
+        held = load_audio(result.out / f"{id}.wav", 8000)
+        torch.testing.assert_close(held, sound.wave, atol=1e-4, rtol=0)
+
+
+def test_bad_rows_are_skipped_and_reported(saved, world, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"\0" * 500)
+    good = {
+        "video_path": "",
+        "caption": "a bell",
+        "video_exist": "0",
+        "text_exist": "1",
+        "id": "ok",
+    }
+    rows = [
+        {**good, "id": "a/b"},
+        {**good, "id": "gone", "video_path": "gone.mp4", "video_exist": "1"},
+        good,
+        {**good, "id": "broken", "video_path": "broken.mp4", "video_exist": "1"},
+        {**good, "id": "flag", "text_exist": "yes"},
+        good,
+    ]
+    sampler = Sampler.load(saved)
+    result = infer(sampler, table(tmp_path / "in.csv", rows), tmp_path / "out", steps=1)
+    assert (result.done, result.failed) == (1, 5)
+    lines = report(result.report)
+    assert [x["status"] for x in lines] == [
+        "skipped",
+        "failed",
+        "ok",
+        "failed",
+        "skipped",
+        "skipped",
+    ]
+    for line, word in zip(
+        lines, ("a/b", "gone.mp4", "", "broken.mp4", "yes", "already"), strict=True
+    ):
+        assert word in line["reason"]
+    assert [p.name for p in sorted(result.out.glob("*.wav"))] == ["ok.wav"]
+
+
+def test_infer_by_configuration(saved, tmp_path):
+    rows = [{"video_path": "", "caption": "a bell", "video_exist": "0", "text_exist": "1"}]
+    table(tmp_path / "in.csv", rows)
+    (tmp_path / "x.yaml").write_text(
+        f"model: {{name: toy_8k, encoders: embedded, hidden_dim: 32, depth: 2, fused_depth: 1,"
+        f" num_heads: 1, ckpt_path: {saved}, use_ema: true}}\n"
+        f"data: {{csv_path: {tmp_path / 'in.csv'}, target_sample_rate: 8000, audio_duration: 2.0,"
+        " audio_dim: 80, clip_seq_len: 16, clip_dim: 64, sync_seq_len: 48, sync_dim: 96,"
+        " text_dim: 64}\n"
+        f"sampling: {{num_steps: 2}}\noutput: {{output_dir: {tmp_path}, loudness_norm: true}}\n"
+        "experiment_id: mine\n"
+    )
+    result = infer_config(load_config(tmp_path / "x.yaml"))
+    assert result.done == 1 and (tmp_path / "mine/row_00000.wav").is_file()
+    with pytest.raises(InputError, match=r"model\.ckpt_path is not set"):
+        infer_config(load_config(tmp_path / "x.yaml", ["model.ckpt_path=null"]))
+
+
+def test_row_seeds():
+    assert row_seed(1, "a") == row_seed(1, "a")
+    assert len({row_seed(s, i) for s in range(20) for i in "abcdef"}) == 120
+    assert all(0 <= row_seed(s, "x") < 2**63 for s in range(100))

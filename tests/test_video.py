@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import interpolate
+
+from wavflow.errors import InputError
+from wavflow.features.video import CLIP_STREAM, SYNC_STREAM, FrameStream, decode
+
+SIDE = 64  # 8 stripes of 8 pixels spell a frame's number in black and white
+
+
+def picture(number: int) -> np.ndarray:
+    bits = [(number >> i) & 1 for i in range(8)]
+    return np.repeat(np.tile(np.repeat(bits, 8), (SIDE, 1))[..., None], 3, 2).astype(np.uint8) * 255
+
+
+def numbers(frames: torch.Tensor) -> list[int]:
+    bits = frames[:, 0, SIDE // 2, 4::8] > 127
+    return (bits.long() << torch.arange(8)).sum(1).tolist()
+
+
+def make_video(path: Path, count: int, fps: Fraction | int, pts: list[int] | None = None) -> Path:
+    """`pts` are in milliseconds and replace the constant rate."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width = stream.height = SIDE
+        stream.options = {"preset": "ultrafast", "crf": "28"}
+        if pts is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            if pts is not None:
+                frame.pts, frame.time_base = pts[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def at(fps: int) -> FrameStream:
+    return FrameStream(fps, SIDE, "squash")
+
+
+TABLE = [
+    (30, 8, [1, 5, 9, 13, 16, 20]),
+    (30, 25, [0, 1, 2, 4, 5, 6, 7, 8]),
+    (24, 8, [1, 4, 7, 10, 13, 16]),
+    (24, 25, [0, 1, 2, 3, 4, 5, 6, 7]),
+    (25, 8, [1, 4, 7, 10, 14, 17]),
+    (25, 25, [0, 1, 2, 3, 4, 5]),
+    (60, 8, [3, 11, 18, 26, 33, 41]),
+    (60, 25, [1, 3, 5, 8, 10, 13, 15, 17]),
+    (10, 8, [0, 1, 3, 4, 5, 6]),
+    (10, 25, [0, 0, 0, 1, 1, 2, 2, 2]),
+    (15, 8, [0, 2, 4, 6, 8, 10]),
+]
+
+
+@pytest.mark.parametrize(("source", "target", "wanted"), TABLE)
+def test_which_frames_are_shown(tmp_path, source, target, wanted):
+    path = make_video(tmp_path / "x.mp4", source + source // 5, source)
+    seconds = len(wanted) / target
+    assert numbers(decode(path, [at(target)], seconds)[0]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("count", "fps", "clip", "sync"),
+    [
+        (240, 30, 64, 200),
+        (239, 30, 64, 199),
+        (239, Fraction(30000, 1001), 64, 199),
+        (80, 10, 64, 200),
+        (250, 30, 67, 208),
+    ],
+)
+def test_how_many_frames_there_are(tmp_path, count, fps, clip, sync):
+    path = make_video(tmp_path / "x.mp4", count, fps)
+    for target, wanted in ((8, clip), (25, sync)):
+        exact = decode(path, [at(target)], wanted / target)[0]
+        assert exact.shape == (wanted, 3, SIDE, SIDE) and exact.dtype == torch.uint8
+        with pytest.raises(InputError, match=rf"{wanted} frames at {target} fps .* {wanted + 1} "):
+            decode(path, [at(target)], (wanted + 1) / target)
+    if sync == 199:
+        with pytest.raises(InputError, match=r"x\.mp4: 199 frames at 25 fps .* wanted 200 \(8 s\)"):
+            decode(path, [at(8), at(25)], 8.0)
+
+
+def graph_numbers(path: Path, fps: int) -> list[int]:
+    """The frames that FFmpeg's own fps filter shows."""
+    shown = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        graph = av.filter.Graph()
+        source = graph.add_buffer(template=stream)
+        rate, sink = graph.add("fps", f"fps={fps}"), graph.add("buffersink")
+        source.link_to(rate)
+        rate.link_to(sink)
+        graph.configure()
+        for frame in [*container.decode(stream), None]:
+            source.push(frame)
+            while True:
+                try:
+                    shown.append(sink.pull().to_ndarray(format="rgb24"))
+                except (av.BlockingIOError, av.EOFError):
+                    break
+    return numbers(torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+@pytest.mark.parametrize("seed", range(3))
+def test_variable_rates_and_late_starts_agree_with_the_fps_filter(tmp_path, suffix, seed):
+    rng = np.random.default_rng(seed)
+    pts = (np.cumsum(rng.integers(5, 120, 60)) + seed * 300).tolist()
+    path = make_video(tmp_path / f"x{suffix}", 60, 25, pts)
+    for fps in (8, 25):
+        wanted = graph_numbers(path, fps)
+        assert numbers(decode(path, [at(fps)], len(wanted) / fps)[0]) == wanted
+        with pytest.raises(InputError, match=f"{len(wanted)} frames"):
+            decode(path, [at(fps)], (len(wanted) + 1) / fps)
+
+
+def test_all_streams_come_from_one_pass(tmp_path):
+    path = make_video(tmp_path / "x.mp4", 40, 30)
+    streams = [at(25), FrameStream(8, 16, "squash"), at(8)]
+    together = decode(path, streams, 1.0)
+    for stream, frames in zip(streams, together, strict=True):
+        assert torch.equal(decode(path, [stream], 1.0)[0], frames)
+
+
+def test_counts_are_exact_for_decimal_seconds():
+    assert FrameStream(100, 8, "crop").count(0.29) == 29
+    assert [CLIP_STREAM.count(8), SYNC_STREAM.count(8.0), CLIP_STREAM.count(1.28)] == [64, 200, 10]
+
+
+def test_decoding_ends_when_enough_is_seen(tmp_path):
+    whole = make_video(tmp_path / "x.mkv", 120, 25)
+    data = whole.read_bytes()
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(data[: len(data) // 2])
+    assert numbers(decode(cut, [at(25)], 1.0)[0]) == list(range(25))
+    with pytest.raises(InputError, match=r"cut\.mkv: "):
+        decode(cut, [at(25)], 4.8)
+    assert len(decode(whole, [at(25)], 4.8)[0]) == 120
+
+
+def test_the_colour_space_tag_is_honoured(tmp_path):
+    y, cb, cr = 120, 90, 180
+
+    def red(name: str, options: dict[str, str]) -> list[float]:
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.width = stream.height = SIDE
+            stream.options = {"crf": "1", **options}
+            for _ in range(5):
+                planes = [np.full((SIDE, SIDE), y), np.full((SIDE // 2, SIDE // 2), cb)]
+                planes.append(np.full((SIDE // 2, SIDE // 2), cr))
+                flat = np.concatenate([p.ravel() for p in planes]).astype(np.uint8)
+                frame = av.VideoFrame.from_ndarray(flat.reshape(-1, SIDE), format="yuv420p")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        return decode(tmp_path / name, [at(25)], 0.2)[0].float().mean(dim=(0, 2, 3)).tolist()
+
+    luma = 255 / 219 * (y - 16)
+    plain = [luma + 1.596 * (cr - 128), luma - 0.392 * (cb - 128) - 0.813 * (cr - 128)]
+    tagged = [luma + 1.793 * (cr - 128), luma - 0.213 * (cb - 128) - 0.533 * (cr - 128)]
+    assert red("plain.mp4", {})[:2] == pytest.approx(plain, abs=2)
+    bt709 = {"x264-params": "colormatrix=bt709:colorprim=bt709:transfer=bt709"}
+    assert red("bt709.mp4", bt709)[:2] == pytest.approx(tagged, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scaled"),
+    [(360, 640, (224, 398)), (240, 320, (224, 298)), (300, 200, (336, 224)), (99, 50, (443, 224))],
+)
+def test_the_crop_of_known_sizes(height, width, scaled):
+    image = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8)
+    whole = interpolate(
+        image.permute(2, 0, 1)[None].contiguous(), size=scaled, mode="bicubic", antialias=True
+    )[0]
+    top, left = round((scaled[0] - 224) / 2), round((scaled[1] - 224) / 2)
+    assert torch.equal(SYNC_STREAM.fit(image), whole[:, top : top + 224, left : left + 224])
+
+
+@settings(max_examples=40)
+@given(st.integers(5, 90), st.integers(5, 90), st.integers(4, 40), st.integers(0, 99))
+def test_squash_is_torch_bicubic_on_uint8(height, width, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
+    whole = interpolate(
+        image.permute(2, 0, 1)[None].contiguous(), size=(size, size), mode="bicubic", antialias=True
+    )
+    assert torch.equal(FrameStream(8, size, "squash").fit(image), whole[0])
+
+
+def test_a_rotation_tag_is_named_and_not_applied(tmp_path):
+    path = make_video(tmp_path / "x.mp4", 10, 25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        upright = decode(path, [at(25)], 0.2)[0]
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    one = 1 << 16
+    assert struct.unpack_from(">9i", data, matrix) == (one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", data, matrix, 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"x\.mp4: the rotation tag \(-?90 degrees\)"):
+        assert torch.equal(decode(path, [at(25)], 0.2)[0], upright)
+
+
+def test_what_is_no_video_is_named(tmp_path):
+    make_video(tmp_path / "good.mp4", 10, 25)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:700])
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "nothing.mp4").write_bytes(b"")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with av.open(str(tmp_path / "noframes.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = SIDE
+        container.start_encoding()
+    for name, reason in [
+        ("missing.mp4", "no such file"),
+        ("text.mp4", "not readable as video"),
+        ("nothing.mp4", "not readable as video"),
+        ("cut.mp4", "not readable as video"),
+        ("sound.mp4", "no video stream, found audio"),
+        ("noframes.avi", "no frames"),
+    ]:
+        with pytest.raises(InputError, match=reason) as caught:
+            decode(tmp_path / name, [at(25)], 0.2)
+        assert str(caught.value).startswith(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no frame"):
+        decode(tmp_path / "good.mp4", [at(8)], 0.1)
+    with pytest.raises(ValueError, match="'fit'"):
+        FrameStream(8, 32, "fit")
+    assert math.isclose(len(decode(tmp_path / "good.mp4", [at(25)], 0.4)[0]), 10)

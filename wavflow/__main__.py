@@ -1,0 +1,8 @@
+"""`python -m wavflow`: the command line."""
+
+from __future__ import annotations
+
+from wavflow.cli import main
+
+if __name__ == "__main__":
+    main()

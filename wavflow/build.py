@@ -1,0 +1,73 @@
+"""From a configuration to a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wavflow.config import Config
+from wavflow.errors import InputError
+from wavflow.features.extract import load_encoders
+from wavflow.model.networks import PRESETS, WavflowModel
+
+
+def build_model(config: Config, empty_string_feat: Tensor | None = None) -> WavflowModel:
+    """The network of a configuration: the named preset, with the sizes the configuration gives.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    model, data = config.model, config.data
+    if model.name not in PRESETS:
+        raise InputError(f"model.name is {model.name!r}; wanted one of {', '.join(PRESETS)}")
+    own = {
+        name: getattr(model, name)
+        for name in ("hidden_dim", "depth", "fused_depth", "num_heads", "mlp_ratio")
+        if getattr(model, name) is not None
+    }
+    sizes = dataclasses.replace(
+        PRESETS[model.name],
+        latent_dim=data.audio_dim,
+        latent_seq_len=data.latent_seq_len,
+        clip_seq_len=data.clip_seq_len,
+        clip_dim=data.clip_dim,
+        sync_seq_len=data.sync_seq_len,
+        sync_dim=data.sync_dim,
+        text_seq_len=data.text_seq_len,
+        text_dim=data.text_dim,
+        **own,
+    )
+    return WavflowModel(
+        **dataclasses.asdict(sizes),
+        empty_string_feat=empty_string_feat,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
+
+
+def empty_caption(config: Config) -> Tensor:
+    """Features of the empty caption, (77, text_dim): from `empty_string_ckpt`, else the encoder.
+
+    Raises:
+        InputError: the file or the encoders do not fit the configuration.
+    """
+    shape = config.data.feature_shapes["text_features"]
+    path = config.model.empty_string_ckpt
+    if path is not None:
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file, named by model.empty_string_ckpt")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        where = f"{path}: the empty caption"
+    else:
+        found = load_encoders(config.model.encoders).text.encode([""])
+        where = f"encoders {config.model.encoders}: the empty caption"
+    if (
+        not isinstance(found, Tensor)
+        or tuple(found.shape[-2:]) != shape
+        or found.numel() != math.prod(shape)
+    ):
+        raise InputError(f"{where} is {tuple(getattr(found, 'shape', ()))}; wanted {shape}")
+    return found.reshape(shape).float()

@@ -1,0 +1,178 @@
+"""Checkpoint files: written whole or not at all, read without running anything they carry.
+
+A training checkpoint is a dict with `model` (state dict), `optimizer`, `epoch`, `global_step`,
+`model_ema1` and `model_ema2` (parameter name -> tensor); ours add `config` (plain dict),
+`ema_age`, `ema_decay`, `position`, `elapsed` and `rng`. An EMA file is a flat state dict.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wavflow.ema import initial_share
+from wavflow.errors import InputError
+from wavflow.files import atomic_write
+
+log = logging.getLogger("wavflow")
+
+LATEST = "checkpoint_latest.pth"
+
+# Buffers that older files carry; the model computes them.
+IGNORED_BUFFERS = ("t_embed.freqs", "latent_rot", "clip_rot")
+
+# Decays of files that record none.
+PUBLIC_EMA_DECAY = {"ema1": 0.9999, "ema2": 0.9996}
+
+# Above this share of the initial weights an average sounds like its initialisation.
+YOUNG_EMA_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights out of a file.
+
+    Attributes:
+        path: the file.
+        state: name -> tensor.
+        which: `ema1`, `ema2`, `model`, or `flat` for a file that holds one set only.
+        config: the run's configuration as plain dicts, or None where the file has none.
+        global_step: optimiser steps behind the weights, or None.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    which: str
+    config: dict[str, Any] | None
+    global_step: int | None
+
+
+def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes `content` to a temporary file in the same folder, then renames it to `path`."""
+    with atomic_write(path) as file:
+        torch.save(dict(content), file)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a file of `save` or of the public system onto the CPU.
+
+    Raises:
+        InputError: missing, truncated, not a checkpoint, or holding objects other than
+            tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds, from EOFError to KeyError
+        raise InputError(
+            f"{path}: not a readable checkpoint, {path.stat().st_size} bytes; truncated, "
+            f"or not written by torch.save with plain tensors ({_first_line(error)})"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: wanted a dict of tensors, found {type(content).__name__}")
+    return content
+
+
+def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Like `load`, and demands what a run needs to go on.
+
+    Raises:
+        InputError: also where model, optimizer, epoch or global_step is missing.
+    """
+    content = load(path)
+    missing = [k for k in ("model", "optimizer", "epoch", "global_step") if k not in content]
+    if missing:
+        raise InputError(f"{path}: not a training checkpoint, it lacks {', '.join(missing)}")
+    return content
+
+
+def read_weights(path: str | os.PathLike[str], ema: str = "ema1") -> Weights:
+    """Reads one set of weights from a training checkpoint or a flat EMA file.
+
+    A young average is warned about with the share of the initialisation left in it.
+
+    Args:
+        path: the file.
+        ema: `ema1`, `ema2`, or `none` for the weights as trained.
+
+    Raises:
+        InputError: as `load`; or a training checkpoint without the average asked for.
+    """
+    if ema not in ("ema1", "ema2", "none"):
+        raise InputError(f"ema is {ema!r}; wanted ema1, ema2 or none")
+    path = Path(path)
+    content = load(path)
+    if "model" not in content:
+        if not content or not all(isinstance(v, Tensor) for v in content.values()):
+            found = ", ".join(map(str, list(content)[:3])) or "nothing"
+            raise InputError(f"{path}: not a WavFlow checkpoint; it holds {found}")
+        return Weights(path, content, "flat", None, None)
+    state = content["model"]
+    config, step = content.get("config"), content.get("global_step")
+    if ema == "none":
+        return Weights(path, dict(state), "model", config, step)
+    average = content.get(f"model_{ema}")
+    if not average:
+        raise InputError(f"{path}: it has no model_{ema}; ask for ema=none")
+    _warn_if_young(path, ema, content)
+    return Weights(path, {**state, **average}, ema, config, step)
+
+
+def _warn_if_young(path: Path, ema: str, content: Mapping[str, Any]) -> None:
+    warmed_up = "ema_age" in content
+    updates = content.get("ema_age", content.get("global_step"))
+    if updates is None:
+        return
+    decay = content.get("ema_decay", PUBLIC_EMA_DECAY)[ema]
+    share = initial_share(decay, int(updates), warmed_up=warmed_up)
+    if share > YOUNG_EMA_SHARE:
+        log.warning(
+            "%s: %s is too young: after %d updates at decay %g, %.0f %% of it is still the "
+            "initialisation; ask for ema=none",
+            path,
+            ema,
+            updates,
+            decay,
+            100 * share,
+        )
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Copies `state` into `module`, every tensor or none.
+
+    Raises:
+        InputError: a tensor of another shape (its name, the found and the wanted shape), a
+            missing or a foreign one.
+    """
+    wanted = module.state_dict()
+    state = {k: v for k, v in state.items() if k not in IGNORED_BUFFERS or k in wanted}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{path}: {name} is a {type(tensor).__name__}; wanted a tensor")
+        if name in wanted and tensor.shape != wanted[name].shape:
+            raise InputError(
+                f"{path}: {name} is {tuple(tensor.shape)}; "
+                f"the model wants {tuple(wanted[name].shape)}"
+            )
+    for kind, names in (
+        ("lacks", [n for n in wanted if n not in state]),
+        ("has foreign", [n for n in state if n not in wanted]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{path}: it {kind} {names[0]}{more}; it is of another model")
+    module.load_state_dict(state, strict=True)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

@@ -1,0 +1,255 @@
+"""The command line: `wavflow toy | extract | train | generate | infer | demo | info`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wavflow import __version__
+from wavflow.console import console, counter, show_log
+from wavflow.errors import InputError
+
+app = typer.Typer(
+    name="wavflow",
+    help="Flow matching on raw audio: sound for videos and captions.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Seed = Annotated[int, typer.Option(help="Base seed.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; default one per core.")]
+ConfigFile = Annotated[str, typer.Option(help="A YAML file, or a packaged configuration's name.")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0 well, 1 some rows failed, 2 unusable input."""
+    show_log()
+    try:
+        app(args=None if argv is None else list(argv), prog_name="wavflow")
+    except InputError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
+
+
+@app.command()
+def toy(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    clips: Annotated[int, typer.Option(help="Training clips.")] = 1000,
+    seed: Seed = 0,
+    heldout: Annotated[int, typer.Option(help="Held-out clips.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 2.0,
+    rate: Annotated[int, typer.Option(help="Samples per second.")] = 8000,
+    workers: Workers = None,
+) -> None:
+    """Write a toy world: videos of things that are struck, their sounds, captions."""
+    from wavflow.data.toy import write_toy_world
+
+    try:
+        write_toy_world(
+            out,
+            clips,
+            seed,
+            heldout=heldout,
+            seconds=seconds,
+            rate=rate,
+            workers=workers,
+            progress=True,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    _say(f"{clips} training and {heldout} held-out clips in {out}")
+
+
+@app.command()
+def extract(
+    csv: Annotated[Path, typer.Option(help="Table: id, audio_path, video_path, caption.")],
+    out: Annotated[Path, typer.Option(help="Folder for features and the training table.")],
+    config: ConfigFile = "toy_8k",
+    encoders: Annotated[str | None, typer.Option(help="Instead of the configuration's.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Instead of the configuration's.")] = None,
+    workers: Workers = None,
+) -> None:
+    """Encode videos and captions, and write the table that training reads."""
+    from wavflow.features.extract import extract
+
+    with counter("extract") as progress:
+        result = extract(
+            csv,
+            out,
+            config=config,
+            encoders=encoders,
+            seconds=seconds,
+            workers=workers,
+            progress=progress,
+        )
+    _say(f"{result.csv}: {result.done} extracted, {result.kept} kept, {result.failed} failed")
+    _exit(result.done + result.kept, result.failed, result.report)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+) -> None:
+    """Train, or go on with the run that the configuration describes."""
+    from wavflow.training import train
+
+    try:
+        result = train(config, overrides or ())
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    _say(
+        f"{result.checkpoint}: {result.steps} steps, {result.parameters / 1e6:.1f} M parameters, "
+        f"loss {result.loss:.4f}, {result.seconds:.0f} s"
+    )
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint or EMA file.")],
+    out: Annotated[Path, typer.Option(help="A .wav or .flac file; with --csv a folder.")],
+    caption: Annotated[str | None, typer.Option(help="What is heard.")] = None,
+    video: Annotated[Path | None, typer.Option(help="What is seen.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table: video_path, caption, ...")] = None,
+    config: Annotated[str | None, typer.Option(help="For a checkpoint that carries none.")] = None,
+    ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
+    seed: Seed = 42,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 or less is none.")] = 4.5,
+    steps: Annotated[int | None, typer.Option(help="Solver steps; default as trained.")] = None,
+    solver: Annotated[str, typer.Option(help="euler or adaptive.")] = "euler",
+    loudness: Annotated[float, typer.Option(help="LUFS of the output.")] = -23.0,
+    keep_loudness: Annotated[bool, typer.Option("--keep-loudness", help="As generated.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Clips at a time.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Generate sound for a caption, a video, both, or a table of them."""
+    from wavflow.config import load_config
+    from wavflow.infer import infer
+    from wavflow.sampler import Sampler
+
+    if (csv is None) == (caption is None and video is None):
+        raise InputError("give --caption, --video or both, or --csv alone")
+    level = None if keep_loudness else loudness
+    sampler = Sampler.load(
+        checkpoint, device, dtype, ema, None if config is None else load_config(config)
+    )
+    options = {"guidance": guidance, "steps": steps, "solver": solver, "batch_size": batch_size}
+    with counter("generate") as progress:
+        if csv is not None:
+            result = infer(
+                sampler, csv, out, seed=seed, loudness=level, progress=progress, **options
+            )
+        else:
+            if out.suffix.lower() not in (".wav", ".flac"):
+                raise InputError(f"--out is {out}; wanted a .wav or .flac file")
+            (sound,) = sampler.generate([caption], [video], seed=seed, **options)
+    if csv is not None:
+        _say(f"{result.out}: {result.done} generated, {result.failed} failed")
+        _exit(result.done, result.failed, result.report)
+    else:
+        (sound if level is None else sound.loud(level)).save(out)
+        _say(f"{out}: {sound.wave.numel() / sound.rate:.2f} s at {sound.rate} Hz")
+
+
+@app.command()
+def infer(
+    config: ConfigFile,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+) -> None:
+    """Generate for a table as a YAML file says: model.ckpt_path, data.csv_path, output, ..."""
+    from wavflow.config import load_config
+    from wavflow.infer import infer_config
+
+    loaded = load_config(config, overrides or ())
+    with counter("generate") as progress:
+        result = infer_config(loaded, progress=progress)
+    _say(f"{result.out}: {result.done} generated, {result.failed} failed")
+    _exit(result.done, result.failed, result.report)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for sounds, pictures and report.html.")] = Path(
+        "out/demo"
+    ),
+    seed: Seed = 0,
+) -> None:
+    """Toy world, extraction, training and generation in a few minutes, with a report."""
+    from wavflow.demo.run import run_demo
+
+    try:
+        run_demo(out, seed=seed)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[Path | None, typer.Argument(help="A checkpoint to describe.")] = None,
+) -> None:
+    """Print versions, what runs here, and what a checkpoint holds."""
+    import platform
+
+    import torch
+
+    from wavflow import precision
+    from wavflow_kernels.__main__ import report
+
+    device = precision.resolve_device()
+    dtype = precision.resolve_dtype("auto", device)
+    capabilities = torch.cpu.get_capabilities()
+    units = [n for n in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if capabilities.get(n)]
+    print(f"wavflow {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(
+        f"cpu: {capabilities.get('cpu_name', platform.processor())}, {os.cpu_count()} cores, "
+        f"{' '.join(units) or 'no vector units known'}"
+    )
+    print(f"model: {precision.describe(device, dtype)}")
+    print(report())
+    if checkpoint is not None:
+        for line in _describe_checkpoint(checkpoint):
+            print(line)
+
+
+def _describe_checkpoint(path: Path) -> list[str]:
+    from wavflow.checkpoint import load
+
+    content = load(path)
+    state = content.get("model", content)
+    numbers = sum(t.numel() for t in state.values() if hasattr(t, "numel"))
+    lines = [f"{path}: {len(state)} tensors, {numbers:,} numbers"]
+    for key in ("epoch", "global_step", "loss", "elapsed", "ema_age", "ema_decay"):
+        if key in content:
+            lines.append(f"  {key}: {content[key]}")
+    config = content.get("config")
+    if config:
+        data = config["data"]
+        lines.append(
+            f"  {config['model']['name']}, encoders {config['model']['encoders']}, "
+            f"{data['audio_duration']} s at {data['target_sample_rate']} Hz"
+        )
+    return lines
+
+
+def _say(text: str) -> None:
+    console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _exit(done: int, failed: int, report: Path) -> None:
+    if failed:
+        _say(f"{failed} rows failed; {report} says why")
+        raise typer.Exit(1 if done else 2)
+
+
+def _fail(error: object) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2)

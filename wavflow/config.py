@@ -1,0 +1,392 @@
+"""The configuration: frozen dataclasses filled from YAML files and `key=value` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wavflow.errors import InputError
+from wavflow.files import atomic_write
+
+log = logging.getLogger("wavflow")
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+
+
+def _one_of(default: str, *others: str) -> Any:
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+def _over(default: float | None, low: float, *, equal: bool = False) -> Any:
+    return field(default=default, metadata={"low": low, "equal": equal})
+
+
+def _idle(default: Any) -> Any:
+    """A key of public files that has no effect here yet."""
+    return field(default=default, metadata={"idle": True})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network and which encoders. A size left at null is the named preset's."""
+
+    name: str = "medium_16k"
+    hidden_dim: int | None = _over(None, 0)
+    depth: int | None = _over(None, 0)
+    fused_depth: int | None = _over(None, 0, equal=True)
+    num_heads: int | None = _over(None, 0)
+    mlp_ratio: float | None = _over(None, 0)
+    encoders: str = "clip_synchformer"
+    ckpt_path: str | None = None
+    use_ema: bool | str = True
+    empty_string_ckpt: str | None = None
+    clip_model_name: str = _idle("ViT-H-14-378-quickgelu")
+    clip_pretrained: str = _idle("dfn5b")
+    synchformer_ckpt: str | None = _idle(None)
+
+    @property
+    def ema(self) -> str:
+        """Which weights a checkpoint is read for: `ema1`, `ema2` or `none`."""
+        return {True: "ema1", False: "none"}.get(self.use_ema, self.use_ema)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The table of clips, for training or for generation, and the sizes of a clip's data."""
+
+    csv_path: str | None = None
+    data_root: str | None = None
+    audio_scale: float = _over(3.0, 0)
+    target_sample_rate: int = _over(16000, 0)
+    audio_duration: float = _over(8.0, 0)
+    audio_dim: int = _over(200, 0)
+    clip_seq_len: int = _over(64, 0)
+    clip_dim: int = _over(1024, 0)
+    sync_seq_len: int = _over(192, 0)
+    sync_dim: int = _over(768, 0)
+    text_seq_len: int = _over(77, 0)
+    text_dim: int = _over(1024, 0)
+    cache_mb: int = _over(4096, 0, equal=True)
+
+    @property
+    def samples(self) -> int:
+        """Samples in one clip."""
+        return round(self.target_sample_rate * self.audio_duration)
+
+    @property
+    def latent_seq_len(self) -> int:
+        """Tokens in one clip, ceil(samples / audio_dim)."""
+        return math.ceil(self.samples / self.audio_dim)
+
+    @property
+    def feature_shapes(self) -> dict[str, tuple[int, int]]:
+        """Key in a feature file -> (rows, width)."""
+        return {
+            "clip_features": (self.clip_seq_len, self.clip_dim),
+            "sync_features": (self.sync_seq_len, self.sync_dim),
+            "text_features": (self.text_seq_len, self.text_dim),
+        }
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The flow: path, prediction, law of t in training (mean, scale), solver and steps."""
+
+    prediction_type: str = _one_of("x", "v")
+    noise_shift: float = _over(1.0, 0)
+    min_sigma: float = _over(0.0, 0, equal=True)
+    method: str = _one_of("euler", "adaptive")
+    num_steps: int = _over(50, 0)
+    noise_scale: float = _over(1.0, 0)
+    mean: float = 0.0
+    scale: float = _over(1.0, 0)
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Generation from a table of clips."""
+
+    cfg: float = 4.5
+    batch_size: int = _over(8, 0)
+    seed: int = 42
+    trim_to_duration: bool = True
+    device: str = "auto"
+    dtype: str = _one_of("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where generated sound goes and how loud it is."""
+
+    output_dir: str = "outputs"
+    loudness_norm: bool = True
+    loudness_target_lufs: float = -23.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Optimiser, schedule, length of the run and what is written when."""
+
+    epochs: int = _over(100, 0)
+    max_steps: int | None = _over(None, 0)
+    max_seconds: float | None = _over(None, 0)
+    warmup_steps: int = _over(1000, 0, equal=True)
+    clip_grad_norm: float = _over(1.0, 0)
+    batch_size: int = _over(32, 0)
+    seed: int = 42
+    start_epoch: int = _over(0, 0, equal=True)
+    num_workers: int = _over(2, 0, equal=True)
+    dataloader_pin_memory: bool = _idle(True)
+    dataloader_prefetch_factor: int = _over(2, 0)
+    device: str = "auto"
+    dtype: str = _one_of("auto", "float32", "bfloat16")
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    output_dir: str = "outputs"
+    lr: float | None = _over(1e-4, 0)
+    blr: float = _over(1e-4, 0)
+    min_lr: float = _over(0.0, 0, equal=True)
+    lr_schedule: str = _one_of("constant", "cosine", "step")
+    lr_schedule_steps: list[int] = field(default_factory=list)
+    lr_schedule_gamma: float = _over(0.1, 0)
+    weight_decay: float = _over(0.0, 0, equal=True)
+    log_freq: int = _over(20, 0)
+    gen_train_freq: int = _over(0, 0, equal=True)
+    checkpoint_freq: int = _over(1, 0)
+    checkpoint_save_epoch: int = _over(0, 0, equal=True)
+    ema_decay1: float = _over(0.9999, 0, equal=True)
+    ema_decay2: float = _over(0.9996, 0, equal=True)
+    ema_checkpoint_save_epoch: int = _over(0, 0, equal=True)
+    loss_type: str = _one_of("v", "x")
+    label_drop_prob: float = _over(0.1, 0, equal=True)
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, or `blr` x batch size / 256 where `lr` is null."""
+        return self.blr * self.batch_size / 256 if self.lr is None else self.lr
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Sampling during training."""
+
+    sampling_method: str = _one_of("euler", "adaptive")
+    num_sampling_steps: int = _over(50, 0)
+    cfg: float = 4.5
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Weights to start from, where the run has no checkpoint of its own yet."""
+
+    initial_load_path: str | None = None
+    initial_load_model_only: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    experiment_id: str = "wavflow"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return dataclasses.asdict(self)
+
+
+# Public files carry keys in these two sections that have no effect here: they are listed once
+# and ignored, unless they look like a misspelling.
+OPEN_SECTIONS = ("eval", "checkpoint")
+
+
+def config_from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
+    """Fills a `Config` from nested mappings.
+
+    Raises:
+        InputError: an unknown key (the nearest known one is named), a value of the wrong type
+            or outside its range (the key, the value and what is wanted are named).
+    """
+    config = _fill(Config, values, "", where)
+    if config.model.use_ema not in (True, False, "ema1", "ema2", "none"):
+        raise InputError(
+            f"{where}: model.use_ema is {config.model.use_ema!r}; "
+            "wanted true, false, ema1, ema2 or none"
+        )
+    return config
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file, or a packaged preset by name, with `key=value` overrides on top.
+
+    `_base_: other.yaml` in a file is read first and merged under it, relative to that file,
+    recursively.
+
+    Args:
+        path: a YAML file, or one of `preset_names()`.
+        overrides: such as `training.batch_size=8`; values are YAML.
+
+    Raises:
+        InputError: a missing or unreadable file, a cycle of `_base_`, an unknown key, a value
+            of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    source = _find(path)
+    merged = OmegaConf.create(_read_yaml(source, ()))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"override {override!r}: wanted key=value")
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise InputError(f"{source}: {_one_line(error)}") from None
+    return config_from_dict(values, where=str(source))
+
+
+def save_config(path: str | os.PathLike[str], config: Config) -> None:
+    """Writes `config` as YAML that `load_config` reads back."""
+    from omegaconf import OmegaConf
+
+    with atomic_write(path, "w") as file:
+        OmegaConf.save(OmegaConf.create(config.to_dict()), file)
+
+
+def preset_names() -> list[str]:
+    """Names of the packaged configurations."""
+    return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
+    source = Path(path)
+    if source.is_file():
+        return source
+    packaged = CONFIG_DIR / f"{path}.yaml"
+    if source.name == str(path) and packaged.is_file():
+        return packaged
+    raise InputError(f"{path}: no such config file; packaged ones: {', '.join(preset_names())}")
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    resolved = path.resolve()
+    if resolved in seen:
+        raise InputError(f"{path}: _base_ leads back to this file")
+    if not path.is_file():
+        raise InputError(f"{seen[-1]}: _base_ names {path}, which does not exist")
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML ({_one_line(error)})") from None
+    if not OmegaConf.is_dict(loaded):
+        raise InputError(f"{path}: wanted a mapping of sections, found {type(loaded).__name__}")
+    base = loaded.pop("_base_", None)
+    if base is None:
+        return OmegaConf.to_container(loaded)
+    under = _read_yaml(path.parent / str(base), (*seen, resolved))
+    return OmegaConf.to_container(OmegaConf.merge(under, loaded))
+
+
+def _fill(cls: type, values: Any, prefix: str, where: str) -> Any:
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: {prefix.rstrip('.')} is {values!r}; wanted a mapping of keys")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    ignored = []
+    given = {}
+    for key, value in values.items():
+        if key in fields:
+            if fields[key].metadata.get("idle") and value != fields[key].default:
+                ignored.append(f"{prefix}{key}")
+            given[key] = _value(fields[key], hints[key], value, f"{prefix}{key}", where)
+            continue
+        near = difflib.get_close_matches(str(key), fields, 1, 0.75)
+        if prefix.rstrip(".") in OPEN_SECTIONS and not near:
+            ignored.append(f"{prefix}{key}")
+            continue
+        raise InputError(
+            f"{where}: unknown key {prefix}{key}; did you mean {_nearest(key, fields, prefix)}?"
+        )
+    if ignored:
+        log.warning("%s: keys with no effect here: %s", where, ", ".join(ignored))
+    return cls(**given)
+
+
+def _nearest(key: Any, fields: Iterable[str], prefix: str) -> str:
+    fields = list(fields)
+    if prefix:
+        here = difflib.get_close_matches(str(key), fields, 1, 0.6)
+        if here:
+            return f"{prefix}{here[0]}"
+    everywhere = {
+        name.rpartition(".")[2]: name for name in [*_all_keys(), *(f"{prefix}{f}" for f in fields)]
+    }
+    return everywhere[difflib.get_close_matches(str(key), everywhere, 1, 0.0)[0]]
+
+
+def _all_keys() -> list[str]:
+    hints = typing.get_type_hints(Config)
+    keys = []
+    for name, kind in hints.items():
+        keys.append(name)
+        if dataclasses.is_dataclass(kind):
+            keys += [f"{name}.{f.name}" for f in dataclasses.fields(kind)]
+    return keys
+
+
+def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _fill(hint, value, f"{key}.", where)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    for kind in kinds:
+        if typing.get_origin(kind) is list:
+            item = typing.get_args(kind)[0]
+            if isinstance(value, list) and all(type(v) is item for v in value):
+                break
+        elif type(value) is kind:
+            break
+    else:
+        wanted = " or ".join(
+            "null" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds
+        )
+        raise InputError(f"{where}: {key} is {value!r} ({type(value).__name__}); wanted {wanted}")
+    meta = spec.metadata
+    if "choices" in meta and value not in meta["choices"]:
+        raise InputError(f"{where}: {key} is {value!r}; wanted one of {', '.join(meta['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: {key} is {value}; wanted a finite number")
+    if "low" in meta and (value < meta["low"] or (value == meta["low"] and not meta["equal"])):
+        sign = ">=" if meta["equal"] else ">"
+        raise InputError(f"{where}: {key} is {value}; wanted {sign} {meta['low']}")
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

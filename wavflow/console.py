@@ -1,0 +1,70 @@
+"""What is shown to people: one console on stderr, its log lines and progress bars."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+@functools.cache
+def console() -> Console:
+    """The console; stdout is left to results."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+class _Handler(logging.Handler):
+    """Prints above a running progress bar, one record on one line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
+
+
+def show_log(level: int = logging.INFO) -> None:
+    """Shows the `wavflow` log on the console; without this only warnings reach stderr."""
+    logger = logging.getLogger("wavflow")
+    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+        logger.addHandler(_Handler(level))
+    logger.setLevel(level)
+
+
+def progress_bar(text: str) -> Progress:
+    """A progress bar that ends in `text`, a rich format over the task's fields."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn(text),
+        TimeElapsedColumn(),
+        console=console(),
+        transient=True,
+    )
+
+
+@contextmanager
+def counter(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar behind a function (done, total); it starts at the first call.
+
+    Its thread must not exist yet when a job forks its workers.
+    """
+    bar = progress_bar("{task.completed}/{task.total}")
+    task = bar.add_task(what, total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()

@@ -1,0 +1,1 @@
+"""Manifests, data sets and the toy world."""

@@ -1,0 +1,238 @@
+"""Strict reading and writing of the CSV files that list clips.
+
+Columns that are known: id, audio_path, video_path, features_path, caption, video_exist,
+text_exist; others are kept as they are. Everything is text: "001" stays "001".
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wavflow.errors import InputError
+from wavflow.files import atomic_write, check_id
+
+PATH_COLUMNS = ("audio_path", "video_path", "features_path")
+FLAG_COLUMNS = ("video_exist", "text_exist")
+STATUSES = ("ok", "skipped", "failed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One good row. Paths are resolved; a path that is absent or empty is None.
+
+    `number` counts as a spreadsheet does: the header is row 1. `fields` holds the cells as read.
+    """
+
+    number: int
+    id: str
+    audio_path: Path | None
+    video_path: Path | None
+    features_path: Path | None
+    caption: str
+    video_exist: bool
+    text_exist: bool
+    fields: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RowError:
+    """One row that cannot be used: which, which cell, what it holds and what is wrong with it."""
+
+    row_number: int
+    id: str
+    field: str
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        shown = self.value if len(self.value) <= 80 else self.value[:77] + "..."
+        return f"row {self.row_number}, {self.field} {shown!r}: {self.reason}"
+
+
+class Manifest(list[Row]):
+    """The good rows of a CSV, in order, and beside them the rows that cannot be used."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        super().__init__()
+        self.path = path
+        self.columns = tuple(columns)
+        self.errors: list[RowError] = []
+
+
+class ReportRow(NamedTuple):
+    """What became of one row: status is "ok", "skipped" or "failed"."""
+
+    id: str
+    status: str
+    reason: str = ""
+
+
+class _BadCell(Exception):
+    def __init__(self, field: str, value: str, reason: str) -> None:
+        self.field, self.value, self.reason = field, value, reason
+
+
+def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
+    line = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header, rows = [], []
+            for line, cells in enumerate(reader, 1):
+                if line == 1:
+                    header = [name.strip() for name in cells]
+                else:
+                    rows.append(cells)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, wanted a CSV") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, row {line + 1}: not valid CSV ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return header, rows
+
+
+def read_manifest(
+    path: str | os.PathLike[str],
+    required: Iterable[str] = (),
+    *,
+    data_root: str | os.PathLike[str] | None = None,
+) -> Manifest:
+    """Read a CSV (UTF-8, with or without BOM).
+
+    Columns named in `required` must be there (else InputError naming file and column) and their
+    ids and paths filled in; a video_path may be empty where video_exist is 0. Relative paths are
+    taken from `data_root`, by default the CSV's folder. Without an id column, or where its cell
+    is empty and id is not required, the id is the video's stem, else row_%05d of the 0-based row.
+    Without a flag column, video_exist says whether there is a video_path or features_path, and
+    text_exist whether there is a caption. An empty caption makes text_exist false.
+
+    Rows that cannot be used (bad flag, duplicate or hostile id, empty path, wrong number of
+    cells) are left out and listed in `.errors`.
+    """
+    path = Path(path)
+    required = tuple(required)
+    header, table = _read_cells(path)
+    if not any(header):
+        raise InputError(f"{path}: empty, wanted a header with {', '.join(required) or 'columns'}")
+    for name in header:
+        if header.count(name) > 1:
+            raise InputError(f"{path}: column {name!r} is there {header.count(name)} times")
+    for name in required:
+        if name not in header:
+            raise InputError(f"{path}: no column {name!r}, found {', '.join(header)}")
+    root = path.parent if data_root is None else Path(data_root)
+
+    manifest = Manifest(path, header)
+    seen: dict[str, int] = {}
+    index = -1
+    for number, cells in enumerate(table, 2):
+        if not cells:
+            continue
+        index += 1
+        named = dict(zip(header, cells, strict=False))
+        try:
+            if len(cells) != len(header):
+                raise _BadCell("row", ",".join(cells), f"{len(cells)} cells, header {len(header)}")
+            row = _parse_row(named, required, root, number, index)
+            if row.id in seen:
+                raise _BadCell("id", row.id, f"already the id of row {seen[row.id]}")
+        except _BadCell as bad:
+            id = named.get("id", "") or f"row_{index:05d}"
+            manifest.errors.append(RowError(number, id, bad.field, bad.value, bad.reason))
+            continue
+        seen[row.id] = number
+        manifest.append(row)
+    if index < 0:
+        raise InputError(f"{path}: a header and no rows")
+    return manifest
+
+
+def _parse_row(
+    named: dict[str, str], required: Sequence[str], root: Path, number: int, index: int
+) -> Row:
+    flags: dict[str, bool | None] = {}
+    for name in FLAG_COLUMNS:
+        cell = named.get(name)
+        if cell is not None and cell.strip() not in ("0", "1"):
+            raise _BadCell(name, cell, "wanted 0 or 1")
+        flags[name] = None if cell is None else cell.strip() == "1"
+
+    paths: dict[str, Path | None] = {}
+    for name in PATH_COLUMNS:
+        cell = named.get(name, "").strip()
+        if "\0" in cell:
+            raise _BadCell(name, cell, "holds a NUL character")
+        paths[name] = root / cell if cell else None
+    has_video = paths["video_path"] is not None or paths["features_path"] is not None
+    video_exist = has_video if flags["video_exist"] is None else flags["video_exist"]
+    for name in required:
+        if name in PATH_COLUMNS and paths[name] is None:
+            if name != "video_path" or video_exist:
+                raise _BadCell(name, "", "empty path")
+    if video_exist and not has_video and ({"video_path", "features_path"} & named.keys()):
+        raise _BadCell("video_exist", "1", "there is no video_path or features_path in the row")
+
+    caption = named.get("caption", "").strip()
+    text_exist = bool(caption) if flags["text_exist"] is None else flags["text_exist"]
+    if "caption" in named and not caption:
+        text_exist = False
+
+    id = named.get("id", "").strip()
+    if not id and "id" in required:
+        raise _BadCell("id", "", "empty id")
+    if not id:
+        video = paths["video_path"]
+        id = f"row_{index:05d}" if video is None else video.stem
+    try:
+        check_id(id)
+    except InputError as error:
+        raise _BadCell("id", id, str(error)) from None
+    return Row(
+        number=number,
+        id=id,
+        caption=caption,
+        video_exist=video_exist,
+        text_exist=text_exist,
+        fields=named,
+        **paths,
+    )
+
+
+def write_csv(
+    path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
+) -> None:
+    """Write `rows` atomically. Booleans become 0/1, None and absent cells become empty.
+
+    A key that is not in `columns` is a ValueError.
+    """
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        return str(int(value)) if isinstance(value, bool) else str(value)
+
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: cell(value) for name, value in row.items()})
+
+
+def write_report(
+    path: str | os.PathLike[str], rows: Iterable[ReportRow | tuple[str, str, str]]
+) -> None:
+    """Write id, status, reason of every row of a batch job, atomically; reasons take one line."""
+    table = []
+    for id, status, reason in rows:
+        if status not in STATUSES:
+            raise ValueError(f"report: status of {id!r} is {status!r}, wanted one of {STATUSES}")
+        table.append({"id": id, "status": status, "reason": " ".join(reason.split())})
+    write_csv(path, table, ("id", "status", "reason"))

@@ -1,0 +1,74 @@
+"""The sounds of the toy world's objects: short, distinct, starting at their impacts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from wavflow.data.toy import Scene
+
+#: Inharmonic partials of a small bell: ratio to the first, level, share of its decay time.
+_PARTIALS = ((1.0, 1.0, 1.0), (1.51, 0.5, 0.8), (2.34, 0.6, 0.6), (3.07, 0.35, 0.4))
+
+
+def _attack(t: np.ndarray, seconds: float) -> np.ndarray:
+    return np.minimum(1.0, t / seconds)
+
+
+def _bell(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    base, decay = 700.0 + 400.0 * pitch, 0.11 - 0.02 * pitch
+    wave = np.zeros_like(t)
+    for ratio, level, share in _PARTIALS:
+        phase = rng.uniform(0, 2 * np.pi)
+        wave += level * np.exp(-t / (decay * share)) * np.sin(2 * np.pi * base * ratio * t + phase)
+    return 0.5 * _attack(t, 0.001) * wave
+
+
+def _drum(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    low, fall, decay = 65.0 + 45.0 * pitch, 90.0, 0.10 - 0.02 * pitch
+    phase = 2 * np.pi * (low * t + fall * 0.03 * (1 - np.exp(-t / 0.03)))
+    skin = np.exp(-t / decay) * np.sin(phase)
+    stick = 0.15 * np.exp(-t / 0.004) * rng.standard_normal(t.size)
+    return _attack(t, 0.001) * (1.1 * skin + stick)
+
+
+def _steam(t: np.ndarray, pitch: float, rng: np.random.Generator, rate: int) -> np.ndarray:
+    spectrum = np.fft.rfft(rng.standard_normal(t.size))
+    frequency = np.fft.rfftfreq(t.size, 1 / rate)
+    low, high = 1000.0 + 700.0 * pitch, 3400.0 + 400.0 * pitch
+    spectrum *= 1 / (1 + np.exp((low - frequency) / 80)) / (1 + np.exp((frequency - high) / 80))
+    noise = np.fft.irfft(spectrum, t.size)
+    noise /= np.sqrt(np.mean(noise**2))
+    return 0.35 * _attack(t, 0.003) * np.exp(-t / (0.085 - 0.02 * pitch)) * noise
+
+
+def _bird(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    length = 0.16 - 0.04 * pitch
+    start, stop = 1000.0 + 500.0 * pitch, 2500.0 + 900.0 * pitch
+    sweep = start * t + (stop - start) * t**2 / (2 * length)
+    envelope = _attack(t, 0.003) / (1 + np.exp((t - length) / 0.010))
+    return 0.6 * envelope * np.sin(2 * np.pi * sweep + rng.uniform(0, 2 * np.pi))
+
+
+def synthesize(scene: Scene, seconds: float, rate: int) -> np.ndarray:  # (samples,) int16
+    """The clip's sound: one event per impact over a quiet noise floor."""
+    rng = scene.rng(1)
+    samples = round(seconds * rate)
+    wave = np.zeros(samples)
+    for time in scene.times:
+        start = round(time * rate)
+        t = np.arange(samples - start) / rate
+        pitch = float(np.clip(scene.pitch + rng.uniform(-0.05, 0.05), 0, 1))
+        if scene.kind == "bell":
+            event = _bell(t, pitch, rng)
+        elif scene.kind == "drum":
+            event = _drum(t, pitch, rng)
+        elif scene.kind == "steam":
+            event = _steam(t, pitch, rng, rate)
+        else:
+            event = _bird(t, pitch, rng)
+        wave[start:] += (0.35 + 0.5 * scene.strength) * rng.uniform(0.85, 1.0) * event
+    wave += 10 ** rng.uniform(-3.3, -2.7) * rng.standard_normal(samples)
+    return np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)

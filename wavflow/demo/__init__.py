@@ -1,0 +1,1 @@
+"""The demo: a toy world, a model trained on it, its sounds, and figures that judge them."""

@@ -1,0 +1,1 @@
+"""Video decoding and the encoders that turn frames and captions into features."""

@@ -1,0 +1,445 @@
+"""WavFlow's network (arXiv 2605.18749): a multimodal diffusion transformer on waveform tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from wavflow.model.blocks import (
+    Conditioning,
+    FinalLayer,
+    JointBlock,
+    SwiGLU,
+    TokenConv,
+    TransformerBlock,
+)
+from wavflow.model.embeddings import TimestepEmbedding, rope_table
+from wavflow.model.shapes import check_shape
+
+# One segment of sync features is 8 tokens; their positions inside it have a learned embedding.
+SYNC_SEGMENT = 8
+# Older checkpoints store these tables; they are computed here.
+IGNORED_KEYS = frozenset({"t_embed.freqs", "latent_rot", "clip_rot"})
+
+
+@dataclass(frozen=True)
+class WavflowConfig:
+    """Sizes of a network. Sequence lengths are those of one clip; ``latent_dim`` is in samples."""
+
+    latent_dim: int = 200
+    clip_dim: int = 1024
+    sync_dim: int = 768
+    text_dim: int = 1024
+    hidden_dim: int = 896
+    depth: int = 12
+    fused_depth: int = 8
+    num_heads: int = 14
+    mlp_ratio: float = 4.0
+    latent_seq_len: int = 640
+    clip_seq_len: int = 64
+    sync_seq_len: int = 192
+    text_seq_len: int = 77
+
+    def __post_init__(self) -> None:
+        if self.hidden_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_dim is {self.hidden_dim}, wanted a multiple of 2 * num_heads "
+                f"= {2 * self.num_heads}"
+            )
+        if not 0 <= self.fused_depth < self.depth:
+            raise ValueError(f"fused_depth is {self.fused_depth}, wanted 0 to {self.depth - 1}")
+        for name in ("latent_seq_len", "clip_seq_len", "sync_seq_len", "text_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
+        if self.sync_seq_len % SYNC_SEGMENT:
+            raise ValueError(
+                f"sync_seq_len is {self.sync_seq_len}, wanted a multiple of {SYNC_SEGMENT}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_dim // self.num_heads
+
+    @property
+    def joint_depth(self) -> int:
+        return self.depth - self.fused_depth
+
+    @property
+    def ffn_width(self) -> int:
+        """The asked width of the blocks' feed-forwards."""
+        return int(self.mlp_ratio * self.hidden_dim)
+
+
+PRESETS: dict[str, WavflowConfig] = {
+    "medium_16k": WavflowConfig(),
+    "medium_44k": WavflowConfig(latent_seq_len=1764),
+    "large_16k": WavflowConfig(depth=21, fused_depth=14),
+    "large_44k": WavflowConfig(depth=21, fused_depth=14, latent_seq_len=1764),
+    # 2 s at 8 kHz, with the embedded encoders' features.
+    "toy_8k": WavflowConfig(
+        latent_dim=80,
+        clip_dim=64,
+        sync_dim=96,
+        text_dim=64,
+        hidden_dim=128,
+        depth=4,
+        fused_depth=2,
+        num_heads=2,
+        latent_seq_len=200,
+        clip_seq_len=16,
+        sync_seq_len=48,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Projected features of b clips: what the network needs of them at every step."""
+
+    clip_f: Tensor  # (b n_clip c)
+    text_f: Tensor  # (b n_text c)
+    clip_f_c: Tensor  # (b c), projected mean over the clip tokens
+    text_f_c: Tensor  # (b c), projected mean over the text tokens
+    sync_rows: Tensor  # (b n_sync c), before upsampling
+    sync_index: Tensor  # (n) int64, monotone: the sync row of each audio token
+
+    @property
+    def sync_f(self) -> Tensor:  # (b n c)
+        """The sync features, upsampled to the audio tokens."""
+        return self.sync_rows.index_select(1, self.sync_index)
+
+    def expand(self, batch: int) -> Conditions:
+        """One clip's conditions repeated ``batch`` times, as views."""
+        return self._map(lambda f: f.expand(batch, *f.shape[1:]))
+
+    def cat(self, other: Conditions) -> Conditions:
+        """The clips of both, which have the same token counts."""
+        return self._map(lambda mine, theirs: torch.cat((mine, theirs)), other)
+
+    def _map(self, function: Callable[..., Tensor], *others: Conditions) -> Conditions:
+        per_clip = [f.name for f in fields(self) if f.name != "sync_index"]
+        sources = (self, *others)
+        return replace(
+            self, **{name: function(*(getattr(s, name) for s in sources)) for name in per_clip}
+        )
+
+
+class WavflowModel(nn.Module):
+    """Predicts clean waveform tokens (or velocities) from noisy ones and video and text features.
+
+    With b clips, n audio tokens of d samples and hidden width c: latent (b n d), clip features
+    (b n_clip clip_dim), sync features (b n_sync sync_dim), text features (b n_text text_dim) and
+    timesteps t (b) in [0, 1], 0 being noise. A tensor of another shape raises a ValueError naming
+    the argument, its shape and the wanted one.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_dim: int,
+        clip_dim: int,
+        sync_dim: int,
+        text_dim: int,
+        hidden_dim: int,
+        depth: int,
+        fused_depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        latent_seq_len: int,
+        clip_seq_len: int,
+        sync_seq_len: int,
+        text_seq_len: int = 77,
+        empty_string_feat: Tensor | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config = WavflowConfig(
+            latent_dim=latent_dim,
+            clip_dim=clip_dim,
+            sync_dim=sync_dim,
+            text_dim=text_dim,
+            hidden_dim=hidden_dim,
+            depth=depth,
+            fused_depth=fused_depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            latent_seq_len=latent_seq_len,
+            clip_seq_len=clip_seq_len,
+            sync_seq_len=sync_seq_len,
+            text_seq_len=text_seq_len,
+        )
+        self.latent_dim = latent_dim
+        self.gradient_checkpointing = gradient_checkpointing
+        dim = hidden_dim
+
+        if empty_string_feat is None:
+            empty_string_feat = torch.zeros(text_seq_len, text_dim)
+        check_shape("empty_string_feat", empty_string_feat, (text_seq_len, text_dim))
+        self.sync_pos_emb = nn.Parameter(torch.zeros(1, 1, SYNC_SEGMENT, sync_dim))
+        self.empty_string_feat = nn.Parameter(
+            empty_string_feat.detach().clone(), requires_grad=False
+        )
+        self.empty_clip_feat = nn.Parameter(torch.zeros(1, clip_dim))
+        self.empty_sync_feat = nn.Parameter(torch.zeros(1, sync_dim))
+
+        # The order of registration is the order of the checkpoints' optimiser states.
+        self.audio_input_proj = nn.Sequential(
+            TokenConv(latent_dim, dim, 7), nn.SELU(), SwiGLU(dim, 4 * dim, 7)
+        )
+        self.clip_input_proj = nn.Sequential(nn.Linear(clip_dim, dim), SwiGLU(dim, 4 * dim, 3))
+        self.sync_input_proj = nn.Sequential(
+            TokenConv(sync_dim, dim, 7), nn.SELU(), SwiGLU(dim, 4 * dim, 3)
+        )
+        self.text_input_proj = nn.Sequential(nn.Linear(text_dim, dim), SwiGLU(dim, 4 * dim))
+        self.clip_cond_proj = nn.Linear(dim, dim)
+        self.text_cond_proj = nn.Linear(dim, dim)
+        self.global_cond_mlp = SwiGLU(dim, 4 * dim)
+        self.final_layer = FinalLayer(dim, latent_dim)
+        self.t_embed = TimestepEmbedding(dim)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(dim, num_heads, config.ffn_width, pre_only=i == config.joint_depth - 1)
+            for i in range(config.joint_depth)
+        )
+        self.fused_blocks = nn.ModuleList(
+            TransformerBlock(dim, num_heads, config.ffn_width, kernel_size=3)
+            for _ in range(fused_depth)
+        )
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                if name.startswith("t_embed."):
+                    nn.init.normal_(module.weight, std=0.02)
+                elif "adaLN_modulation" in name:
+                    nn.init.zeros_(module.weight)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.final_layer.conv.weight)
+        nn.init.zeros_(self.final_layer.conv.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.empty_clip_feat.device
+
+    @property
+    def latent_seq_len(self) -> int:
+        return self.config.latent_seq_len
+
+    @property
+    def clip_seq_len(self) -> int:
+        return self.config.clip_seq_len
+
+    @property
+    def sync_seq_len(self) -> int:
+        return self.config.sync_seq_len
+
+    def update_seq_lengths(self, latent_seq_len: int, clip_seq_len: int, sync_seq_len: int) -> None:
+        """Sets the token counts of the clips to come; conditions made before no longer fit."""
+        self.config = replace(
+            self.config,
+            latent_seq_len=latent_seq_len,
+            clip_seq_len=clip_seq_len,
+            sync_seq_len=sync_seq_len,
+        )
+
+    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Loads a whole state dict; what is missing, unknown or misshapen raises a ValueError."""
+        given = {name: value for name, value in state_dict.items() if name not in IGNORED_KEYS}
+        wanted = self.state_dict()
+        problems = [f"{name} is missing" for name in wanted if name not in given]
+        problems += [f"{name} is unknown" for name in given if name not in wanted]
+        problems += [
+            f"{name} has shape {tuple(value.shape)}, wanted {tuple(wanted[name].shape)}"
+            for name, value in given.items()
+            if name in wanted and value.shape != wanted[name].shape
+        ]
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise ValueError(f"the state dict does not fit the model: {problems[0]}{more}")
+        self.load_state_dict(given)
+
+    # Features -> conditions, once per clip.
+
+    def preprocess_conditions(self, clip_f: Tensor, sync_f: Tensor, text_f: Tensor) -> Conditions:
+        """Projects raw features (b n_clip clip_dim), (b n_sync sync_dim), (b n_text text_dim)."""
+        config = self.config
+        check_shape("clip_f", clip_f, ("batch", config.clip_seq_len, config.clip_dim))
+        batch = clip_f.shape[0]
+        check_shape("sync_f", sync_f, (batch, config.sync_seq_len, config.sync_dim))
+        check_shape("text_f", text_f, (batch, config.text_seq_len, config.text_dim))
+
+        clip_f = self.clip_input_proj(clip_f)
+        text_f = self.text_input_proj(text_f)
+        segments = sync_f.unflatten(1, (-1, SYNC_SEGMENT)) + self.sync_pos_emb
+        return Conditions(
+            clip_f=clip_f,
+            text_f=text_f,
+            clip_f_c=self.clip_cond_proj(clip_f.mean(dim=1)),
+            text_f_c=self.text_cond_proj(text_f.mean(dim=1)),
+            sync_rows=self.sync_input_proj(segments.flatten(1, 2)),
+            sync_index=self._sync_index(),
+        )
+
+    def _sync_index(self) -> Tensor:  # (n) int64
+        # Interpolating the row numbers gives torch's own rounding where a token lies on an edge.
+        rows = torch.arange(self.sync_seq_len, device=self.device, dtype=torch.float32)
+        return (
+            F.interpolate(rows[None, None], size=self.latent_seq_len, mode="nearest-exact")
+            .flatten()
+            .long()
+        )
+
+    def get_empty_string_sequence(self, bs: int) -> Tensor:  # (b n_text text_dim)
+        """Raw text features of the empty caption."""
+        return self.empty_string_feat.expand(bs, -1, -1)
+
+    def get_empty_clip_sequence(self, bs: int) -> Tensor:  # (b n_clip clip_dim)
+        """Raw clip features that stand for a missing video."""
+        return self.empty_clip_feat.expand(bs, self.clip_seq_len, -1)
+
+    def get_empty_sync_sequence(self, bs: int) -> Tensor:  # (b n_sync sync_dim)
+        """Raw sync features that stand for a missing video."""
+        return self.empty_sync_feat.expand(bs, self.sync_seq_len, -1)
+
+    def get_empty_conditions(
+        self, bs: int, *, negative_text_features: Tensor | None = None
+    ) -> Conditions:
+        """Conditions without video, and with the empty caption or ``negative_text_features``.
+
+        negative_text_features: raw (1 or bs, n_text, text_dim), what guidance leads away from.
+        """
+        text_f = self.get_empty_string_sequence(1)
+        if negative_text_features is not None:
+            text_f = negative_text_features
+            rows = 1 if text_f.dim() == 3 and text_f.shape[0] == 1 else bs
+            wanted = (rows, self.config.text_seq_len, self.config.text_dim)
+            check_shape("negative_text_features", text_f, wanted)
+        rows = text_f.shape[0]
+        conditions = self.preprocess_conditions(
+            self.get_empty_clip_sequence(rows), self.get_empty_sync_sequence(rows), text_f
+        )
+        return conditions if rows == bs else conditions.expand(bs)
+
+    # One step.
+
+    def forward(
+        self, latent: Tensor, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, t: Tensor
+    ) -> Tensor:  # (b n d)
+        """The prediction from raw features: ``preprocess_conditions``, then ``predict_flow``."""
+        return self.predict_flow(latent, t, self.preprocess_conditions(clip_f, sync_f, text_f))
+
+    def predict_flow(self, latent: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The prediction (b n d) for latent (b n d) at t (b)."""
+        self._check_latent(latent)
+        check_shape("t", t, (latent.shape[0],))
+        self._check_conditions("conditions", conditions, latent.shape[0])
+        return self._transform(self.audio_input_proj(latent), self.t_embed(t), conditions)
+
+    def predict_flow_pair(
+        self, latent: Tensor, t: Tensor, conditions: Conditions, empty_conditions: Conditions
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions with and without conditions at a 0-d t, in one call on 2 b rows.
+
+        Both share the latent, so its input projection runs once.
+        """
+        self._check_latent(latent)
+        check_shape("t", t, ())
+        self._check_conditions("conditions", conditions, latent.shape[0])
+        self._check_conditions("empty_conditions", empty_conditions, latent.shape[0])
+        x = self.audio_input_proj(latent)
+        both = self._transform(
+            torch.cat((x, x)), self.t_embed(t[None]), conditions.cat(empty_conditions)
+        )
+        cond, uncond = both.chunk(2)
+        return cond, uncond
+
+    def ode_wrapper(
+        self,
+        t: Tensor,
+        latent: Tensor,
+        conditions: Conditions,
+        empty_conditions: Conditions,
+        cfg_strength: float,
+    ) -> Tensor:
+        """The guided prediction w f(cond) + (1 - w) f(empty) at a 0-d t; f(cond) alone if w <= 1.
+
+        It is the network's output, samples or velocity as trained.
+        """
+        if cfg_strength <= 1.0:
+            check_shape("t", t, ())
+            return self.predict_flow(latent, t.expand(latent.shape[0]), conditions)
+        cond, uncond = self.predict_flow_pair(latent, t, conditions, empty_conditions)
+        return torch.lerp(uncond, cond, cfg_strength)
+
+    def _transform(self, x: Tensor, t_embedding: Tensor, conditions: Conditions) -> Tensor:
+        """Blocks and final layer: x (b n c), t_embedding (b or 1, c) -> (b n d)."""
+        clip_f, text_f = conditions.clip_f, conditions.text_f
+        global_c = t_embedding + self.global_cond_mlp(conditions.clip_f_c + conditions.text_f_c)
+        global_c = global_c.unsqueeze(1)
+        # The audio streams' condition, before its rows are repeated along the tokens.
+        extended = Conditioning(global_c + conditions.sync_rows, conditions.sync_index)
+        everywhere = Conditioning(global_c)
+
+        head_dim, tokens, clip_tokens = self.config.head_dim, x.shape[1], clip_f.shape[1]
+        rope = rope_table(tokens, head_dim, device=x.device)
+        clip_rope = rope_table(clip_tokens, head_dim, step=tokens / clip_tokens, device=x.device)
+
+        for block in self.joint_blocks:
+            x, clip_f, text_f = self._run(
+                block, x, clip_f, text_f, extended, everywhere, rope, clip_rope
+            )
+        for block in self.fused_blocks:
+            x = self._run(block, x, extended, rope)
+        return self.final_layer(x, global_c)
+
+    def _run(self, block: nn.Module, *args: Tensor | Conditioning) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def _check_latent(self, latent: Tensor) -> None:
+        check_shape("latent", latent, ("batch", self.latent_seq_len, self.latent_dim))
+
+    def _check_conditions(self, argument: str, conditions: Conditions, batch: int) -> None:
+        config, dim = self.config, self.config.hidden_dim
+        check_shape(f"{argument}.clip_f", conditions.clip_f, (batch, config.clip_seq_len, dim))
+        check_shape(f"{argument}.text_f", conditions.text_f, (batch, config.text_seq_len, dim))
+        check_shape(
+            f"{argument}.sync_rows", conditions.sync_rows, (batch, config.sync_seq_len, dim)
+        )
+        check_shape(f"{argument}.sync_index", conditions.sync_index, (config.latent_seq_len,))
+
+
+def get_wavflow_model(
+    name: str,
+    *,
+    latent_seq_len: int | None = None,
+    empty_string_feat: Tensor | None = None,
+    gradient_checkpointing: bool = False,
+    mlp_ratio: float | None = None,
+) -> WavflowModel:
+    """Builds the preset ``name`` (a key of PRESETS); None keeps the preset's value.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"model name is {name!r}, wanted one of {', '.join(PRESETS)}")
+    sizes = asdict(PRESETS[name])
+    if latent_seq_len is not None:
+        sizes["latent_seq_len"] = latent_seq_len
+    if mlp_ratio is not None:
+        sizes["mlp_ratio"] = mlp_ratio
+    return WavflowModel(
+        **sizes,
+        empty_string_feat=empty_string_feat,
+        gradient_checkpointing=gradient_checkpointing,
+    )

@@ -1,0 +1,26 @@
+"""Fused kernels for generating audio in waveform space by flow matching.
+
+Public functions only. Every one takes torch tensors, runs on CPU and CUDA, and works under
+``torch.compile(fullgraph=True)``, autocast and ``torch.inference_mode``.
+"""
+
+from ._backend import BackendError, use_backend
+from ._registry import REGISTRY
+from .ops.flow_loss import flow_loss
+from .ops.flow_mix import flow_mix, philox_normal
+from .ops.lift_patchify import lift_patchify
+from .ops.ode_step import ode_step, ode_step_
+from .ops.unpatchify import unpatchify
+
+__all__ = [
+    "REGISTRY",
+    "BackendError",
+    "flow_loss",
+    "flow_mix",
+    "lift_patchify",
+    "ode_step",
+    "ode_step_",
+    "philox_normal",
+    "unpatchify",
+    "use_backend",
+]

@@ -1,0 +1,120 @@
+"""Which implementations of an op exist here, why the others do not, and which one a call gets.
+
+An op runs as one of
+
+- ``cpp``: the compiled kernels of ``csrc`` (C++ on the CPU, CUDA C++ on a GPU),
+- ``triton``: Triton kernels on a GPU,
+- ``compile``: ``torch.compile`` of the op's reference,
+- ``reference``: the op's reference in eager torch.
+
+The choice follows the tensor's device. ``WAVFLOW_BACKEND`` or :func:`use_backend` overrides it; a
+choice that cannot be met raises and says what exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch  # before _C: the extension then shares torch's OpenMP runtime
+
+if TYPE_CHECKING:
+    from ._registry import Op
+
+BACKENDS = ("cpp", "triton", "compile", "reference")
+log = logging.getLogger("wavflow_kernels")
+
+try:
+    C = importlib.import_module("wavflow_kernels._C")
+    C_MISSING = ""
+    ISA = C.use_isa(os.environ.get("WAVFLOW_CPU_ISA", ""))
+except ImportError as error:
+    C = None
+    C_MISSING = (
+        f"the compiled extension is absent ({error}); "
+        "install with a C++ compiler (WAVFLOW_BUILD=cpu pip install .)"
+    )
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the call."""
+
+
+@cache
+def cuda_reason() -> str:
+    """'' where the compiled CUDA kernels can run, else why not. Probes the driver on first use."""
+    if C is None:
+        return C_MISSING
+    if not C.cuda_architectures:
+        return "the extension was built without CUDA (nvcc was not found at build time)"
+    return C.cuda_probe()
+
+
+def unavailable(op: Op, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """'' if `backend` can run `op` on (device, dtype), else the reason in one sentence."""
+    if backend in ("compile", "reference"):
+        return ""
+    dtypes = op.supported.get(backend, {}).get(device.type)
+    if dtypes is None:
+        return f"{op.name} has no {backend} kernel for device type '{device.type}'"
+    if dtype not in dtypes:
+        return f"{op.name} has no {backend} kernel for {dtype} on '{device.type}'"
+    if backend == "cpp":
+        return C_MISSING if device.type == "cpu" else cuda_reason()
+    return ""
+
+
+def _checked(name: str | None, origin: str) -> str | None:
+    if name not in (None, "", *BACKENDS):
+        raise ValueError(f"{origin} is '{name}', wanted one of {', '.join(BACKENDS)}")
+    return name or None
+
+
+_override: str | None = _checked(os.environ.get("WAVFLOW_BACKEND"), "WAVFLOW_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op inside the block with one backend: cpp, triton, compile or reference.
+
+    ``None`` restores the automatic choice. Raises ValueError for an unknown name; a call that the
+    backend cannot run raises :class:`BackendError`.
+    """
+    global _override
+    previous, _override = _override, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+_explained: set[tuple[str, str]] = set()
+
+
+def choose(op: Op, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend a call of `op` gets: the override, else the first that runs."""
+    if _override is not None:
+        if unavailable(op, _override, device, dtype):
+            raise BackendError(_explain(op, _override, device, dtype))
+        return _override
+    for backend in ("cpp", "triton"):
+        if not unavailable(op, backend, device, dtype):
+            return backend
+    fallback = "compile" if device.type == "cuda" else "reference"
+    if not torch.compiler.is_compiling() and (op.name, device.type) not in _explained:
+        _explained.add((op.name, device.type))
+        log.warning("%s", _explain(op, fallback, device, dtype))
+    return fallback
+
+
+def _explain(op: Op, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    lines = []
+    for backend in BACKENDS:
+        reason = unavailable(op, backend, device, dtype)
+        lines.append(f"{backend}: {'runs' if not reason else reason}")
+    return f"{op.name} on {device.type} as '{wanted}'. " + "; ".join(lines)

@@ -1,0 +1,1 @@
+"""One file an op: its mathematics, reference, schema, backward, samples and public function."""

@@ -1,0 +1,292 @@
+r"""The four losses of flow matching, per item, in one pass; the backward in one more.
+
+With :math:`c = \max(1 - t, 10^{-6})`, the mean over tokens of
+
+- x-prediction, x-loss: :math:`(p - x_1)^2`
+- x-prediction, v-loss: :math:`((p - x_t)/c - (x_1 - x_t)/c)^2 = ((p - x_1)/c)^2`; x_t is not read
+- v-prediction, v-loss: :math:`(p - (x_1 - (1 - \sigma_{min}) x_0))^2`
+- v-prediction, x-loss: :math:`(x_t + (1 - t)\,p - x_1)^2`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import C
+from .._check import FLOATS, check, check_dtype, compute_dtype, require
+from .._registry import DTYPE_CODE, Op, Sample, address, no_double_backward, target
+
+KINDS = {("x", "x"): 0, ("x", "v"): 1, ("v", "v"): 2, ("v", "x"): 3}
+_X_PRED_V, _V_PRED_V, _V_PRED_X = 1, 2, 3
+_CHUNK = 8192  # elements a CUDA block reduces; kChunk in csrc/cuda/flow_loss.cu
+_ALL = {"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}}
+
+
+def _check(
+    pred: Tensor, x_1: Tensor, other: Tensor | None, t: Tensor, kind: int, sigma_min: float
+) -> None:
+    op = "flow_loss"
+    sizes = check(op, pred=(pred, "b n d"), x_1=(x_1, "b n d"), other=(other, "b n d"), t=(t, "b"))
+    computed = compute_dtype(pred.dtype)
+    check_dtype(op, "pred", pred, *FLOATS)
+    for name, tensor in (("x_1", x_1), ("x_0 / x_t", other), ("t", t)):
+        check_dtype(op, name, tensor, computed)
+    require(
+        sizes["n"] > 0 and sizes["d"] > 0,
+        f"{op}: pred must hold at least one token, got {tuple(pred.shape)}",
+    )
+    require(kind in KINDS.values(), f"{op}: kind must be 0, 1, 2 or 3, got {kind}")
+    if kind in (_V_PRED_V, _V_PRED_X):
+        name = "x_0" if kind == _V_PRED_V else "x_t"
+        require(other is not None, f"{op}: {name} must be given for this prediction and loss")
+
+
+def _outputs(pred: Tensor, *_: Any) -> Tensor:
+    return pred.new_empty(pred.shape[0], dtype=compute_dtype(pred.dtype))
+
+
+def _terms(t: Tensor, kind: int, sigma_min: float) -> tuple[Any, Any, Any]:
+    """(b 1 1) a, b, w of: residual = a pred - x_1 + b other, loss = mean((w residual)^2)."""
+    rest = (1 - t)[:, None, None]
+    if kind == _X_PRED_V:
+        return 1.0, 0.0, 1 / rest.clamp_min(1e-6)
+    if kind == _V_PRED_V:
+        return 1.0, 1.0 - sigma_min, 1.0
+    if kind == _V_PRED_X:
+        return rest, 1.0, 1.0
+    return 1.0, 0.0, 1.0
+
+
+def reference(
+    pred: Tensor,  # b n d
+    x_1: Tensor,  # b n d
+    other: Tensor | None,  # b n d
+    t: Tensor,  # b
+    kind: int,
+    sigma_min: float,
+) -> Tensor:  # b
+    a, b, w = _terms(t, kind, sigma_min)
+    residual = a * pred.to(x_1.dtype) - x_1
+    if other is not None and kind in (_V_PRED_V, _V_PRED_X):
+        residual = residual + b * other
+    return (w * residual).square().mean((1, 2))
+
+
+def _call(
+    out: Tensor,
+    out_residual: Tensor | None,
+    grad: Tensor | None,
+    pred: Tensor,
+    x_1: Tensor,
+    other: Tensor | None,
+    t: Tensor,
+    kind: int,
+    sigma_min: float,
+) -> None:
+    if not pred.numel():
+        return
+    pred, x_1, t = pred.contiguous(), x_1.contiguous(), t.contiguous()
+    other = other.contiguous() if other is not None and kind in (_V_PRED_V, _V_PRED_X) else None
+    batch, count = pred.shape[0], pred.shape[1] * pred.shape[2]
+    partials = None
+    if grad is None and pred.device.type == "cuda":
+        partials = x_1.new_empty(batch * -(-count // _CHUNK))
+    C.flow_loss(
+        target(pred),
+        DTYPE_CODE[pred.dtype],
+        kind,
+        grad is not None,
+        address(pred),
+        address(x_1),
+        address(other),
+        address(t),
+        address(grad),
+        address(out),
+        address(out_residual),
+        address(partials),
+        batch,
+        count,
+        sigma_min,
+    )
+
+
+def _launch(out: Tensor, *args: Any) -> None:
+    _call(out, None, None, *args)
+
+
+def _check_backward(grad: Tensor, pred: Tensor, *args: Any) -> None:
+    _check(pred, *args[:-1])
+    check("flow_loss_backward", pred=(pred, "b n d"), grad=(grad, "b"))
+
+
+def _outputs_backward(grad: Tensor, pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    residual = pred.shape if args[-1] else (0,)
+    return pred.new_empty(pred.shape), pred.new_empty(residual, dtype=grad.dtype)
+
+
+def _launch_backward(out: tuple[Tensor, Tensor], grad: Tensor, *args: Any) -> None:
+    _call(out[0], out[1] if args[-1] else None, grad.contiguous(), *args[:-1])
+
+
+def _reference_backward(
+    grad: Tensor,  # b
+    pred: Tensor,  # b n d
+    x_1: Tensor,  # b n d
+    other: Tensor | None,  # b n d
+    t: Tensor,  # b
+    kind: int,
+    sigma_min: float,
+    residual_too: bool,
+) -> tuple[Tensor, Tensor]:  # b n d, b n d
+    a, b, w = _terms(t, kind, sigma_min)
+    residual = a * pred.to(x_1.dtype) - x_1
+    if other is not None and kind in (_V_PRED_V, _V_PRED_X):
+        residual = residual + b * other
+    count = pred.shape[1] * pred.shape[2]
+    d_residual = (2 / count) * grad[:, None, None] * w * w * residual
+    return (a * d_residual).to(pred.dtype), d_residual if residual_too else grad.new_empty(0)
+
+
+def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    computed = compute_dtype(dtype)
+
+    def normal(*shape: int, dtype: torch.dtype = computed) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    def arguments(kind: int, *shape: int) -> tuple[Any, ...]:
+        pred, x_1, other = normal(*shape, dtype=dtype), normal(*shape), normal(*shape)
+        t = (
+            torch.rand(shape[0], generator=generator, dtype=torch.float64).to(device, computed)
+            * 0.9
+        )
+        return pred, x_1, other if kind >= 2 else None, t, kind, 0.01
+
+    samples = [
+        Sample(
+            arguments(kind, 3, 25, 7), (0, 1, 2) if kind >= 2 else (0, 1), f"{p}-pred {loss}-loss"
+        )
+        for (p, loss), kind in KINDS.items()
+    ]
+    samples.append(Sample(arguments(1, 2, 111, 300), (), "several blocks"))
+    samples.append(Sample(arguments(3, 0, 4, 4), (), "empty batch"))
+    return samples
+
+
+def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    grad = torch.linspace(0.5, 2, 3, dtype=compute_dtype(dtype), device=device)
+    return [
+        Sample((*s.args[:0], grad[: len(s.args[0])], *s.args, s.args[4] == _V_PRED_X), (), s.name)
+        for s in _samples(device, dtype, seed)
+    ]
+
+
+BACKWARD = Op(
+    name="flow_loss_backward",
+    schema=(
+        "(Tensor grad, Tensor pred, Tensor x_1, Tensor? other, Tensor t, int kind, "
+        "float sigma_min, bool residual_too) -> (Tensor, Tensor)"
+    ),
+    reference=_reference_backward,
+    check=_check_backward,
+    outputs=_outputs_backward,
+    launch={"cpp": _launch_backward},
+    supported=_ALL,
+    samples=_samples_backward,
+    bytes=lambda grad, pred, x_1, other, *_: (
+        2 * pred.nbytes + x_1.nbytes + (0 if other is None else other.nbytes)
+    ),
+    flops=lambda grad, pred, *_: 4 * pred.numel(),
+    tolerance="single_pass",
+    setup_context=lambda ctx, inputs, output: None,
+    backward=no_double_backward("flow_loss"),
+    internal=True,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pred, x_1, other, t, ctx.kind, ctx.sigma_min = inputs
+    if ctx.needs_input_grad[3]:
+        raise RuntimeError("flow_loss: no gradient with respect to t")
+    ctx.save_for_backward(pred, x_1, other, t)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    pred, x_1, other, t = ctx.saved_tensors
+    needs_x_1, needs_other = ctx.needs_input_grad[1:3]
+    residual_too = needs_x_1 or needs_other
+    d_pred, d_residual = BACKWARD.torch_op(
+        grad, pred, x_1, other, t, ctx.kind, ctx.sigma_min, residual_too
+    )
+    slope = 1.0 - ctx.sigma_min if ctx.kind == _V_PRED_V else 1.0
+    return (
+        d_pred,
+        -d_residual if needs_x_1 else None,
+        slope * d_residual if needs_other and other is not None else None,
+        None,
+        None,
+        None,
+    )
+
+
+OP = Op(
+    name="flow_loss",
+    schema=(
+        "(Tensor pred, Tensor x_1, Tensor? other, Tensor t, int kind, float sigma_min) -> Tensor"
+    ),
+    reference=reference,
+    check=_check,
+    outputs=_outputs,
+    launch={"cpp": _launch},
+    supported=_ALL,
+    samples=_samples,
+    bytes=lambda pred, x_1, other, *_: (
+        pred.nbytes + x_1.nbytes + (0 if other is None else other.nbytes)
+    ),
+    flops=lambda pred, *_: 4 * pred.numel(),
+    tolerance="reduction",
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def flow_loss(
+    pred: Tensor,  # b n d
+    x_1: Tensor,  # b n d
+    t: Tensor,  # b
+    *,
+    x_t: Tensor | None = None,  # b n d
+    x_0: Tensor | None = None,  # b n d
+    prediction: str = "x",
+    loss: str = "v",
+    sigma_min: float = 0.0,
+) -> Tensor:  # b
+    """Mean squared flow-matching error of each item.
+
+    Args:
+        pred: (b, n, d) the network's output, any float dtype.
+        x_1: (b, n, d) clean tokens; float32 (float64 with a float64 pred), like x_t, x_0 and t.
+        t: (b,) times the network was given.
+        x_t: (b, n, d) noisy tokens; needed for v-prediction with the x-loss, else not read.
+        x_0: (b, n, d) noise; needed for v-prediction with the v-loss, else not read.
+        prediction: "x" if the network predicts clean tokens, "v" if velocities.
+        loss: "x" or "v", the space in which errors are squared.
+        sigma_min: noise left at t = 1; enters v-prediction's v-loss only.
+
+    Returns:
+        (b,) losses, float32 (float64 for float64). Differentiable once in pred, x_1, x_t and x_0.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown prediction or loss, a needed tensor missing.
+        TypeError: an unsupported dtype.
+    """
+    kind = KINDS.get((prediction, loss))
+    require(
+        kind is not None,
+        f"flow_loss: prediction and loss must each be 'x' or 'v', got '{prediction}' and '{loss}'",
+    )
+    other = x_0 if kind == _V_PRED_V else x_t if kind == _V_PRED_X else None
+    return OP(pred, x_1, other, t, kind, sigma_min)

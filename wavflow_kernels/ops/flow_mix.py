@@ -1,0 +1,212 @@
+r"""The training mix of flow matching, with the noise given or drawn inside.
+
+:math:`x_t = (1 - (1 - \sigma_{min})\,t)\,x_0 + t\,x_1`. Drawn noise is Philox 4x32-10 keyed by the
+item's seed and counted by the element's position, through Box and Muller: an item's noise has the
+same bits in any batch, on any number of threads, on every device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _philox
+from .._backend import C
+from .._check import FLOATS, check, check_dtype, compute_dtype, require
+from .._registry import DTYPE_CODE, Op, Sample, address, target
+
+
+def _check(
+    x_1: Tensor,
+    t: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    sigma_min: float,
+    noise_scale: float,
+) -> None:
+    op = "flow_mix"
+    sizes = check(op, x_1=(x_1, "b n d"), t=(t, "b"), noise=(noise, "b n d"), seeds=(seeds, "b"))
+    computed = compute_dtype(x_1.dtype)
+    check_dtype(op, "x_1", x_1, *FLOATS)
+    check_dtype(op, "t", t, computed)
+    check_dtype(op, "noise", noise, computed)
+    check_dtype(op, "seeds", seeds, torch.int64)
+    require(
+        (noise is None) != (seeds is None),
+        f"{op}: exactly one of noise and seeds must be given, got "
+        + ("neither" if noise is None else "both"),
+    )
+    require(
+        sizes["n"] > 0 and sizes["d"] > 0,
+        f"{op}: x_1 must hold at least one token, got {tuple(x_1.shape)}",
+    )
+    require(0 <= sigma_min < 1, f"{op}: sigma_min must lie in [0, 1), got {sigma_min}")
+    require(noise_scale >= 0, f"{op}: noise_scale must not be negative, got {noise_scale}")
+
+
+def _outputs(
+    x_1: Tensor, t: Any, noise: Tensor | None, seeds: Any, sigma_min: float, noise_scale: float
+) -> tuple[Tensor, Tensor]:
+    x_0 = x_1.new_empty(0 if noise is not None else x_1.shape, dtype=compute_dtype(x_1.dtype))
+    return x_1.new_empty(x_1.shape), x_0
+
+
+def reference(
+    x_1: Tensor,  # b n d
+    t: Tensor,  # b
+    noise: Tensor | None,  # b n d
+    seeds: Tensor | None,  # b
+    sigma_min: float,
+    noise_scale: float,
+) -> tuple[Tensor, Tensor]:  # b n d, b n d
+    x_0 = noise
+    if x_0 is None:
+        x_0 = _philox.normal(seeds, x_1[0].numel() if len(x_1) else 0).to(t.dtype) * noise_scale
+        x_0 = x_0.view(x_1.shape)
+    time = t[:, None, None]
+    x_t = (1 - (1 - sigma_min) * time) * x_0 + time * x_1
+    return x_t.to(x_1.dtype), x_0 if noise is None else noise.new_empty(0)
+
+
+def _launch(
+    out: tuple[Tensor, Tensor],
+    x_1: Tensor,
+    t: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    sigma_min: float,
+    noise_scale: float,
+) -> None:
+    if not x_1.numel():
+        return
+    x_1, t = x_1.contiguous(), t.contiguous()
+    noise = None if noise is None else noise.contiguous()
+    seeds = None if seeds is None else seeds.contiguous()
+    C.flow_mix(
+        target(x_1),
+        DTYPE_CODE[x_1.dtype],
+        address(x_1),
+        address(t),
+        address(noise),
+        address(seeds),
+        address(out[0]),
+        address(None if noise is not None else out[1]),
+        x_1.shape[0],
+        x_1.shape[1] * x_1.shape[2],
+        sigma_min,
+        noise_scale,
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_1, t, noise, _, ctx.sigma_min, _ = inputs
+    ctx.save_for_backward(x_1, t, output[1] if noise is None else noise)
+    ctx.noise_given = noise is not None
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x_1, t, x_0 = ctx.saved_tensors
+    grad = grad.to(t.dtype)
+    time = t[:, None, None]
+    keep = 1 - ctx.sigma_min
+    d_x_1 = (grad * time).to(x_1.dtype) if ctx.needs_input_grad[0] else None
+    d_t = (grad * (x_1 - keep * x_0)).sum((1, 2)) if ctx.needs_input_grad[1] else None
+    d_noise = grad * (1 - keep * time) if ctx.noise_given and ctx.needs_input_grad[2] else None
+    return d_x_1, d_t, d_noise, None, None, None
+
+
+def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    computed = compute_dtype(dtype)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    def times(batch: int) -> Tensor:
+        return torch.rand(batch, generator=generator, dtype=torch.float64).to(device, computed)
+
+    seeds = torch.tensor([0, -1, 2**62 + 12345], device=device)
+    return [
+        Sample(
+            (normal(3, 25, 40), times(3), normal(3, 25, 40, dtype=computed), None, 0.0, 1.0),
+            (0, 1, 2),
+            "noise given",
+        ),
+        Sample((normal(3, 5, 7), times(3), None, seeds, 0.01, 0.7), (0, 1), "noise drawn"),
+        Sample((normal(3, 111, 300), times(3), None, seeds, 0.0, 1.0), (), "several blocks"),
+        Sample((normal(3, 1, 1), times(3), None, seeds, 0.0, 1.0), (), "one element"),
+        Sample((normal(0, 4, 4), times(0), None, seeds[:0], 0.0, 1.0), (), "empty batch"),
+    ]
+
+
+def _bytes(x_1: Tensor, t: Any, noise: Tensor | None, *_: Any) -> int:
+    computed = x_1.numel() * compute_dtype(x_1.dtype).itemsize
+    return 2 * x_1.nbytes + computed  # noise read, or x_0 written
+
+
+OP = Op(
+    name="flow_mix",
+    schema=(
+        "(Tensor x_1, Tensor t, Tensor? noise, Tensor? seeds, float sigma_min, float noise_scale)"
+        " -> (Tensor, Tensor)"
+    ),
+    reference=reference,
+    check=_check,
+    outputs=_outputs,
+    launch={"cpp": _launch},
+    supported={"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}},
+    samples=_samples,
+    bytes=_bytes,
+    flops=lambda x_1, t, noise, *_: x_1.numel() * (3 if noise is not None else 60),
+    tolerance="single_pass",
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def flow_mix(
+    x_1: Tensor,  # b n d
+    t: Tensor,  # b
+    *,
+    noise: Tensor | None = None,  # b n d
+    seeds: Tensor | None = None,  # b
+    sigma_min: float = 0.0,
+    noise_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # b n d, b n d
+    """Mix clean tokens with noise on the straight path of flow matching.
+
+    Args:
+        x_1: (b, n, d) clean tokens.
+        t: (b,) times, 0 is noise and 1 is data; float32 (float64 for float64 tokens).
+        noise: (b, n, d) x_0 in t's dtype, used as it is; or
+        seeds: (b,) int64, one stream of normals an item, multiplied by `noise_scale`.
+        sigma_min: noise left at t = 1.
+        noise_scale: standard deviation of drawn noise.
+
+    Returns:
+        x_t (b, n, d) in x_1's dtype, and x_0 (b, n, d) in t's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or not exactly one of noise and seeds.
+        TypeError: an unsupported dtype.
+    """
+    x_t, x_0 = OP(x_1, t, noise, seeds, sigma_min, noise_scale)
+    return x_t, x_0 if noise is None else noise
+
+
+def philox_normal(
+    seeds: Tensor,  # b
+    tokens: int,
+    token_size: int,
+    *,
+    noise_scale: float = 1.0,
+) -> Tensor:  # b n d
+    """The noise that :func:`flow_mix` draws for `seeds`: (b, tokens, token_size) float32.
+
+    Raises ValueError / TypeError as :func:`flow_mix` does.
+    """
+    check("philox_normal", seeds=(seeds, "b"))
+    zeros = torch.zeros(len(seeds), tokens, token_size, device=seeds.device)
+    return OP(zeros, zeros.new_zeros(len(seeds)), None, seeds, 0.0, noise_scale)[1]
