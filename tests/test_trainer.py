@@ -455,6 +455,46 @@ def test_wavflow_objective_draws_and_drops(table):
     assert not torch.equal(seen["t"], full[1][:3])
 
 
+@pytest.mark.parametrize(("prediction", "kind"), [("x", "v"), ("x", "x"), ("v", "v"), ("v", "x")])
+def test_wavflow_loss_by_hand(table, prediction, kind):
+    import wavflow_kernels as kernels
+    from wavflow.build import build_model
+    from wavflow.data.dataset import ClipDataset
+    from wavflow.training import WavflowObjective
+
+    more = (
+        f"sampling.prediction_type={prediction}",
+        f"training.loss_type={kind}",
+        "sampling.noise_shift=3.0",
+        "sampling.mean=-0.5",
+        "sampling.scale=0.7",
+        "sampling.noise_scale=0.8",
+        "sampling.min_sigma=0.01",
+    )
+    config = load_config("toy_8k", options(table, "x", *more))
+    objective = WavflowObjective(build_model(config), config)
+    objective.forward = lambda x_t, clip, sync, text, t: 0.5 * x_t
+    batch, draw = ClipDataset(table, config.data).batch([4, 7, 1]), Draw(2, 11, [4, 7, 1])
+    losses = objective.loss(batch, draw)
+
+    gain = 0.33 / batch.wave.square().mean(1, keepdim=True).sqrt()
+    peak = (batch.wave * gain).abs().amax(1)
+    assert bool(((peak < 1) | (0.33 / peak < 0.3)).all())  # the peak rule does not apply
+    x_1 = 3 * (batch.wave * gain).clamp(-1, 1).view(3, 200, 80)
+    raw = torch.sigmoid(-0.5 + 0.7 * torch.randn(3, generator=draw.generator()))
+    t = (raw / (raw + 3 * (1 - raw)))[:, None, None]
+    x_0 = kernels.philox_normal(draw.seeds, 200, 80, noise_scale=0.8)
+    x_t = (1 - 0.99 * t) * x_0 + t * x_1
+    pred = 0.5 * x_t
+    error = {
+        "xv": (pred - x_1) / (1 - t),
+        "xx": pred - x_1,
+        "vv": pred - (x_1 - 0.99 * x_0),
+        "vx": x_t + (1 - t) * pred - x_1,
+    }[prediction + kind]
+    torch.testing.assert_close(losses, error.square().mean((1, 2)), rtol=1e-4, atol=1e-5)
+
+
 def test_wavflow_resume_is_exact_in_a_real_process(table, tmp_path):
     command = [
         sys.executable,

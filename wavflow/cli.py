@@ -182,12 +182,14 @@ def demo(
         "out/demo"
     ),
     seed: Seed = 0,
+    preset: ConfigFile = "toy_8k",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in the folder.")] = False,
 ) -> None:
     """Toy world, extraction, training and generation in a few minutes, with a report."""
     from wavflow.demo.run import run_demo
 
     try:
-        run_demo(out, seed=seed)
+        run_demo(out, seed=seed, preset=preset, fresh=fresh)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

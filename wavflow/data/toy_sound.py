@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from wavflow.data.toy import Scene
 
 #: Inharmonic partials of a small bell: ratio to the first, level, share of its decay time.
-_PARTIALS = ((1.0, 1.0, 1.0), (1.51, 0.5, 0.8), (2.34, 0.6, 0.6), (3.07, 0.35, 0.4))
+_PARTIALS = ((1.0, 1.0, 1.0), (2.34, 0.4, 0.6), (3.07, 0.2, 0.4))
 
 
 def _attack(t: np.ndarray, seconds: float) -> np.ndarray:
@@ -18,12 +18,11 @@ def _attack(t: np.ndarray, seconds: float) -> np.ndarray:
 
 
 def _bell(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
-    base, decay = 700.0 + 400.0 * pitch, 0.11 - 0.02 * pitch
+    base, decay = 480.0 + 160.0 * pitch, 0.16 - 0.04 * pitch
     wave = np.zeros_like(t)
     for ratio, level, share in _PARTIALS:
-        phase = rng.uniform(0, 2 * np.pi)
-        wave += level * np.exp(-t / (decay * share)) * np.sin(2 * np.pi * base * ratio * t + phase)
-    return 0.5 * _attack(t, 0.001) * wave
+        wave += level * np.exp(-t / (decay * share)) * np.sin(2 * np.pi * base * ratio * t)
+    return 0.6 * wave
 
 
 def _drum(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
@@ -45,11 +44,11 @@ def _steam(t: np.ndarray, pitch: float, rng: np.random.Generator, rate: int) -> 
 
 
 def _bird(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
-    length = 0.16 - 0.04 * pitch
-    start, stop = 1000.0 + 500.0 * pitch, 2500.0 + 900.0 * pitch
+    length = 0.2
+    start, stop = 900.0 + 200.0 * pitch, 1600.0 + 300.0 * pitch
     sweep = start * t + (stop - start) * t**2 / (2 * length)
     envelope = _attack(t, 0.003) / (1 + np.exp((t - length) / 0.010))
-    return 0.6 * envelope * np.sin(2 * np.pi * sweep + rng.uniform(0, 2 * np.pi))
+    return 0.6 * envelope * np.sin(2 * np.pi * sweep)
 
 
 def synthesize(scene: Scene, seconds: float, rate: int) -> np.ndarray:  # (samples,) int16

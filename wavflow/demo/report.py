@@ -1,8 +1,7 @@
-"""The demo's report: report.png to look at, report.html to listen to."""
+"""What the demo shows: report.png, and the pictures and videos of its page."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +55,9 @@ def chosen(clips: list[dict[str, Any]], per_kind: int) -> list[dict[str, dict[st
 def spectrogram(wave: np.ndarray, rate: int) -> np.ndarray:  # (bins, frames) in [0, 1]
     """Levels between 60 dB below the loudest point and that point, low frequencies first."""
     window, hop = max(rate // 40, 8), max(rate // 200, 1)
-    padded = torch.nn.functional.pad(torch.as_tensor(wave, dtype=torch.float32), (window, window))
     spectrum = torch.stft(
-        padded, 2 * window, hop, 2 * window, torch.hann_window(2 * window), False,
-        return_complex=True,
+        torch.as_tensor(wave, dtype=torch.float32), 2 * window, hop,
+        window=torch.hann_window(2 * window), pad_mode="constant", return_complex=True,
     )  # fmt: skip
     level = 20 * torch.log10(spectrum.abs() + 1e-9)
     if level.max() < -60:
@@ -80,30 +78,34 @@ def draw_pictures(out: Path, metrics: dict[str, Any], losses: Sequence[tuple[int
     clips = read_json(out / "events.json")
     _draw_report(out, chosen(clips, IN_PICTURE), metrics, losses)
     for modes in chosen(clips, ON_PAGE):
-        for mode, path in _sounds(modes).items():
-            wave, rate = _read(out / path)
-            with atomic_write(_image(out, modes, mode), durable=False) as file:
+        for mode, path in sounds(modes).items():
+            wave, rate = read(out / path)
+            with atomic_write(image(out, modes, mode), durable=False) as file:
                 imsave(
                     file, spectrogram(wave, rate)[::-1], cmap="magma", format="png", vmin=0, vmax=1
                 )
             video = out / "toy" / "videos" / f"{modes['vt2a']['id']}.mp4"
             if mode in FILMED:
-                put_to_video(video, torch.from_numpy(wave), rate, _film(out, modes, mode))
+                put_to_video(video, torch.from_numpy(wave), rate, film(out, modes, mode))
 
 
-def _sounds(modes: dict[str, dict[str, Any]]) -> dict[str, str]:
+def sounds(modes: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What is heard of a clip, {"true" or mode: path}."""
     return {"true": modes["vt2a"]["true"]} | {mode: modes[mode]["generated"] for mode in MODES}
 
 
-def _image(out: Path, modes: dict[str, dict[str, Any]], mode: str) -> Path:
+def image(out: Path, modes: dict[str, dict[str, Any]], mode: str) -> Path:
+    """The spectrogram of one sound of a clip."""
     return out / "img" / f"{modes['vt2a']['id']}.{mode}.png"
 
 
-def _film(out: Path, modes: dict[str, dict[str, Any]], mode: str) -> Path:
+def film(out: Path, modes: dict[str, dict[str, Any]], mode: str) -> Path:
+    """The clip's video with the sound of one mode."""
     return out / "video" / f"{modes['vt2a']['id']}.{mode}.mp4"
 
 
-def _read(path: Path) -> tuple[np.ndarray, int]:
+def read(path: Path) -> tuple[np.ndarray, int]:
+    """Samples (t,) float32 and rate of a wav."""
     import soundfile
 
     with soundfile.SoundFile(path) as file:
@@ -131,21 +133,23 @@ def _draw_report(
         "axes.spines.right": False,
     }
     with rc_context(style):
-        figure = Figure(
-            figsize=(13, 1.75 * len(rows) + 4.1), facecolor=_PAPER, layout="constrained"
-        )
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1.75 * len(rows) + 0.5, 3.2])
-        top.suptitle(
-            "Sounds for videos and captions the model has never met, and the true ones",
-            fontsize=13, fontweight="bold", x=0.01, ha="left",
+        tall = 1.75 * len(rows) + 4.6
+        figure = Figure(figsize=(13, tall), facecolor=_PAPER)
+        figure.text(
+            0.035, 1 - 0.3 / tall, "Sounds for videos and captions the model has never met",
+            fontsize=14, fontweight="bold", va="center",
         )  # fmt: skip
-        grid = top.subplots(len(rows), 4, sharex=True, sharey=True, squeeze=False)
-        for line, modes in zip(grid, rows, strict=True):
-            for axes, (mode, path) in zip(line, _sounds(modes).items(), strict=True):
-                _draw_spectrogram(axes, *_read(out / path), modes["vt2a"]["events"])
-                if line is grid[0]:
+        grid = figure.add_gridspec(
+            len(rows), 4, left=0.035, right=0.99, top=1 - 1.0 / tall, bottom=3.75 / tall,
+            wspace=0.06, hspace=0.3,
+        ).subplots(sharex=True, sharey=True, squeeze=False)  # fmt: skip
+        for row, (line, modes) in enumerate(zip(grid, rows, strict=True)):
+            for axes, (mode, path) in zip(line, sounds(modes).items(), strict=True):
+                events = [] if mode == "t2a" else modes[mode if mode in modes else "vt2a"]["events"]
+                _draw_spectrogram(axes, *read(out / path), events)
+                if row == 0:
                     axes.annotate(
-                        TITLES[mode], (0.5, 1), (0, 18), xycoords="axes fraction",
+                        TITLES[mode], (0.5, 1), (0, 20), xycoords="axes fraction",
                         textcoords="offset points", ha="center", fontsize=10.5,
                         color=_COLOURS.get(mode, _INK), fontweight="bold",
                     )  # fmt: skip
@@ -155,7 +159,10 @@ def _draw_report(
             line[0].set_ylabel("kHz")
         for axes in grid[-1]:
             axes.set_xlabel("seconds")
-        left, right = bottom.subplots(1, 2, width_ratios=[1, 1.9])
+        left, right = figure.add_gridspec(
+            1, 2, left=0.035, right=0.99, top=2.95 / tall, bottom=0.62 / tall, wspace=0.09,
+            width_ratios=[1, 1.9],
+        ).subplots()  # fmt: skip
         _draw_losses(left, losses, metrics)
         _draw_figures(right, metrics)
         with atomic_write(out / "report.png") as file:
@@ -169,7 +176,12 @@ def _draw_spectrogram(axes: Axes, wave: np.ndarray, rate: int, events: Sequence[
         extent=(0, seconds, 0, rate / 2000), interpolation="bilinear",
     )  # fmt: skip
     for time in events:
-        axes.axvline(time, color=_MARK, lw=1.1, ls=(0, (3, 2)))
+        axes.axvline(time, color=_MARK, lw=0.9, ls=(0, (2, 3)), alpha=0.9)
+    axes.plot(
+        events, [1.0] * len(events), "v", color=_MARK, ms=7, mec=_INK, mew=0.7,
+        transform=axes.get_xaxis_transform(), clip_on=False,
+    )  # fmt: skip
+    axes.set_xticks(np.arange(0, seconds - 0.25, 0.5))
     axes.spines[:].set_visible(False)
 
 
@@ -210,7 +222,9 @@ def _draw_figures(axes: Axes, metrics: dict[str, Any]) -> None:
             value = np.mean([metrics["controls"][control][mode][name] for mode in modes])
             axes.bar(at, value, 0.8, color=colour)
             axes.text(at, value + 0.015, f"{value:.2f}", ha="center", fontsize=8.5)
-            labels.append((at, control, "#5b6570"))
+            labels.append(
+                (at, control.replace("un", "un-\n").replace("shuf", "shuf-\n"), "#5b6570")
+            )
             at += 1
         axes.text((begun + at - 1) / 2, 1.13, title, ha="center", fontsize=10.5, fontweight="bold")
         axes.plot(
@@ -224,9 +238,9 @@ def _draw_figures(axes: Axes, metrics: dict[str, Any]) -> None:
     axes.plot([], [], color=_INK, lw=1.6, label="wanted")
     axes.plot([], [], color="#c0392b", lw=1.2, ls=":", label="chance")
     axes.legend(
-        loc="lower right", bbox_to_anchor=(1.0, -0.34), ncols=2, frameon=False, fontsize=8.5
+        loc="lower right", bbox_to_anchor=(1.0, -0.29), ncols=2, frameon=False, fontsize=8.5
     )
-    axes.set_xticks([x for x, _, _ in labels], [label for _, label, _ in labels], fontsize=8.5)
+    axes.set_xticks([x for x, _, _ in labels], [label for _, label, _ in labels], fontsize=8)
     for tick, (_, _, colour) in zip(axes.get_xticklabels(), labels, strict=True):
         tick.set_color(colour)
     axes.tick_params(axis="x", length=0)
@@ -235,167 +249,3 @@ def _draw_figures(axes: Axes, metrics: dict[str, Any]) -> None:
     axes.grid(axis="y", color="#e6eaee")
     axes.set_axisbelow(True)
     axes.set_xlim(-0.7, at - 1.2)
-
-
-def write_page(out: Path, metrics: dict[str, Any]) -> None:
-    """Writes report.html: the figures, and what `draw_pictures` made, to play without a server.
-
-    Args:
-        out: the demo's folder.
-        metrics: what metrics.json holds.
-    """
-    rows = chosen(read_json(out / "events.json"), ON_PAGE)
-    page = _PAGE.format(
-        summary=_summary(metrics),
-        tables=_tables(metrics),
-        clips="\n".join(_card(out, modes) for modes in rows),
-    )
-    with atomic_write(out / "report.html", "w") as file:
-        file.write(page)
-
-
-def _summary(metrics: dict[str, Any]) -> str:
-    minutes, seconds = divmod(round(metrics["seconds_total"]), 60)
-    return html.escape(
-        f"A network of {metrics['parameters'] / 1e6:.1f} M parameters, trained for "
-        f"{metrics['train_steps']} steps in {metrics['seconds_train']:.0f} s "
-        f"({metrics['dtype']}, {metrics['device_name']}, {metrics['threads']} threads); "
-        f"the whole demo took {minutes} min {seconds:02d} s. Seed {metrics['seed']}."
-    )
-
-
-def _tables(metrics: dict[str, Any]) -> str:
-    def cell(values: dict[str, float], name: str, bar: str = "") -> str:
-        if name not in values:
-            return "<td class=none>–</td>"
-        verdict = metrics["bars"].get(f"{bar}.{name}")
-        mark = "" if verdict is None else " class=" + ("yes" if verdict["passed"] else "no")
-        wanted = "" if verdict is None else f"<small>{html.escape(verdict['wanted'])}</small>"
-        return f"<td{mark}>{values[name]:.3f}{wanted}</td>"
-
-    def row(title: str, values: dict[str, float], bar: str = "") -> str:
-        cells = "".join(cell(values, name, bar) for name in FIGURES)
-        return f"<tr><th>{html.escape(title)}</th>{cells}</tr>"
-
-    lines = [row(f"{mode.upper()}, {TITLES[mode]}", metrics[mode], mode) for mode in MODES]
-    for control in CONTROLS:
-        lines += [
-            row(f"{control} {mode.upper()}", values, f"{control}.{mode}")
-            for mode, values in metrics["controls"][control].items()
-        ]
-    lines.append(row("chance: true sounds, other clips’ events", metrics["chance"]))
-    lines.append(row("ceiling: true sounds, their own events", metrics["ceiling"]))
-    head = "".join(f"<th>{title}</th>" for title in FIGURES.values())
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _card(out: Path, modes: dict[str, dict[str, Any]]) -> str:
-    clip = modes["vt2a"]
-    films = "".join(
-        f"<figure><video controls preload=metadata src='{_link(out, _film(out, modes, mode))}'>"
-        f"</video><figcaption>sound {html.escape(TITLES[mode])}</figcaption></figure>"
-        for mode in FILMED
-    )
-    sounds = []
-    for mode, path in _sounds(modes).items():
-        wave, rate = _read(out / path)
-        marks = "".join(
-            f"<i style='left:{100 * time * rate / len(wave):.2f}%'></i>" for time in clip["events"]
-        )
-        sounds.append(
-            f"<div class='sound {mode}'><h3>{html.escape(TITLES[mode])}</h3>"
-            f"<div class=picture><img alt='spectrogram' src='{_link(out, _image(out, modes, mode))}'>"
-            f"{marks}<b></b></div>"
-            f"<audio controls preload=metadata src='{html.escape(path, quote=True)}'></audio></div>"
-        )
-    return (
-        f"<section><header><h2>“{html.escape(clip['caption'])}”</h2>"
-        f"<p>{html.escape(clip['kind'])}, {len(clip['events'])} events, {html.escape(clip['id'])}</p>"
-        f"</header><div class=films>{films}</div><div class=sounds>{''.join(sounds)}</div></section>"
-    )
-
-
-def _link(out: Path, path: Path) -> str:
-    return html.escape(path.relative_to(out).as_posix(), quote=True)
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>wavflow demo</title>
-<style>
-:root {{ color-scheme: light; --ink: #1c2430; --soft: #64707d; --line: #dfe4ea; }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 1240px; padding: 2rem 1.2rem 4rem; color: var(--ink);
-  background: #f6f7f9; font: 15px/1.5 system-ui, sans-serif; }}
-h1 {{ margin: 0 0 .3rem; font-size: 1.8rem; }}
-p {{ margin: .2rem 0; color: var(--soft); max-width: 75ch; }}
-a {{ color: #3b6fb6; }}
-table {{ border-collapse: collapse; margin: 1.2rem 0; background: #fff; border-radius: 8px;
-  overflow: hidden; box-shadow: 0 1px 3px #0001; }}
-th, td {{ padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right;
-  font-variant-numeric: tabular-nums; }}
-th:first-child {{ text-align: left; font-weight: 500; }}
-thead th {{ font-weight: 600; background: #eef1f5; }}
-td small {{ color: var(--soft); margin-left: .6rem; }}
-td.none {{ color: #b6bec7; }}
-td.yes::before {{ content: "✓ "; color: #2a8f5a; }}
-td.no {{ color: #b3261e; font-weight: 600; }}
-td.no::before {{ content: "✗ "; }}
-details summary {{ cursor: pointer; color: var(--soft); }}
-details img {{ max-width: 100%; border-radius: 8px; margin-top: .6rem; }}
-section {{ background: #fff; border-radius: 10px; padding: 1rem 1.2rem 1.2rem; margin-top: 1.2rem;
-  box-shadow: 0 1px 3px #0001; display: grid; grid-template-columns: 200px 1fr; gap: .8rem 1.4rem; }}
-header {{ grid-column: 1 / -1; display: flex; gap: 1rem; align-items: baseline; flex-wrap: wrap; }}
-h2 {{ font-size: 1.1rem; margin: 0; font-style: italic; font-weight: 600; }}
-h3 {{ font-size: .85rem; margin: 0 0 .3rem; font-weight: 600; }}
-.vt2a h3 {{ color: #3b6fb6; }} .v2a h3 {{ color: #1f8175; }} .t2a h3 {{ color: #b87a17; }}
-figure {{ margin: 0 0 .6rem; }}
-figcaption {{ font-size: .78rem; color: var(--soft); }}
-video {{ width: 200px; aspect-ratio: 1; border-radius: 6px; background: #000; display: block; }}
-.sounds {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 1rem; }}
-.picture {{ position: relative; height: 130px; overflow: hidden; border-radius: 6px; }}
-.picture img {{ width: 100%; height: 100%; display: block; }}
-.picture i {{ position: absolute; top: 0; bottom: 0; border-left: 2px dashed #7df9ff; opacity: .85; }}
-.picture b {{ position: absolute; top: 0; bottom: 0; left: 0; border-left: 2px solid #fff; opacity: 0; }}
-audio {{ width: 100%; height: 34px; margin-top: .35rem; }}
-@media (max-width: 760px) {{ section {{ grid-template-columns: 1fr; }}
-  .sounds {{ grid-template-columns: 1fr; }} .films {{ display: flex; gap: .8rem; }}
-  table {{ font-size: .8rem; }} th, td {{ padding: .3rem .4rem; }} }}
-</style>
-</head>
-<body>
-<h1>wavflow demo</h1>
-<p>{summary}</p>
-<p>Every clip below is unseen: its timing and its wording occur in no training clip. Dashed lines
-mark the moments at which something is struck in the video. An onset counts when it lies within
-50 ms of such a moment; the kind of sound is judged by a classifier fitted on true training
-audio.</p>
-{tables}
-<p>Everything here can be recomputed from <a href="events.json">events.json</a> and the wavs it
-names; the figures are in <a href="metrics.json">metrics.json</a>.</p>
-<details><summary>all in one picture</summary><img src="report.png" alt="spectrograms of true and
-generated sounds, loss curve, figures"></details>
-{clips}
-<script>
-for (const audio of document.querySelectorAll("audio")) {{
-  const head = audio.parentElement.querySelector("b");
-  const move = () => {{
-    head.style.opacity = audio.paused ? 0 : 1;
-    head.style.left = 100 * audio.currentTime / (audio.duration || 1) + "%";
-    if (!audio.paused) requestAnimationFrame(move);
-  }};
-  audio.addEventListener("play", () => {{
-    for (const other of document.querySelectorAll("audio, video"))
-      if (other !== audio) other.pause();
-    move();
-  }});
-  for (const name of ["pause", "ended", "seeked"]) audio.addEventListener(name, move);
-  audio.parentElement.querySelector(".picture").addEventListener("click", () => audio.play());
-}}
-</script>
-</body>
-</html>
-"""

@@ -92,10 +92,10 @@ def run_demo(
     with demo.stage("2/5", "features of videos and captions", "extract"):
         demo.extract(config)
     with demo.stage("3/5", f"training for at most {train_seconds:.0f} s", "train"):
-        if not (_run_folder(config) / LATEST).exists():
-            config = _choose(
-                demo, config, [*overrides, *SMALLER], preset, min_steps, started, train_seconds
-            )
+        smaller = _config(demo, preset, [*overrides, *SMALLER], train_seconds)
+        if not _is_begun(config):
+            demo.small = _is_begun(smaller) or demo.is_slow(config, smaller, min_steps, started)
+        config = smaller if demo.small else config
         trained = demo.train(config)
     with demo.stage("4/5", f"sounds for {heldout} unseen clips", "generate"):
         demo.generate(trained, config)
@@ -115,7 +115,8 @@ def run_demo(
             "seed": seed,
             **figures,
         }
-        from wavflow.demo.report import draw_pictures, write_page
+        from wavflow.demo.page import write_page
+        from wavflow.demo.report import draw_pictures
 
         draw_pictures(out, metrics, demo.losses(config))
     metrics["seconds_total"] = time.monotonic() - started
@@ -203,10 +204,34 @@ class _Demo:
         if kept == self.clips + self.heldout:
             self.reused.append("features")
 
+    def is_slow(self, config: Config, smaller: Config, min_steps: int, started: float) -> bool:
+        """Whether this machine needs the smaller network; says what to expect."""
+        csv = self.out / "features" / "heldout.csv"
+        limit = config.training.max_seconds
+        step, sound = measure(config, csv)
+        slow = limit / step < min_steps
+        if slow:
+            _say(
+                f"    a step takes {step:.2f} s here: {limit / step:.0f} steps in {limit:.0f} s, "
+                f"{min_steps} are needed. [bold]Taking a smaller network:[/bold] "
+                f"{' '.join(SMALLER)}"
+            )
+            step, sound = measure(smaller, csv)
+            if limit / step < min_steps:
+                _say("    that is too slow as well: expect figures below the bars")
+        sounds = sound * self.heldout * len(MODES) * (1 + len(CONTROLS))
+        spent = time.monotonic() - started
+        minutes, seconds = divmod(int(spent + limit + sounds + _REST_SECONDS), 60)
+        _say(
+            f"    {step * 1000:.0f} ms a step, about {limit / step:.0f} steps; {sounds:.0f} s for "
+            f"the sounds; expected in all: [bold]{minutes} min {seconds:02d} s[/bold]"
+        )
+        return slow
+
     def train(self, config: Config) -> TrainResult:
         from wavflow.training import train
 
-        if (_run_folder(config) / LATEST).exists():
+        if _is_begun(config):
             self.reused.append("training")
         return train(config)
 
@@ -270,38 +295,8 @@ def _run_folder(config: Config) -> Path:
     return Path(config.training.output_dir) / config.experiment_id
 
 
-def _choose(
-    demo: _Demo,
-    config: Config,
-    smaller: list[str],
-    preset: str,
-    min_steps: int,
-    started: float,
-    train_seconds: float,
-) -> Config:
-    """The configuration as it is, or the smaller one where the machine is too slow for it."""
-    step, sound = measure(config, demo.out / "features" / "heldout.csv")
-    steps = train_seconds / step
-    if steps < min_steps:
-        _say(
-            f"    a step takes {step:.2f} s here: {steps:.0f} steps in {train_seconds:.0f} s, "
-            f"and {min_steps} are needed. [bold]Taking a smaller network[/bold] "
-            f"({' '.join(smaller)})"
-        )
-        config = _config(demo, preset, smaller, train_seconds)
-        demo.small = True
-        step, sound = measure(config, demo.out / "features" / "heldout.csv")
-        steps = train_seconds / step
-        if steps < min_steps:
-            _say(f"    still {steps:.0f} steps only: expect figures below the bars")
-    sounds = sound * demo.heldout * len(MODES) * (1 + len(CONTROLS))
-    spent = time.monotonic() - started
-    expected = spent + train_seconds + sounds + _REST_SECONDS
-    _say(
-        f"    {step * 1000:.0f} ms a step, about {steps:.0f} steps; {sounds:.0f} s for the sounds; "
-        f"expected in all: [bold]{int(expected) // 60} min {int(expected) % 60:02d} s[/bold]"
-    )
-    return config
+def _is_begun(config: Config) -> bool:
+    return (_run_folder(config) / LATEST).exists()
 
 
 def measure(config: Config, csv: Path, steps: int = 20) -> tuple[float, float]:
@@ -366,13 +361,29 @@ def show(out: Path, metrics: dict[str, Any]) -> None:
     """Prints the figures, what was wanted of them, and where to listen."""
     from rich.table import Table
 
-    table = Table(title="what the model learned", title_justify="left")
-    for name in ("", "wanted", "found", ""):
-        table.add_column(name, justify="left" if name == "" else "right")
     checked = metrics["bars"]
-    for name, bar in checked.items():
-        mark = "[green]yes[/green]" if bar["passed"] else "[bold red]NO[/bold red]"
-        table.add_row(name, bar["wanted"], f"{bar['value']:.3f}", mark)
+    table = Table("")
+    for title in ("onset recall", "onset precision", "kind of sound"):
+        table.add_column(title, justify="right", no_wrap=True)
+
+    def row(title: str, values: dict[str, float], bar: str = "", end_section: bool = False) -> None:
+        cells = []
+        for name in ("onset_recall", "onset_precision", "class_accuracy"):
+            text = f"{values[name]:.3f}" if name in values else ""
+            if (verdict := checked.get(f"{bar}.{name}")) is not None:
+                colour, mark = ("green", "ok") if verdict["passed"] else ("bold red", "NO")
+                text += f" [dim]{verdict['wanted']}[/dim] [{colour}]{mark}[/{colour}]"
+            cells.append(text)
+        table.add_row(title, *cells, end_section=end_section)
+
+    for mode in MODES:
+        row(mode, metrics[mode], mode, mode == MODES[-1])
+    for control in CONTROLS:
+        for mode in MODES:
+            values = metrics["controls"][control][mode]
+            row(f"{control} {mode}", values, f"{control}.{mode}", mode == MODES[-1])
+    row("chance", metrics["chance"])
+    row("ceiling", metrics["ceiling"])
     console().print(table)
     missed = sum(not bar["passed"] for bar in checked.values())
     minutes, seconds = divmod(int(metrics["seconds_total"]), 60)

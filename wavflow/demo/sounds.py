@@ -27,7 +27,7 @@ GIVEN = {"vt2a": VIDEO_KEYS + TEXT_KEYS, "v2a": VIDEO_KEYS, "t2a": TEXT_KEYS}
 #: Modes whose sounds are also put to their videos.
 FILMED = ("vt2a", "v2a")
 #: Clips generated at a time.
-BATCH = 32
+BATCH = 16
 
 
 def untrained(config: Config) -> Sampler:

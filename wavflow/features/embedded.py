@@ -29,7 +29,7 @@ def _hashed(text: str, dim: int) -> Tensor:  # (dim,) float32
 
 
 class EmbeddedText:
-    """Words as hashed vectors: encode(captions) -> (b, 77, 64) float32, rows of length about 1.
+    """Words as hashed vectors: encode(captions) -> (b, 77, 64) float32 of variance about 1.
 
     Row 0 is a start vector, rows 1.. are the words, and every row after the last word holds the
     caption's mean word (a causal text transformer's rows after the end token also know the whole
@@ -74,7 +74,7 @@ class EmbeddedText:
                 mean = vectors.mean(dim=0)
                 rows[1:] = mean / mean.norm().clamp_min(1e-6)
                 rows[1 : 1 + len(words)] = vectors
-        return features + self._positions
+        return (features + self._positions) * self.dim**0.5
 
 
 def _squash(x: Tensor, gain: float) -> Tensor:

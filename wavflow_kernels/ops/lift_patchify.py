@@ -38,8 +38,10 @@ def _check(
     require(tokens > 0, f"{op}: tokens must be positive, got {tokens}")
     require(target_rms > 0, f"{op}: target_rms must be positive, got {target_rms}")
     require(audio_scale > 0, f"{op}: audio_scale must be positive, got {audio_scale}")
-    halves = (torch.bfloat16, torch.float16)
-    if out_dtype not in (None, wave.dtype) and not (wave.dtype == torch.float32 and out_dtype in halves):
+    possible = [None, wave.dtype]
+    if wave.dtype == torch.float32:
+        possible += [torch.bfloat16, torch.float16]
+    if out_dtype not in possible:
         raise TypeError(
             f"{op}: out_dtype must be wave's dtype, or bfloat16 / float16 for a float32 wave; "
             f"got {out_dtype} for {wave.dtype}"

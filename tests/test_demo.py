@@ -1,0 +1,402 @@
+"""The demo: its figures on sounds with known answers, its report's links, and a tiny whole run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+from wavflow.data.toy import KINDS, make_scene, write_toy_world
+from wavflow.data.toy_sound import synthesize
+from wavflow.demo import score
+from wavflow.demo.metrics import KindClassifier, Matches, kind_features, match, onsets
+from wavflow.demo.page import write_page
+from wavflow.demo.report import draw_pictures, spectrogram
+from wavflow.demo.run import run_demo
+from wavflow.demo.score import CONTROLS, MODES, recompute
+from wavflow.demo.sounds import other_conditions, put_to_video
+from wavflow.errors import InputError
+from wavflow_kernels import lift_patchify, unpatchify
+
+RATE = 8000
+
+
+def scenes(split: str, count: int):
+    return [make_scene(11, split, index, 2.0) for index in range(count)]
+
+
+def sound(scene) -> np.ndarray:
+    return synthesize(scene, 2.0, RATE) / 32768.0
+
+
+def with_noise(wave: np.ndarray, snr: float, rng: np.random.Generator) -> np.ndarray:
+    return wave + 10 ** (-snr / 20) * wave.std() * rng.standard_normal(wave.size)
+
+
+def lifted(wave: np.ndarray) -> np.ndarray:
+    tokens = lift_patchify(torch.tensor(wave[None]).float(), token_size=80, tokens=200)
+    return unpatchify(tokens, samples=wave.size)[0].numpy()
+
+
+def figures(clips, waves) -> Matches:
+    pairs = zip(clips, waves, strict=True)
+    return sum((match(onsets(w, RATE), clip.times) for clip, w in pairs), Matches())
+
+
+@pytest.fixture(scope="module")
+def true():
+    clips = scenes("heldout", 48)
+    return clips, [sound(clip) for clip in clips]
+
+
+@pytest.fixture(scope="module")
+def classifier() -> KindClassifier:
+    clips = scenes("train", 160)
+    return KindClassifier(RATE).fit([sound(c) for c in clips], [c.kind for c in clips])
+
+
+def test_onsets_of_true_sounds_are_the_events(true) -> None:
+    clips, waves = true
+    found = figures(clips, waves)
+    assert (found.recall, found.precision) == (1.0, 1.0)
+    for clip, wave in zip(clips, waves, strict=True):
+        assert np.abs(onsets(wave, RATE) - clip.times).max() < 0.008
+
+
+@pytest.mark.parametrize("snr", [20, 10, 3])
+def test_onsets_survive_hiss_and_the_clamp_of_the_lift(true, snr: float) -> None:
+    clips, waves = true
+    rng = np.random.default_rng(0)
+    found = figures(clips, [with_noise(lifted(wave), snr, rng) for wave in waves])
+    assert found.recall > 0.97 and found.precision > 0.97
+
+
+def test_onsets_do_not_depend_on_loudness(true) -> None:
+    for wave in true[1][:8]:
+        assert np.allclose(onsets(wave * 0.01, RATE), onsets(wave, RATE), atol=1e-3)
+
+
+def test_shifted_sounds_lose_their_events(true) -> None:
+    clips, waves = true
+
+    def shifted(seconds: float) -> Matches:
+        signs = np.random.default_rng(0).choice([-1, 1], len(waves))
+        moved = [
+            np.roll(wave, int(sign * seconds * RATE))
+            for wave, sign in zip(waves, signs, strict=True)
+        ]
+        return figures(clips, moved)
+
+    assert shifted(0.02).recall > 0.97
+    assert shifted(0.15).recall < 0.1
+    others = figures(clips, waves[5:] + waves[:5])
+    assert 0.02 < others.recall < 0.35
+
+
+@pytest.mark.parametrize(
+    "wave",
+    [
+        np.zeros(16000),
+        np.full(16000, 0.3),
+        np.random.default_rng(0).standard_normal(16000) * 0.1,
+        0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / RATE),
+        np.zeros(5),
+        np.zeros(1),
+    ],
+    ids=["silence", "offset", "hiss", "hum", "short", "one sample"],
+)
+def test_steady_sounds_have_no_onsets(wave: np.ndarray) -> None:
+    assert onsets(wave, RATE).size == 0
+    assert np.isfinite(kind_features(wave, RATE)).all()
+
+
+def test_onsets_refuse_another_shape() -> None:
+    with pytest.raises(ValueError, match="wanted \\(t,\\)"):
+        onsets(np.zeros((2, 100)), RATE)
+
+
+def test_quick_repeats_are_one_onset() -> None:
+    wave = np.zeros(16000)
+    for start in (4000, 4400):  # 50 ms apart
+        wave[start : start + 2000] += np.exp(-np.arange(2000) / 300) * 0.4
+    assert len(onsets(wave, RATE)) == 1
+
+
+def test_match_pairs_one_to_one() -> None:
+    assert match([], []) == Matches(0, 0, 0)
+    assert match([1.0], []) == Matches(0, 0, 1)
+    assert match([], [1.0]) == Matches(0, 1, 0)
+    assert match([1.0, 1.02], [1.01]) == Matches(1, 1, 2)
+    assert match([1.05], [1.0]).matched == 1
+    assert match([1.051], [1.0]).matched == 0
+    # The nearest event of both onsets is the same one; two pairs are possible all the same.
+    assert match([0.97, 1.03], [0.93, 1.0]).matched == 2
+    assert Matches().recall == Matches().precision == 0.0
+
+
+times = st.lists(st.integers(0, 40), max_size=6).map(lambda ticks: [t / 20 for t in ticks])
+
+
+@given(times, times)
+def test_match_finds_as_many_pairs_as_there_are(heard: list[float], events: list[float]) -> None:
+    def most(heard: list[float], events: list[float]) -> int:
+        if not heard:
+            return 0
+        best = most(heard[1:], events)
+        for i, event in enumerate(events):
+            if abs(heard[0] - event) <= 0.05 + 1e-9:
+                best = max(best, 1 + most(heard[1:], events[:i] + events[i + 1 :]))
+        return best
+
+    assert match(heard, events).matched == most(heard, events)
+    assert match(events, heard).matched == match(heard, events).matched
+
+
+def test_classifier_knows_unseen_true_sounds_and_noisy_ones(true, classifier) -> None:
+    clips, waves = true
+    rng = np.random.default_rng(1)
+
+    def accuracy(waves) -> float:
+        said = classifier.predict(waves)
+        return float(np.mean([a == clip.kind for a, clip in zip(said, clips, strict=True)]))
+
+    assert accuracy(waves) == 1.0
+    assert accuracy([lifted(wave) for wave in waves]) > 0.97
+    assert accuracy([0.05 * wave for wave in waves]) == 1.0
+    assert accuracy([with_noise(lifted(wave), 10, rng) for wave in waves]) > 0.95
+    assert accuracy([np.zeros(16000)] * len(waves)) < 0.4
+    assert accuracy([rng.standard_normal(16000) for _ in waves]) < 0.4
+
+
+def test_other_conditions_are_a_derangement_of_other_kinds() -> None:
+    kinds = [KINDS[i % 4] for i in range(64)]
+    others = other_conditions(kinds, 3)
+    assert sorted(others) == list(range(64))
+    assert all(kinds[i] != kinds[other] for i, other in enumerate(others))
+    assert others == other_conditions(kinds, 3) != other_conditions(kinds, 4)
+    same = other_conditions(["bell"] * 5, 0)
+    assert all(i != other for i, other in enumerate(same))
+
+
+# A folder as a run leaves it, with true sounds in the place of generated ones.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    write_toy_world(out / "toy", 64, 5, heldout=16, workers=1)
+    world = json.loads((out / "toy" / "events.json").read_text())
+    ids = [id for id, scene in world.items() if scene["split"] == "heldout"]
+    others = other_conditions([world[id]["kind"] for id in ids], 0)
+    entries = []
+    for control in (None, *CONTROLS):
+        for mode in MODES:
+            for index, id in enumerate(ids):
+                source = ids[others[index]] if control == "shuffled" else id
+                path = out / "wav" / (control or "") / mode / f"{id}.wav"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if control == "untrained":
+                    soundfile.write(path, np.zeros(16000), RATE)
+                else:
+                    shutil.copy(out / "toy" / "audio" / f"{source}.wav", path)
+                entries.append(
+                    {
+                        "id": id,
+                        "mode": mode,
+                        "control": control,
+                        "kind": world[id]["kind"],
+                        "events": world[id]["times"],
+                        "caption": 'a "bell" <rings> & stops',
+                        "generated": path.relative_to(out).as_posix(),
+                        "true": f"wav/true/{id}.wav",
+                    }
+                )
+    shutil.copytree(out / "toy" / "audio", out / "wav" / "true")
+    (out / "events.json").write_text(json.dumps(entries))
+    return out
+
+
+@pytest.fixture(scope="module")
+def metrics(finished: Path) -> dict:
+    return {
+        "seconds_total": 61.0,
+        "reused": ["toy"],
+        "seconds_train": 30.0,
+        "train_steps": 100,
+        "parameters": 1_000_000,
+        "dtype": "float32",
+        "device_name": "<cpu>",
+        "threads": 1,
+        "seed": 0,
+        **recompute(finished),
+    }
+
+
+def test_recompute_scores_the_files(finished: Path, metrics: dict) -> None:
+    for mode in ("vt2a", "v2a"):
+        assert metrics[mode] == {"onset_recall": 1.0, "onset_precision": 1.0, "class_accuracy": 1.0}
+        assert metrics["controls"]["untrained"][mode]["onset_recall"] == 0.0
+        assert metrics["controls"]["shuffled"][mode]["onset_recall"] < 0.5
+    assert metrics["t2a"] == {"class_accuracy": 1.0}
+    assert metrics["controls"]["shuffled"]["t2a"] == {"class_accuracy": 0.0}
+    assert metrics["ceiling"] == metrics["vt2a"]
+    assert 0.02 < metrics["chance"]["onset_recall"] < 0.35
+    assert 0.1 < metrics["chance"]["class_accuracy"] < 0.3
+    bars = metrics["bars"]
+    assert set(bars) >= {"vt2a.onset_recall", "t2a.class_accuracy", "shuffled.v2a.onset_precision"}
+    assert all(type(bar["passed"]) is bool for bar in bars.values())
+    assert bars["vt2a.onset_recall"] == {"value": 1.0, "wanted": ">= 0.9", "passed": True}
+
+
+def test_a_changed_wav_changes_the_figures(finished: Path, metrics: dict, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    for path in sorted((copy / "wav" / "v2a").iterdir())[:8]:
+        soundfile.write(path, np.zeros(16000), RATE)
+    changed = recompute(copy)
+    assert changed["v2a"]["onset_recall"] < 0.8
+    assert changed["vt2a"] == metrics["vt2a"]
+    assert not changed["bars"]["v2a.onset_recall"]["passed"]
+
+
+def test_a_missing_wav_is_named(finished: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    gone = next((copy / "wav" / "t2a").iterdir())
+    gone.unlink()
+    with pytest.raises(InputError, match=gone.name):
+        recompute(copy)
+    (copy / "events.json").unlink()
+    with pytest.raises(InputError, match="events.json: no such file"):
+        recompute(copy)
+
+
+def links(page: str) -> list[str]:
+    return [unquote(link) for link in re.findall(r"(?:src|href)=['\"]([^'\"]+)['\"]", page)]
+
+
+def test_report_links_resolve_and_text_is_escaped(finished: Path, metrics: dict) -> None:
+    draw_pictures(finished, metrics, [(step, 1.0 / (1 + step)) for step in range(0, 100, 5)])
+    (finished / "metrics.json").write_text(json.dumps(metrics))
+    write_page(finished, metrics)
+    assert (finished / "report.png").stat().st_size > 50_000
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    found = links(page)
+    assert len(found) > 40
+    for link in found:
+        assert not re.match(r"[a-z]+:|/", link), f"{link} leaves the folder"
+        assert (finished / link).stat().st_size > 0
+    assert "<rings>" not in page and "&lt;rings&gt; &amp; stops" in page
+    assert {Path(link).suffix for link in found} == {".wav", ".mp4", ".png", ".json"}
+    for kind in KINDS:
+        assert f"<p>{kind}, " in page
+
+
+def test_video_keeps_its_pictures_and_gets_the_sound(finished: Path, tmp_path: Path) -> None:
+    import av
+
+    from wavflow.audio import load_audio
+
+    source = next((finished / "toy" / "videos").glob("heldout_*.mp4"))
+    wave = torch.sin(2 * torch.pi * 440 * torch.arange(16000) / RATE) * 0.5
+    put_to_video(source, wave, RATE, tmp_path / "film.mp4")
+
+    def packets(path: Path) -> list[bytes]:
+        with av.open(str(path)) as file:
+            return [bytes(packet) for packet in file.demux(video=0) if packet.size]
+
+    assert packets(tmp_path / "film.mp4") == packets(source)
+    heard = load_audio(tmp_path / "film.mp4", RATE, 2.0)[4000:12000]
+    spectrum = torch.fft.rfft(heard).abs()
+    assert abs(int(spectrum.argmax()) - 440) <= 1
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match="broken.mp4"):
+        put_to_video(tmp_path / "broken.mp4", wave, RATE, tmp_path / "none.mp4")
+    assert not (tmp_path / "none.mp4").exists()
+
+
+def test_spectrogram_is_aligned_and_blank_in_silence() -> None:
+    wave = np.zeros(16000)
+    wave[8000] = 1.0
+    picture = spectrogram(wave, RATE)
+    assert picture.min() >= 0 and picture.max() <= 1
+    assert abs(picture.sum(axis=0).argmax() / picture.shape[1] - 0.5) < 0.01
+    assert not spectrogram(np.zeros(16000), RATE).any()
+
+
+def test_demo_refuses_a_world_without_clips(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="heldout is 2"):
+        run_demo(tmp_path, heldout=2)
+
+
+TINY = (
+    "training.max_steps=10",
+    "training.batch_size=4",
+    "training.log_freq=1",
+    "training.compile=false",
+    "sampling.num_steps=2",
+    "model.hidden_dim=64",
+    "model.num_heads=1",
+    "model.depth=2",
+    "model.fused_depth=1",
+)
+
+
+@pytest.mark.slow
+def test_tiny_demo_from_nothing_and_again(tmp_path: Path) -> None:
+    out = tmp_path / "out put"
+    options = {"clips": 16, "heldout": 8, "train_seconds": 60, "overrides": TINY}
+    metrics = run_demo(out, min_steps=1, **options)
+    assert metrics["reused"] == [] and metrics["train_steps"] == 10
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    again = recompute(out)
+    assert again == {key: metrics[key] for key in again}
+    entries = json.loads((out / "events.json").read_text())
+    assert len(entries) == 8 * 9
+    assert {(e["mode"], e["control"]) for e in entries} == {
+        (mode, control) for mode in MODES for control in (None, *CONTROLS)
+    }
+    for entry in entries:
+        for key in ("generated", "true"):
+            info = soundfile.info(out / entry[key])
+            assert (info.samplerate, info.frames) == (RATE, 16000)
+        assert (entry["condition"] != entry["id"]) == (entry["control"] == "shuffled")
+    for link in links((out / "report.html").read_text(encoding="utf-8")):
+        assert (out / link).stat().st_size > 0
+    trained = (out / entries[0]["generated"]).read_bytes()
+
+    second = run_demo(out, min_steps=1, **options)
+    assert second["reused"] == ["toy", "features", "training", "sounds"]
+    assert {key: second[key] for key in again} == again
+
+    third = run_demo(out, min_steps=1, fresh=True, **options)
+    assert third["reused"] == []
+    assert (out / entries[0]["generated"]).read_bytes() == trained
+
+
+@pytest.mark.slow
+def test_slow_machine_takes_the_smaller_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = [*(o for o in TINY if not o.startswith("model.")), "training.max_steps=2"]
+    options = {"clips": 8, "heldout": 8, "train_seconds": 60, "overrides": wide}
+    metrics = run_demo(tmp_path, min_steps=10**9, **options)
+    assert metrics["parameters"] < 3_000_000
+    # What was begun goes on, however fast the machine is now.
+    assert run_demo(tmp_path, min_steps=1, **options)["parameters"] == metrics["parameters"]
+    assert "smaller network" in capsys.readouterr().err
+
+
+def test_wanted_figures_are_those_of_the_modes() -> None:
+    assert set(score.WANTED) == {"vt2a", "v2a", "t2a"}
+    assert "onset_recall" not in score.WANTED["t2a"]

@@ -1,0 +1,49 @@
+"""The README's Python runs as it stands, on a smaller world."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import soundfile
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def example() -> str:
+    text = README.read_text(encoding="utf-8")
+    found = re.search(r"<!-- run by tests/test_readme.py -->\n```python\n(.*?)```", text, re.S)
+    assert found, "the README has lost its example"
+    return found[1]
+
+
+def test_the_example_fits_in_twelve_lines() -> None:
+    assert len(example().strip().splitlines()) <= 12
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    code = example()
+    for given, smaller in (("clips=400", "clips=12"), ("max_seconds=200", "max_steps=3")):
+        assert given in code
+        code = code.replace(given, smaller)
+    script = tmp_path / "example.py"
+    script.write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    wave, rate = soundfile.read(tmp_path / "bell.wav")
+    assert (len(wave), rate) == (16_000, 8000)
+
+
+def test_every_linked_file_exists() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8")):
+        assert (README.parent / target).exists(), f"README links to {target}"
