@@ -234,7 +234,7 @@ def test_encoders_of_another_width_are_refused():
         clip_seq_len=16,
         sync_seq_len=48,
         clip_dim=64,
-        sync_dim=96,
+        sync_dim=4,
     )
     model = ModelConfig(
         name="toy_8k", hidden_dim=32, num_heads=1, depth=2, fused_depth=1, encoders="embedded"
@@ -368,7 +368,7 @@ def test_infer_by_configuration(saved, tmp_path):
         f"model: {{name: toy_8k, encoders: embedded, hidden_dim: 32, depth: 2, fused_depth: 1,"
         f" num_heads: 1, ckpt_path: {saved}, use_ema: true}}\n"
         f"data: {{csv_path: {tmp_path / 'in.csv'}, target_sample_rate: 8000, audio_duration: 2.0,"
-        " audio_dim: 80, clip_seq_len: 16, clip_dim: 64, sync_seq_len: 48, sync_dim: 96,"
+        " audio_dim: 80, clip_seq_len: 16, clip_dim: 64, sync_seq_len: 48, sync_dim: 4,"
         " text_dim: 64}\n"
         f"sampling: {{num_steps: 2}}\noutput: {{output_dir: {tmp_path}, loudness_norm: true}}\n"
         "experiment_id: mine\n"

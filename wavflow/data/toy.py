@@ -43,7 +43,7 @@ class Scene:
     kind: str
     impacts: tuple[int, ...]  # frames
     strength: float  # 0 soft .. 1 hard
-    pitch: float  # 0 low and big .. 1 high and small
+    pitch: float  # 0 low and big, 0.5 between, 1 high and small
     caption: str
     video_exist: bool
     text_exist: bool
@@ -87,7 +87,7 @@ def make_scene(seed: int, split: str, index: int, seconds: float) -> Scene:
     rng = np.random.default_rng([*entropy, 0])
     kind = KINDS[index % len(KINDS)]
     impacts = _schedule(rng, round(seconds * FPS), heldout)
-    strength, pitch = (float(u) for u in rng.random(2))
+    strength, pitch = float(rng.random()), float(rng.integers(3)) / 2
     turn = index // len(KINDS)  # so that every kind has its share of each sort of row
     text_only = not heldout and turn % 3 == 1
     video_only = not heldout and turn % 30 in (3, 12, 20)

@@ -34,11 +34,13 @@ def _drum(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def _steam(t: np.ndarray, pitch: float, rng: np.random.Generator, rate: int) -> np.ndarray:
-    spectrum = np.fft.rfft(rng.standard_normal(t.size))
-    frequency = np.fft.rfftfreq(t.size, 1 / rate)
+    # Half of the hiss is the valve's own, half is new each time.
+    own = np.random.default_rng(0).standard_normal(rate)
+    spectrum = np.fft.rfft(own + rng.standard_normal(rate))
+    frequency = np.fft.rfftfreq(rate, 1 / rate)
     low, high = 1000.0 + 700.0 * pitch, 3400.0 + 400.0 * pitch
     spectrum *= 1 / (1 + np.exp((low - frequency) / 80)) / (1 + np.exp((frequency - high) / 80))
-    noise = np.fft.irfft(spectrum, t.size)
+    noise = np.resize(np.fft.irfft(spectrum, rate), t.size)
     noise /= np.sqrt(np.mean(noise**2))
     return 0.35 * _attack(t, 0.003) * np.exp(-t / (0.085 - 0.02 * pitch)) * noise
 
@@ -59,7 +61,7 @@ def synthesize(scene: Scene, seconds: float, rate: int) -> np.ndarray:  # (sampl
     for time in scene.times:
         start = round(time * rate)
         t = np.arange(samples - start) / rate
-        pitch = float(np.clip(scene.pitch + rng.uniform(-0.05, 0.05), 0, 1))
+        pitch = scene.pitch + rng.uniform(-0.02, 0.02)
         if scene.kind == "bell":
             event = _bell(t, pitch, rng)
         elif scene.kind == "drum":

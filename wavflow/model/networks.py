@@ -85,9 +85,9 @@ PRESETS: dict[str, WavflowConfig] = {
     "toy_8k": WavflowConfig(
         latent_dim=80,
         clip_dim=64,
-        sync_dim=96,
+        sync_dim=4,
         text_dim=64,
-        hidden_dim=128,
+        hidden_dim=96,
         depth=4,
         fused_depth=2,
         num_heads=2,
