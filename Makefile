@@ -55,7 +55,7 @@ sanitize: setup
 	  --target $(SANITIZED) $(PIP_ARGS) .
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest tests/test_ops.py tests/test_properties.py -q -k "cpp or property" -p no:cacheprovider
+	  $(BIN)/pytest tests/test_ops.py tests/test_properties.py -q -k "cpp and eager or property" -p no:cacheprovider
 
 clean:
 	rm -rf build $(VENV) *.egg-info wavflow_kernels/_C*.so

@@ -122,7 +122,9 @@ def generate(
     config: Annotated[str | None, typer.Option(help="For a checkpoint that carries none.")] = None,
     ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
     seed: Seed = 42,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 or less is none.")] = 4.5,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale, 1 or less is none; default as trained.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default as trained.")] = None,
     solver: Annotated[str, typer.Option(help="euler or adaptive.")] = "euler",
     loudness: Annotated[float, typer.Option(help="LUFS of the output.")] = -23.0,

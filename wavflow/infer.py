@@ -43,7 +43,7 @@ def infer(
     *,
     data_root: str | os.PathLike[str] | None = None,
     seed: int = 42,
-    guidance: float = 4.5,
+    guidance: float | None = None,
     steps: int | None = None,
     solver: str = "euler",
     batch_size: int = 8,

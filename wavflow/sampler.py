@@ -113,7 +113,7 @@ class Sampler:
         *,
         seeds: Sequence[int] | None = None,
         seed: int = 0,
-        guidance: float = 4.5,
+        guidance: float | None = None,
         steps: int | None = None,
         solver: str = "euler",
         batch_size: int = 8,
@@ -124,7 +124,8 @@ class Sampler:
         Args:
             captions, videos: one entry per row, None where a row has none; at least one list.
             seeds: one per row; by default seed, seed + 1, ...
-            guidance: classifier-free guidance; 1 or less runs the conditional pass alone.
+            guidance: classifier-free guidance, by default the configuration's; 1 or less runs the
+                conditional pass alone.
             steps: solver steps, by default the configuration's.
             solver: `euler` or `adaptive`.
             batch_size: rows at a time.
@@ -178,7 +179,7 @@ class Sampler:
         features: Sequence[dict[str, Tensor]],
         seeds: Sequence[int],
         *,
-        guidance: float = 4.5,
+        guidance: float | None = None,
         steps: int | None = None,
         solver: str = "euler",
         batch_size: int = 8,
@@ -198,6 +199,7 @@ class Sampler:
                 range.
         """
         steps = self.config.sampling.num_steps if steps is None else steps
+        guidance = self.config.inference.cfg if guidance is None else guidance
         if solver not in SOLVERS:
             raise InputError(f"solver is {solver!r}; wanted one of {', '.join(SOLVERS)}")
         if steps < 1 or batch_size < 1:

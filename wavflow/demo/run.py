@@ -33,7 +33,7 @@ from wavflow.trainer import Draw, TrainResult, make_optimizer
 
 #: Seconds of training, at most, and the steps that a machine must manage in them.
 TRAIN_SECONDS = 225.0
-MIN_STEPS = 700
+MIN_STEPS = 800
 #: What a machine gets that is too slow for the preset as it is.
 SMALLER = ("model.hidden_dim=64", "model.num_heads=1", "model.depth=3", "model.fused_depth=1")
 TRAIN_CLIPS, HELDOUT_CLIPS = 1200, 64

@@ -91,9 +91,9 @@ class EmbeddedVideo:
     """When things move, and what colours and edges there are.
 
     Sync features (8 * round(3 * seconds), 4): row r describes the time [r/24, (r+1)/24) s. The
-    change from frame j-1 to frame j (25 fps) happens at j/25 s and goes into that time's row: f, the
-    picture's mean absolute change and how much that has grown since the frame before. f stands in
-    the row as [(1 - p) f, p f], where p in [0, 1) is the time's place inside the row: their sum
+    change from frame j-1 to frame j (25 fps) happens at j/25 s and goes into that time's row: f,
+    the picture's mean absolute change and how much that has grown since the frame before. f stands
+    in the row as [(1 - p) f, p f], where p in [0, 1) is the time's place inside the row: their sum
     says how much, their ratio when. What it is that moves is left to the clip features: of motion
     that also gives away the kind of thing, a network learns to ignore captions.
 
