@@ -48,16 +48,22 @@ def _outputs(pred: Tensor, *_: Any) -> Tensor:
     return pred.new_empty(pred.shape[0], dtype=compute_dtype(pred.dtype))
 
 
-def _terms(t: Tensor, kind: int, sigma_min: float) -> tuple[Any, Any, Any]:
-    """(b 1 1) a, b, w of: residual = a pred - x_1 + b other, loss = mean((w residual)^2)."""
+def _residual(
+    pred: Tensor, x_1: Tensor, other: Tensor | None, t: Tensor, kind: int, sigma_min: float
+) -> tuple[Any, Any, Tensor]:
+    """a and w (b 1 1, or a number) and residual = a pred - x_1 + b other (b n d).
+
+    The loss is mean((w residual)^2).
+    """
     rest = (1 - t)[:, None, None]
+    pred = pred.to(x_1.dtype)
     if kind == _X_PRED_V:
-        return 1.0, 0.0, 1 / rest.clamp_min(1e-6)
+        return 1.0, 1 / rest.clamp_min(1e-6), pred - x_1
     if kind == _V_PRED_V:
-        return 1.0, 1.0 - sigma_min, 1.0
+        return 1.0, 1.0, pred - x_1 + (1.0 - sigma_min) * other
     if kind == _V_PRED_X:
-        return rest, 1.0, 1.0
-    return 1.0, 0.0, 1.0
+        return rest, 1.0, rest * pred - x_1 + other
+    return 1.0, 1.0, pred - x_1
 
 
 def reference(
@@ -68,10 +74,7 @@ def reference(
     kind: int,
     sigma_min: float,
 ) -> Tensor:  # b
-    a, b, w = _terms(t, kind, sigma_min)
-    residual = a * pred.to(x_1.dtype) - x_1
-    if other is not None and kind in (_V_PRED_V, _V_PRED_X):
-        residual = residual + b * other
+    _, w, residual = _residual(pred, x_1, other, t, kind, sigma_min)
     return (w * residual).square().mean((1, 2))
 
 
@@ -141,10 +144,7 @@ def _reference_backward(
     sigma_min: float,
     residual_too: bool,
 ) -> tuple[Tensor, Tensor]:  # b n d, b n d
-    a, b, w = _terms(t, kind, sigma_min)
-    residual = a * pred.to(x_1.dtype) - x_1
-    if other is not None and kind in (_V_PRED_V, _V_PRED_X):
-        residual = residual + b * other
+    a, w, residual = _residual(pred, x_1, other, t, kind, sigma_min)
     count = pred.shape[1] * pred.shape[2]
     d_residual = (2 / count) * grad[:, None, None] * w * w * residual
     return (a * d_residual).to(pred.dtype), d_residual if residual_too else grad.new_empty(0)
@@ -179,7 +179,7 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
 def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
     grad = torch.linspace(0.5, 2, 3, dtype=compute_dtype(dtype), device=device)
     return [
-        Sample((*s.args[:0], grad[: len(s.args[0])], *s.args, s.args[4] == _V_PRED_X), (), s.name)
+        Sample((grad[: len(s.args[0])], *s.args, s.args[4] == _V_PRED_X), (), s.name)
         for s in _samples(device, dtype, seed)
     ]
 
