@@ -194,8 +194,8 @@ def test_preset_options():
     model = get_wavflow_model("toy_8k", latent_seq_len=100, empty_string_feat=feature, mlp_ratio=8)
     assert model.latent_seq_len == 100
     assert torch.equal(model.get_empty_string_sequence(2), feature.expand(2, -1, -1))
-    assert model.fused_blocks[0].ffn.w1.weight.shape == (768, 128, 3)
-    assert model.audio_input_proj[2].w1.weight.shape == (512, 128, 7)
+    assert model.fused_blocks[0].ffn.w1.weight.shape == (512, 96, 3)
+    assert model.audio_input_proj[2].w1.weight.shape == (256, 96, 7)
     with pytest.raises(ValueError, match="'huge', wanted one of medium_16k"):
         get_wavflow_model("huge")
     with pytest.raises(
