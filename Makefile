@@ -50,12 +50,13 @@ lint: setup
 
 # The compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize
+SANITIZER := LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) WAVFLOW_TEST_KERNELS=$(SANITIZED)
 sanitize: setup
 	WAVFLOW_BUILD=cpu WAVFLOW_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --upgrade \
 	  --target $(SANITIZED) $(PIP_ARGS) .
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest tests/test_ops.py tests/test_properties.py -q -k "cpp and eager or property" -p no:cacheprovider
+	$(SANITIZER) $(BIN)/pytest tests/test_ops.py tests/test_properties.py \
+	  -k "cpp and eager or property" -p no:cacheprovider
 
 clean:
 	rm -rf build $(VENV) *.egg-info wavflow_kernels/_C*.so

@@ -75,6 +75,8 @@ class CMakeBuild(build_ext):
         )
 
     def pure(self, reason):
+        # An extension that an earlier build of this tree left would be installed with the rest.
+        Path(self.get_ext_fullpath("wavflow_kernels._C")).unlink(missing_ok=True)
         self.extensions.clear()
         say("-" * 72)
         say(f"PURE PYTHON INSTALL, without compiled kernels: {reason}")

@@ -8,10 +8,23 @@ import hypothesis
 import pytest
 import torch
 
+from wavflow_kernels import _backend
+
 hypothesis.settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=50, print_blob=True
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_report_header() -> str:
+    return f"kernels: {_backend.C.__file__ if _backend.C else 'none, references only'}"
+
+
+def pytest_sessionstart() -> None:
+    """WAVFLOW_TEST_KERNELS: the folder that the compiled kernels under test must come from."""
+    folder = os.environ.get("WAVFLOW_TEST_KERNELS")
+    if folder and (_backend.C is None or folder not in _backend.C.__file__):
+        pytest.exit(f"the kernels under test are not those in {folder}", returncode=3)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
