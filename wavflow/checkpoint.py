@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from wavflow.ema import initial_share
 from wavflow.errors import InputError
 from wavflow.files import atomic_write
+from wavflow.model.networks import IGNORED_KEYS
 
 log = logging.getLogger("wavflow")
 
 LATEST = "checkpoint_latest.pth"
-
-# Buffers that older files carry; the model computes them.
-IGNORED_BUFFERS = ("t_embed.freqs", "latent_rot", "clip_rot")
 
 # Decays of files that record none.
 PUBLIC_EMA_DECAY = {"ema1": 0.9999, "ema2": 0.9996}
@@ -154,7 +152,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | os.Pat
             missing or a foreign one.
     """
     wanted = module.state_dict()
-    state = {k: v for k, v in state.items() if k not in IGNORED_BUFFERS or k in wanted}
+    state = {k: v for k, v in state.items() if k not in IGNORED_KEYS or k in wanted}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{path}: {name} is a {type(tensor).__name__}; wanted a tensor")
