@@ -65,10 +65,8 @@ def variants(name: str, args: tuple[Any, ...]) -> dict[str, Callable[[], object]
         calls["compile"] = with_backend("compile")
     floats = max(op.bytes(*args) // 8, 1)
     source = torch.empty(floats, device=device)
-    calls["copy"] = lambda: source.clone() if not op.mutates else None
-    if op.mutates:
-        target = torch.empty_like(source)
-        calls["copy"] = lambda: target.copy_(source)
+    target = torch.empty_like(source)
+    calls["copy"] = (lambda: target.copy_(source)) if op.mutates else source.clone
     if name == "flow_mix":
         calls["torch.randn"] = lambda: torch.randn_like(args[0])
     return calls

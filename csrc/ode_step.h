@@ -5,13 +5,11 @@
 
 namespace wavflow {
 
-constexpr int kMaxSlots = 3;  // x and up to two of history
-
 struct OdeStepArgs {
   Target target;
   DType state_dtype;     // float32 or float64
   DType pred_dtype;      // float32, bfloat16, float16; float64 with a float64 state
-  const void* state;     // (slots, count)
+  const void* state;     // (slots, count): x and up to two slots of history
   void* out;             // (slots, count); may be `state`
   const void* pred;      // (count)
   const void* uncond;    // (count) or null

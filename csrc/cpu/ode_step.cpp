@@ -41,7 +41,6 @@ void ode_step_cpu(const OdeStepArgs& a) {
 }
 
 WAVFLOW_BIND(m) {
-  m.attr("max_slots") = kMaxSlots;
   m.def(
       "ode_step",
       [](Target target, int state_dtype, int pred_dtype, uintptr_t state, uintptr_t out, uintptr_t pred,
