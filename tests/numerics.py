@@ -3,6 +3,9 @@
 The truth is the reference in float64 on the same inputs. A result in a dtype cannot be nearer than
 the truth rounded once to that dtype, so the bound is 1.25 times that rounding error plus a few
 units of the precision the op computes in (float32, or float64 for float64).
+
+Matrix products round their half-precision inputs on the way: there the yardstick is the error of
+the reference run in the same dtype, called the peer.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ def to_float64(value: Any) -> Any:
         return value.double() if value.is_floating_point() else value
     if isinstance(value, torch.dtype) and value.is_floating_point:
         return torch.float64
-    if isinstance(value, tuple):
-        return tuple(to_float64(v) for v in value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_float64(v) for v in value)
     return value
 
 
@@ -55,16 +58,43 @@ def excess(actual: Tensor, truth: Tensor, tolerance: str) -> float:
     return float(max(worst, norm))
 
 
-def assert_close(actual: Any, truth: Any, tolerance: str, what: str = "result") -> None:
-    """Fail unless each tensor of `actual` is within the tolerance class of `truth` (float64)."""
-    actual = actual if isinstance(actual, (tuple, list)) else (actual,)
-    truth = truth if isinstance(truth, (tuple, list)) else (truth,)
+def excess_over_peer(actual: Tensor, truth: Tensor, peer: Tensor) -> float:
+    """Error of a matrix product over what is allowed: 1.25 times the peer's in norm, 2 at worst."""
+    assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, wanted {tuple(truth.shape)}"
+    if not actual.numel():
+        return 0.0
+    truth = truth.double()
+    if not torch.equal(actual.isfinite(), truth.isfinite()):
+        return float("inf")
+    error, usual = ((x.double() - truth).nan_to_num() for x in (actual, peer))
+    computed = eps(torch.float64 if actual.dtype == torch.float64 else torch.float32)
+    size, tiny = truth.nan_to_num(), torch.finfo(actual.dtype).smallest_normal
+    norm = error.norm() / (1.25 * usual.norm() + 4 * computed * size.norm() + tiny)
+    rounding = eps(actual.dtype) / 2 * size.abs().max()
+    worst = error.abs().max() / (
+        2 * usual.abs().max() + rounding + 16 * computed * size.abs().max() + tiny
+    )
+    return float(max(worst, norm))
+
+
+def assert_close(
+    actual: Any, truth: Any, tolerance: str, what: str = "result", peer: Any = None
+) -> None:
+    """Fail unless each tensor of `actual` is within the tolerance class of `truth` (float64).
+
+    peer: the reference's results in the dtype of `actual`; needed with the class "matrix".
+    """
+    actual, truth, peer = (
+        list(x) if isinstance(x, (tuple, list)) else [x] for x in (actual, truth, peer)
+    )
     assert len(actual) == len(truth), f"{what}: {len(actual)} tensors, wanted {len(truth)}"
     for i, (a, t) in enumerate(zip(actual, truth, strict=True)):
         if t is None:
             assert a is None, f"{what} {i}: wanted None"
             continue
-        ratio = excess(a, t, tolerance)
+        ratio = (
+            excess_over_peer(a, t, peer[i]) if tolerance == "matrix" else excess(a, t, tolerance)
+        )
         assert ratio <= 1, f"{what} {i} ({a.dtype}): {ratio:.3g} times the allowed error"
 
 

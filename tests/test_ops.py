@@ -1,8 +1,12 @@
-"""Every op of the registry, through one matrix: op x backend x dtype x sample x mode."""
+"""Every op of the registry, through one matrix: op x backend x dtype x sample x mode.
+
+Under ``TRITON_INTERPRET=1`` the matrix holds the Triton kernels on the CPU in place of the others.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +16,9 @@ from torch import Tensor
 
 import wavflow_kernels as wk
 from wavflow_kernels import REGISTRY, _backend
-from wavflow_kernels._registry import Op, Sample
+from wavflow_kernels._registry import Op, Sample, tensors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SEED = 7
 
 
@@ -29,118 +32,155 @@ def needs(op: Op, backend: str, device: str, dtype: torch.dtype) -> None:
         pytest.skip(reason)
 
 
-def run(op: Op, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """The op's outputs (what a mutating op changed), on copies of the arguments."""
-    args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-    out = op(*args)
-    return (tuple(op.mutated(args)) if op.mutates else out), args
+def backends(op: Op, device: str) -> list[str]:
+    if device == "cpu" and _backend.TRITON_INTERPRETS:
+        return ["triton"] if "triton" in op.supported else []
+    return [*(b for b, devices in op.supported.items() if device in devices), "reference"]
 
 
-def truth_of(op: Op, args: tuple[Any, ...]) -> Any:
-    args = copy.deepcopy(to_float64(args))
-    out = op.reference(*args)
-    return tuple(op.mutated(args)) if op.mutates else out
-
-
-def backends(op: Op) -> list[str]:
-    return [*op.supported, "reference"]
+def dtypes(op: Op, backend: str, device: str) -> list[torch.dtype]:
+    if backend == "reference":
+        return list(DTYPES)
+    on = "cuda" if backend == "triton" else device
+    return [dtype for dtype in DTYPES if dtype in op.supported[backend][on]]
 
 
 FORWARD = [
-    pytest.param(op, backend, dtype, id=f"{op.name}-{backend}-{short(dtype)}")
+    pytest.param(
+        op,
+        backend,
+        dtype,
+        device,
+        id=f"{op.name}-{backend}-{short(dtype)}-{device}",
+        marks=[pytest.mark.gpu] if device == "cuda" else [],
+    )
     for op in REGISTRY.values()
-    for backend in backends(op)
-    for dtype in DTYPES
+    for device in ("cpu", "cuda")
+    for backend in backends(op, device)
+    for dtype in dtypes(op, backend, device)
 ]
+OPS = [pytest.param(op, id=op.name) for op in REGISTRY.values()]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+def samples(op: Op, device: str, dtype: torch.dtype) -> list[Sample]:
+    return list(op.samples(torch.device(device), dtype, SEED))
+
+
+def copied(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Fresh copies of the tensors, with their strides."""
+    return tuple(
+        a.clone() if isinstance(a, Tensor) else list(copied(a)) if isinstance(a, list) else a
+        for a in args
+    )
+
+
+def run(call: Callable[..., Any], op: Op, args: Sequence[Any]) -> Any:
+    """The outputs of a call (what a mutating op changed), on copies of the arguments."""
+    args = copied(args)
+    out = call(*args)
+    return tuple(op.mutated(args)) if op.mutates else out
+
+
+def truth_of(op: Op, args: tuple[Any, ...]) -> Any:
+    return run(op.reference, op, copy.deepcopy(to_float64(args)))
+
+
+def compiled(op: Op, mode: str) -> Callable[..., Any]:
+    return op if mode == "eager" else torch.compile(op, backend=mode, fullgraph=True)
+
+
 @pytest.mark.parametrize("mode", ["eager", "aot_eager"])
-@pytest.mark.parametrize("op, backend, dtype", FORWARD)
-def test_forward(op: Op, backend: str, dtype: torch.dtype, mode: str, device: str) -> None:
+@pytest.mark.parametrize("op, backend, dtype, device", FORWARD)
+def test_forward(op: Op, backend: str, dtype: torch.dtype, device: str, mode: str) -> None:
     needs(op, backend, device, dtype)
-    for sample in op.samples(torch.device(device), dtype, SEED):
-        truth = truth_of(op, sample.args)
-        call = op if mode == "eager" else torch.compile(op, backend=mode, fullgraph=True)
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in sample.args)
+    for sample in samples(op, device, dtype):
         with wk.use_backend(backend):
-            out = call(*args)
-        out = tuple(op.mutated(args)) if op.mutates else out
-        assert_close(out, truth, op.tolerance, f"{sample.name}: output")
+            out = run(compiled(op, mode), op, sample.args)
+        peer = run(op.reference, op, sample.args)
+        assert_close(out, truth_of(op, sample.args), op.tolerance, f"{sample.name}: output", peer)
         if mode == "aot_eager":
             torch._dynamo.reset()
 
 
-def gradients(call: Any, sample: Sample, args: tuple[Any, ...], grads: list[Tensor]) -> list[Any]:
-    inputs = [args[i].detach().requires_grad_() for i in sample.differentiable]
-    args = list(args)
-    for i, value in zip(sample.differentiable, inputs, strict=True):
-        args[i] = value
-    out = call(*args)
-    outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
-    # Second outputs carry no gradient: x_0 of flow_mix is constant.
-    return list(torch.autograd.grad(outs[:1], inputs, [g.to(outs[0].dtype) for g in grads[:1]]))
+def with_inputs(
+    op: Op, call: Callable[..., Any], sample: Sample
+) -> tuple[Callable[..., Any], list[Tensor]]:
+    """`call` as a function of its differentiable tensors alone, and those tensors."""
+    inputs = [
+        t.detach().clone().requires_grad_()
+        for t in tensors([sample.args[i] for i in sample.differentiable])
+    ]
+
+    def function(*values: Tensor) -> Any:
+        rest, args = list(values), list(sample.args)
+        for i in sample.differentiable:
+            if isinstance(args[i], Tensor):
+                args[i] = rest.pop(0)
+            else:
+                args[i] = [rest.pop(0) for _ in args[i]]
+        out = call(*args)
+        return out[: op.differentiable_outputs] if isinstance(out, (tuple, list)) else out
+
+    return function, inputs
+
+
+def gradients(op: Op, call: Callable[..., Any], sample: Sample, grads: list[Tensor]) -> Any:
+    function, inputs = with_inputs(op, call, sample)
+    outs = list(tensors([function(*inputs)]))
+    return torch.autograd.grad(
+        outs, inputs, [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)]
+    )
 
 
 DIFFERENTIABLE = [p for p in FORWARD if p.values[0].backward and not p.values[0].internal]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["eager", "aot_eager"])
-@pytest.mark.parametrize("op, backend, dtype", DIFFERENTIABLE)
-def test_gradient(op: Op, backend: str, dtype: torch.dtype, mode: str, device: str) -> None:
+@pytest.mark.parametrize("op, backend, dtype, device", DIFFERENTIABLE)
+def test_gradient(op: Op, backend: str, dtype: torch.dtype, device: str, mode: str) -> None:
     needs(op, backend, device, dtype)
-    for sample in op.samples(torch.device(device), dtype, SEED):
+    for sample in samples(op, device, dtype):
         if not sample.differentiable:
             continue
-        out = run(op, sample.args)[0]
-        first = out[0] if isinstance(out, tuple) else out
-        grads = [torch.randn(first.shape, dtype=torch.float64).to(device, first.dtype)]
-        truth = gradients(
-            op.reference, sample, to_float64(sample.args), [g.double() for g in grads]
-        )
-        call = op if mode == "eager" else torch.compile(op, backend=mode, fullgraph=True)
+        out = run(op.reference, op, sample.args)
+        grads = [
+            torch.randn(o.shape, dtype=torch.float64).to(device, o.dtype)
+            for o in list(tensors([out]))[: op.differentiable_outputs]
+        ]
+        exact = Sample(to_float64(sample.args), sample.differentiable)
+        truth = gradients(op, op.reference, exact, grads)
+        peer = gradients(op, op.reference, sample, grads)
         with wk.use_backend(backend):
-            actual = gradients(call, sample, sample.args, grads)
-        assert_close(actual, truth, "reduction", f"{sample.name}: gradient")
+            actual = gradients(op, compiled(op, mode), sample, grads)
+        tolerance = "matrix" if op.tolerance == "matrix" else "reduction"
+        assert_close(actual, truth, tolerance, f"{sample.name}: gradient", peer)
         if mode == "aot_eager":
             torch._dynamo.reset()
 
 
-GRADCHECK = [p for p in DIFFERENTIABLE if p.values[2] == torch.float64]
+GRADCHECK = [p for p in DIFFERENTIABLE if p.values[2] == torch.float64 and p.values[3] == "cpu"]
 
 
-def small(op: Op) -> list[Sample]:
-    return [s for s in op.samples(torch.device("cpu"), torch.float64, SEED) if s.differentiable]
-
-
-def with_inputs(op: Op, sample: Sample) -> tuple[Any, list[Tensor]]:
-    inputs = [sample.args[i].clone().requires_grad_() for i in sample.differentiable]
-
-    def call(*values: Tensor) -> Any:
-        args = list(sample.args)
-        for i, value in zip(sample.differentiable, values, strict=True):
-            args[i] = value
-        out = op(*args)
-        return out[0] if isinstance(out, tuple) else out
-
-    return call, inputs
-
-
-@pytest.mark.parametrize("op, backend, dtype", GRADCHECK)
-def test_gradcheck(op: Op, backend: str, dtype: torch.dtype) -> None:
-    needs(op, backend, "cpu", dtype)
-    for sample in small(op):
-        call, inputs = with_inputs(op, sample)
+@pytest.mark.parametrize("op, backend, dtype, device", GRADCHECK)
+def test_gradcheck(op: Op, backend: str, dtype: torch.dtype, device: str) -> None:
+    needs(op, backend, device, dtype)
+    for sample in samples(op, device, dtype):
+        if not sample.differentiable:
+            continue
+        call, inputs = with_inputs(op, op, sample)
         with wk.use_backend(backend):
             assert torch.autograd.gradcheck(call, inputs, fast_mode=True), sample.name
 
 
-@pytest.mark.parametrize("op, backend, dtype", GRADCHECK)
-def test_double_backward_is_right_or_refused(op: Op, backend: str, dtype: torch.dtype) -> None:
-    needs(op, backend, "cpu", dtype)
-    for sample in small(op):
-        call, inputs = with_inputs(op, sample)
+@pytest.mark.parametrize("op, backend, dtype, device", GRADCHECK)
+def test_double_backward_is_right_or_refused(
+    op: Op, backend: str, dtype: torch.dtype, device: str
+) -> None:
+    needs(op, backend, device, dtype)
+    for sample in samples(op, device, dtype):
+        if not sample.differentiable:
+            continue
+        call, inputs = with_inputs(op, op, sample)
         with wk.use_backend(backend):
             try:
                 right = torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
@@ -151,46 +191,65 @@ def test_double_backward_is_right_or_refused(op: Op, backend: str, dtype: torch.
         assert right, sample.name
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in REGISTRY.values()])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_opcheck(op: Op, dtype: torch.dtype) -> None:
-    for sample in op.samples(torch.device("cpu"), dtype, SEED):
-        args = list(sample.args)
-        for i in sample.differentiable:
-            args[i] = args[i].clone().requires_grad_()
-        torch.library.opcheck(op.torch_op, tuple(args))
+    if _backend.TRITON_INTERPRETS:
+        needs(op, "triton", "cpu", dtype)
+    for sample in samples(op, "cpu", dtype):
+        args = list(copied(sample.args))
+        for t in tensors([args[i] for i in sample.differentiable]):
+            t.requires_grad_()
+        with wk.use_backend("triton" if _backend.TRITON_INTERPRETS else None):
+            torch.library.opcheck(op.torch_op, tuple(args))
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in REGISTRY.values()])
-@pytest.mark.parametrize("backend", ["cpp", "compile"])
+INDUCTOR = [
+    pytest.param(op, backend, id=f"{op.name}-{backend}")
+    for op in REGISTRY.values()
+    for backend in [*backends(op, "cpu"), *([] if _backend.TRITON_INTERPRETS else ["compile"])]
+    if backend != "reference" and not (op.internal and backend == "compile")
+]
+
+
+@pytest.mark.parametrize("op, backend", INDUCTOR)
 def test_inductor(op: Op, backend: str) -> None:
     needs(op, backend, "cpu", torch.float32)
-    sample = op.samples(torch.device("cpu"), torch.float32, SEED)[0]
-    truth = truth_of(op, sample.args)
-    args = tuple(a.clone() if isinstance(a, Tensor) else a for a in sample.args)
+    sample = samples(op, "cpu", torch.float32)[0]
     with wk.use_backend(backend):
-        out = torch.compile(op, fullgraph=True)(*args) if backend == "cpp" else op(*args)
-    out = tuple(op.mutated(args)) if op.mutates else out
-    assert_close(out, truth, op.tolerance, f"{sample.name}: output")
+        call = op if backend == "compile" else torch.compile(op, fullgraph=True)
+        out = run(call, op, sample.args)
+    peer = run(op.reference, op, sample.args)
+    assert_close(out, truth_of(op, sample.args), op.tolerance, f"{sample.name}: output", peer)
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in REGISTRY.values()])
+@pytest.mark.parametrize("op", OPS)
 def test_modes_change_nothing(op: Op) -> None:
-    """inference_mode, autocast and non-contiguous inputs give the same bits."""
-    sample = op.samples(torch.device("cpu"), torch.float32, SEED)[0]
-    plain = run(op, sample.args)[0]
-    with torch.inference_mode():
-        inference = run(op, sample.args)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = run(op, sample.args)[0]
+    """inference_mode and non-contiguous inputs give the same bits; autocast casts what it lists."""
+    if _backend.TRITON_INTERPRETS:
+        needs(op, "triton", "cpu", torch.float32)
+    sample = samples(op, "cpu", torch.float32)[0]
 
     def strided(value: Any) -> Any:
+        if isinstance(value, list):
+            return [strided(v) for v in value]
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
         return value.transpose(0, -1).contiguous().transpose(0, -1)
 
-    args = sample.args if op.mutates else tuple(strided(a) for a in sample.args)
-    other = op(*args) if not op.mutates else run(op, args)[0]
-    for result in (inference, autocast, other):
-        pairs = zip(plain, result, strict=True) if isinstance(plain, tuple) else [(plain, result)]
-        assert all(torch.equal(a, b) for a, b in pairs)
+    with wk.use_backend("triton" if _backend.TRITON_INTERPRETS else None):
+        plain = run(op, op, sample.args)
+        with torch.inference_mode():
+            same(plain, run(op, op, sample.args))
+        if not op.mutates:
+            same(plain, op(*(strided(a) for a in sample.args)))
+        # The interpreter has no bfloat16, and float16 is autocast's other dtype.
+        half = torch.float16 if _backend.TRITON_INTERPRETS else torch.bfloat16
+        cast = run(op, op, op._autocast(sample.args, half))
+        with torch.autocast("cpu", dtype=half):
+            same(cast, run(op, op, sample.args))
+
+
+def same(actual: Any, wanted: Any) -> None:
+    pairs = zip(tensors([actual]), tensors([wanted]), strict=True)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)

@@ -25,18 +25,20 @@ def report() -> str:
             f"CUDA kernels: {f'built for {built}' if built else 'not built'}"
             + (f"; not running: {reason}" if reason else "; running")
         )
+    reason = _backend.triton_reason(torch.device("cuda", 0))
+    lines.append(f"Triton kernels: {f'not running: {reason}' if reason else 'running'}")
     for op in REGISTRY.values():
         if op.internal:
             continue
         runs = []
         for device in ("cpu", "cuda"):
-            for backend in ("cpp", "triton"):
+            for backend in ("cpp", "triton", "library"):
                 if not _backend.unavailable(op, backend, torch.device(device), torch.float32):
                     runs.append(f"{device}: {backend}")
                     break
             else:
                 runs.append(f"{device}: {'compile' if device == 'cuda' else 'reference'}")
-        lines.append(f"  {op.name:<16} {', '.join(runs)}")
+        lines.append(f"  {op.name:<20} {', '.join(runs)}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,8 @@
 An op runs as one of
 
 - ``cpp``: the compiled kernels of ``csrc`` (C++ on the CPU, CUDA C++ on a GPU),
-- ``triton``: Triton kernels on a GPU,
+- ``triton``: Triton kernels on a GPU (on the CPU in Triton's interpreter, for tests),
+- ``library``: torch's own libraries (oneDNN, cuDNN, SDPA) called in the form that suits them best,
 - ``compile``: ``torch.compile`` of the op's reference,
 - ``reference``: the op's reference in eager torch.
 
@@ -14,19 +15,19 @@ choice that cannot be met raises and says what exists.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch  # before _C: the extension then shares torch's OpenMP runtime
 
 if TYPE_CHECKING:
     from ._registry import Op
 
-BACKENDS = ("cpp", "triton", "compile", "reference")
+BACKENDS = ("cpp", "triton", "library", "compile", "reference")
 log = logging.getLogger("wavflow_kernels")
 
 try:
@@ -55,18 +56,46 @@ def cuda_reason() -> str:
     return C.cuda_probe()
 
 
+# Triton reads this variable at import; kernels then run in its interpreter, on CPU tensors.
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def triton_reason(device: torch.device) -> str:
+    """'' where Triton kernels can run, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type == "cpu":
+        return "" if TRITON_INTERPRETS else "Triton kernels run on a GPU"
+    if torch.version.hip is not None:
+        return "the Triton kernels are tested on NVIDIA GPUs alone"
+    if TRITON_INTERPRETS:
+        return "TRITON_INTERPRET=1 is set"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the Triton kernels need compute capability 8.0, this device has {major}.{minor}"
+    return ""
+
+
 def unavailable(op: Op, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """'' if `backend` can run `op` on (device, dtype), else the reason in one sentence."""
     if backend in ("compile", "reference"):
         return ""
-    dtypes = op.supported.get(backend, {}).get(device.type)
+    devices = op.supported.get(backend, {})
+    dtypes = devices.get(device.type)
+    if backend == "triton" and device.type == "cpu" and TRITON_INTERPRETS:
+        dtypes = devices.get("cuda", frozenset()) - {torch.bfloat16}
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly: it is tested on a GPU alone"
     if dtypes is None:
         return f"{op.name} has no {backend} kernel for device type '{device.type}'"
     if dtype not in dtypes:
         return f"{op.name} has no {backend} kernel for {dtype} on '{device.type}'"
     if backend == "cpp":
         return C_MISSING if device.type == "cpu" else cuda_reason()
-    return ""
+    return triton_reason(device) if backend == "triton" else ""
 
 
 def _checked(name: str | None, origin: str) -> str | None:
@@ -80,7 +109,7 @@ _override: str | None = _checked(os.environ.get("WAVFLOW_BACKEND"), "WAVFLOW_BAC
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every op inside the block with one backend: cpp, triton, compile or reference.
+    """Run every op inside the block with one backend: one of BACKENDS.
 
     ``None`` restores the automatic choice. Raises ValueError for an unknown name; a call that the
     backend cannot run raises :class:`BackendError`.
@@ -96,13 +125,20 @@ def use_backend(name: str | None) -> Iterator[None]:
 _explained: set[tuple[str, str]] = set()
 
 
-def choose(op: Op, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend a call of `op` gets: the override, else the first that runs."""
+def choose(
+    op: Op, device: torch.device, dtype: torch.dtype, args: Sequence[Any] | None = None
+) -> str:
+    """The backend a call gets: the override, else the measured one, else the first that runs."""
     if _override is not None:
         if unavailable(op, _override, device, dtype):
             raise BackendError(_explain(op, _override, device, dtype))
         return _override
-    for backend in ("cpp", "triton"):
+    if op.prefer is not None and args is not None:
+        backend = op.prefer(*args)
+        if backend is not None and not unavailable(op, backend, device, dtype):
+            return backend
+    candidates = ("cpp", "library") if device.type == "cpu" else ("cpp", "triton", "library")
+    for backend in candidates:
         if not unavailable(op, backend, device, dtype):
             return backend
     fallback = "compile" if device.type == "cuda" else "reference"

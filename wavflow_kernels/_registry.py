@@ -6,7 +6,9 @@ and ``python -m wavflow_kernels`` find every op through :data:`REGISTRY`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +25,18 @@ DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one call, for tests and benchmarks. `differentiable` indexes into `args`."""
+    """Arguments of one call, for tests. `differentiable` indexes into `args`.
+
+    A differentiable argument may be a list of tensors: then all of them are.
+    """
 
     args: tuple[Any, ...]
     differentiable: tuple[int, ...] = ()
     name: str = ""
+
+
+# Makes the arguments of one call of realistic size, on any device, "meta" included.
+Workload = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +48,25 @@ class Op:
     check       check(*args): raises ValueError / TypeError on arguments that do not fit; looks at
                 shapes, dtypes and devices only
     outputs     outputs(*args): empty outputs, a tensor or a tuple; with `check` the fake kernel
-    launch      {"cpp": launch(outputs, *args)}: fills the outputs
-    supported   {"cpp": {"cpu": {dtypes}, "cuda": {dtypes}}}, dtypes of the first argument
+    launch      {"cpp" or "triton": launch(outputs, *args)}: fills the outputs
+    library     library(*args): the same by calls of torch's own libraries (oneDNN, cuDNN, SDPA),
+                differentiable by itself and called directly, so that autograd and an outer
+                torch.compile see through it
+    supported   {backend: {"cpu": {dtypes}, "cuda": {dtypes}}}, dtypes of the first tensor
+    prefer      prefer(*args): the backend measured fastest for these arguments, or None for the
+                first of cpp, triton, library that runs; looks at shapes, dtypes and devices only
     samples     samples(device, dtype, seed): sample calls
+    workloads   {name: make(device, dtype)}: calls of realistic size, for benchmarks and `aot`
     bytes       least memory traffic of a call, from its arguments, for benchmarks
     flops       arithmetic of a call, likewise
-    tolerance   class of tests/numerics.py: "exact", "single_pass" or "reduction"
+    tolerance   class of tests/numerics.py: "exact", "single_pass", "reduction" or "matrix"
     setup_context, backward   as in torch.library.register_autograd; None: not differentiable
+    differentiable_outputs    how many of the outputs, from the first, carry gradients
+    autocast    names of the arguments that autocast casts; the rest keep their dtypes
+    bulk        names of the tensors that make up the memory traffic: Triton kernels must load
+                them 16 bytes at a time where sizes are aligned
     mutates     the schema mutates an argument and returns nothing
-    internal    the backward of another op: no public function
+    internal    a part of another op: no public function
     """
 
     name: str
@@ -61,8 +80,14 @@ class Op:
     bytes: Callable[..., int]
     flops: Callable[..., int]
     tolerance: str
+    workloads: Mapping[str, Workload] = field(default_factory=dict)
+    library: Callable[..., Any] | None = None
+    prefer: Callable[..., str | None] | None = None
     setup_context: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
+    differentiable_outputs: int = 1
+    autocast: tuple[str, ...] = ()
+    bulk: tuple[str, ...] = ()
     mutates: bool = False
     internal: bool = False
     torch_op: Any = field(init=False, repr=False, default=None)
@@ -81,35 +106,57 @@ class Op:
                 setup_context=self.setup_context,
                 lib=_library,
             )
-        elif self.mutates:
+        else:
             _library.impl(self.name, self._refuse_gradients, "Autograd", with_keyset=True)
         object.__setattr__(self, "torch_op", getattr(torch.ops.wavflow, self.name).default)
         REGISTRY[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        """Run with the backend chosen for the first argument's device and dtype."""
-        first = args[0]
-        if not isinstance(first, torch.Tensor):
-            raise TypeError(
-                f"{self.name}: the first argument must be a tensor, got {type(first).__name__}"
-            )
-        backend = _backend.choose(self, first.device, first.dtype)
+        """Run with the backend chosen for the first tensor's device and dtype."""
+        first = self._first(args)
+        if self.autocast and torch.is_autocast_enabled(first.device.type):
+            with torch.autocast(first.device.type, enabled=False):
+                return self(*self._autocast(args, torch.get_autocast_dtype(first.device.type)))
+        if self.prefer is not None and not torch.compiler.is_compiling():
+            self.check(*args)
+        backend = _backend.choose(self, first.device, first.dtype, args)
         if backend in ("cpp", "triton") or self.mutates:
             return self.torch_op(*args)
         if not torch.compiler.is_compiling():
             self.check(*args)
             if backend == "compile":
                 return _compiled(self.name)(*args)
-        return self.reference(*args)
+        return self.library(*args) if backend == "library" else self.reference(*args)
+
+    def _first(self, args: Sequence[Any]) -> torch.Tensor:
+        first = args[0]
+        if isinstance(first, (list, tuple)) and first:
+            first = first[0]
+        if not isinstance(first, torch.Tensor):
+            raise TypeError(
+                f"{self.name}: the first argument must be a tensor, got {type(args[0]).__name__}"
+            )
+        return first
+
+    def _autocast(self, args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+        names = [a.name for a in self.torch_op._schema.arguments]
+        return [
+            _cast(a, dtype) if name in self.autocast else a
+            for name, a in zip(names, args, strict=True)
+        ]
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
-        backend = _backend.choose(self, args[0].device, args[0].dtype)
+        first = self._first(args)
+        backend = _backend.choose(self, first.device, first.dtype, args)
         launch = self.launch.get(backend)
         if launch is None:
-            return self.reference(*args)
+            library = backend == "library" and self.library is not None
+            return self.library(*args) if library else self.reference(*args)
         outputs = self.outputs(*args)
-        launch(outputs, *args)
+        on_gpu = backend == "triton" and first.device.type == "cuda"
+        with torch.cuda.device(first.device) if on_gpu else nullcontext():
+            launch(outputs, *args)
         if self.mutates:
             for tensor in self.mutated(args):
                 if not tensor.is_inference():
@@ -130,15 +177,43 @@ class Op:
         ]
 
     def _refuse_gradients(self, keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(a, torch.Tensor) and a.requires_grad for a in args
-        ):
-            raise RuntimeError(
-                f"{self.name} works in place and has no gradient: use {self.name.rstrip('_')} "
-                "or call it under torch.no_grad()"
-            )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(args)):
+            way_out = "call it under torch.no_grad()"
+            if self.mutates:
+                raise RuntimeError(
+                    f"{self.name} works in place and has no gradient: use "
+                    f"{self.name.rstrip('_')} or {way_out}"
+                )
+            raise RuntimeError(f"{self.name} has no gradient: {way_out}")
         with torch._C._AutoDispatchBelowAutograd():
             return self.torch_op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among values, and in lists among them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors(value)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Autocast's rule: float tensors, except float64, to `dtype`."""
+    if isinstance(value, (list, tuple)):
+        return [_cast(v, dtype) for v in value]
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value if value.dtype == torch.float64 else value.to(dtype)
+
+
+def triton_launch(module: str, function: str) -> Callable[..., None]:
+    """The launcher `function` of ``_triton/<module>.py``, imported at its first call."""
+
+    def launch(*args: Any) -> None:
+        getattr(importlib.import_module(f"wavflow_kernels._triton.{module}"), function)(*args)
+
+    return launch
 
 
 _compiled_references: dict[str, Callable[..., Any]] = {}
