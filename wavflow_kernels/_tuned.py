@@ -1,0 +1,64 @@
+"""Measured choices per GPU: which backend and which tile sizes a call gets.
+
+``tuned/<device>.json`` holds {op: {key: row}}. A key names what decides speed ("bfloat16 d64
+n1024"), made by the op; a row has "backend", and what that backend's launcher reads of it. The
+tables are written by ``python -m wavflow_kernels.tune`` on the GPU itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent / "tuned"
+Row = dict[str, Any]
+
+
+def slug(device_name: str) -> str:
+    """The file name of a device: "NVIDIA H100 80GB HBM3" is nvidia-h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+@cache
+def table(device_index: int) -> dict[str, dict[str, Row]]:
+    """All rows of a CUDA device; empty where it was never measured."""
+    path = FOLDER / f"{slug(torch.cuda.get_device_name(device_index))}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["ops"] if path.exists() else {}
+
+
+_trial: dict[str, Row] = {}
+
+
+def lookup(op: str, device: torch.device, key: str) -> Row:
+    """The row for a call of `op` on `device`; {} where none was measured."""
+    if op in _trial:
+        return _trial[op]
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return {}
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return table(index).get(op, {}).get(key, {})
+
+
+@contextlib.contextmanager
+def trying(op: str, row: Row) -> Iterator[None]:
+    """Calls of `op` inside the block use `row`, whatever the tables say."""
+    previous = _trial.get(op)
+    _trial[op] = row
+    try:
+        yield
+    finally:
+        del _trial[op]
+        if previous is not None:
+            _trial[op] = previous
+
+
+def up_to_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n: sizes of one key differ by less than 2x."""
+    return 1 << max(n - 1, 0).bit_length()
