@@ -8,7 +8,8 @@ import pytest
 import torch
 from golden_weights import GOLDEN, golden_state_dict, load_golden, relative_error, uniform
 
-from wavflow.model.blocks import SwiGLU, attention, conv1d
+import wavflow_kernels as wk
+from wavflow.model.blocks import SwiGLU
 from wavflow.model.networks import WavflowConfig, WavflowModel, get_wavflow_model
 
 GOLDEN_MODELS = ("model_tiny", "model_head64")
@@ -229,31 +230,6 @@ def test_swiglu_inner_width(asked, inner):
         assert SwiGLU(8, asked).w1.weight.shape == (inner, 8)
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3, 7])
-@pytest.mark.parametrize("tokens", [1, 2, 9])
-def test_conv1d_equals_torch(kernel_size, tokens):
-    torch.manual_seed(0)
-    x = torch.randn(2, tokens, 5, dtype=torch.float64)
-    weight = torch.randn(4, 5, kernel_size, dtype=torch.float64)
-    bias = torch.randn(4, dtype=torch.float64)
-    wanted = torch.nn.functional.conv1d(x.mT, weight, bias, padding=kernel_size // 2).mT
-    assert torch.allclose(conv1d(x, weight, bias), wanted)
-    half = conv1d(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
-    assert half.shape == wanted.shape
-    assert relative_error(half, wanted) < 1e-2
-
-
-def test_attention_of_a_training_step_equals_sdpa():
-    """The bfloat16 CPU path stays within the format's rounding of the float64 result."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, n, 3, 16).bfloat16() for n in (9, 12, 12))
-    wanted = attention(q.double(), k.double(), v.double())
-    got = attention(q.clone().requires_grad_(), k, v)
-    assert got.shape == (2, 9, 48)
-    assert relative_error(got.detach(), wanted) < 1e-2
-    assert relative_error(attention(q, k, v), wanted) < 1e-2
-
-
 def test_checkpointing_equals_plain():
     plain, _ = golden_model("model_tiny")
     checkpointed, _ = golden_model("model_tiny", gradient_checkpointing=True)
@@ -336,10 +312,11 @@ def test_upsampled_sync_rows_are_the_nearest():
     model, _ = golden_model("model_tiny")
     for tokens in (24, 26, 640, 1764):
         model.update_seq_lengths(tokens, 8, 24)
-        index = model._sync_index()
+        index, offsets = model._sync_tokens()
         centre = (torch.arange(tokens, dtype=torch.float64) + 0.5) * 24 / tokens
         assert ((index + 0.5 - centre).abs() <= 0.5 + 1e-5).all()
-        assert (index.diff() >= 0).all()
+        wanted = wk.token_rows(index, 24)
+        assert torch.equal(index, wanted.index) and torch.equal(offsets, wanted.offsets)
 
 
 def test_shape_errors_name_argument_shape_and_wanted():
@@ -387,7 +364,7 @@ def test_update_seq_lengths():
     longer = inputs(model, 2)[0]
     assert model(longer, clip, sync, text, t).shape == (2, 30, 10)
     with pytest.raises(
-        ValueError, match=r"conditions.sync_index has shape \(26,\), wanted \(30,\)"
+        ValueError, match=r"conditions.sync_tokens.index has shape \(26,\), wanted \(30,\)"
     ):
         model.predict_flow(longer, t, stale)
     with pytest.raises(ValueError, match="sync_seq_len is 25, wanted a multiple of 8"):

@@ -1,4 +1,4 @@
-"""Timestep embedding and rotary position tables."""
+"""Timestep embedding."""
 
 from __future__ import annotations
 
@@ -30,20 +30,3 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         with torch.autocast(t.device.type, enabled=False):
             return self.mlp(timestep_features(t).to(self.mlp[0].weight.dtype))
-
-
-def rope_table(tokens: int, head_dim: int, *, step: float = 1.0, device: torch.device) -> Tensor:
-    """Unit rotations exp(i n step f), f = 10000^(-2i/head_dim), as complex64 (n 1 head_dim/2).
-
-    ``step`` is the distance of two tokens on the common clock: 1 for audio tokens.
-    """
-    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    position = torch.arange(tokens, device=device, dtype=torch.float32) * step
-    angle = position[:, None, None] * FREQUENCY_BASE ** (-exponent / head_dim)
-    return torch.polar(torch.ones_like(angle), angle)
-
-
-def apply_rope(x: Tensor, table: Tensor) -> Tensor:  # (b n h d) float32
-    """Rotates the interleaved channel pairs (2i, 2i + 1) of ``x`` by the table's angles."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2)

@@ -15,12 +15,15 @@ from wavflow.model.blocks import (
     Conditioning,
     FinalLayer,
     JointBlock,
+    Stream,
     SwiGLU,
     TokenConv,
+    TokenLinear,
     TransformerBlock,
 )
-from wavflow.model.embeddings import TimestepEmbedding, rope_table
+from wavflow.model.embeddings import TimestepEmbedding
 from wavflow.model.shapes import check_shape
+from wavflow_kernels import TokenRows, rope_table
 
 # One segment of sync features is 8 tokens; their positions inside it have a learned embedding.
 SYNC_SEGMENT = 8
@@ -107,12 +110,13 @@ class Conditions:
     clip_f_c: Tensor  # (b c), projected mean over the clip tokens
     text_f_c: Tensor  # (b c), projected mean over the text tokens
     sync_rows: Tensor  # (b n_sync c), before upsampling
-    sync_index: Tensor  # (n) int64, monotone: the sync row of each audio token
+    sync_tokens: TokenRows  # the sync row of each audio token
+    rope: Tensor  # (n + n_clip + n_text, head_dim), rotations of the joint attention's tokens
 
     @property
     def sync_f(self) -> Tensor:  # (b n c)
         """The sync features, upsampled to the audio tokens."""
-        return self.sync_rows.index_select(1, self.sync_index)
+        return self.sync_rows.index_select(1, self.sync_tokens.index)
 
     def expand(self, batch: int) -> Conditions:
         """One clip's conditions repeated ``batch`` times, as views."""
@@ -123,7 +127,8 @@ class Conditions:
         return self._map(lambda mine, theirs: torch.cat((mine, theirs)), other)
 
     def _map(self, function: Callable[..., Tensor], *others: Conditions) -> Conditions:
-        per_clip = [f.name for f in fields(self) if f.name != "sync_index"]
+        shared = ("sync_tokens", "rope")
+        per_clip = [f.name for f in fields(self) if f.name not in shared]
         sources = (self, *others)
         return replace(
             self, **{name: function(*(getattr(s, name) for s in sources)) for name in per_clip}
@@ -190,13 +195,17 @@ class WavflowModel(nn.Module):
 
         # The order of registration is the order of the checkpoints' optimiser states.
         self.audio_input_proj = nn.Sequential(
-            TokenConv(latent_dim, dim, 7), nn.SELU(), SwiGLU(dim, 4 * dim, 7)
+            TokenConv(latent_dim, dim, 7, activation="selu"),
+            nn.Identity(),
+            SwiGLU(dim, 4 * dim, 7),
         )
-        self.clip_input_proj = nn.Sequential(nn.Linear(clip_dim, dim), SwiGLU(dim, 4 * dim, 3))
+        self.clip_input_proj = nn.Sequential(TokenLinear(clip_dim, dim), SwiGLU(dim, 4 * dim, 3))
         self.sync_input_proj = nn.Sequential(
-            TokenConv(sync_dim, dim, 7), nn.SELU(), SwiGLU(dim, 4 * dim, 3)
+            TokenConv(sync_dim, dim, 7, activation="selu"),
+            nn.Identity(),
+            SwiGLU(dim, 4 * dim, 3),
         )
-        self.text_input_proj = nn.Sequential(nn.Linear(text_dim, dim), SwiGLU(dim, 4 * dim))
+        self.text_input_proj = nn.Sequential(TokenLinear(text_dim, dim), SwiGLU(dim, 4 * dim))
         self.clip_cond_proj = nn.Linear(dim, dim)
         self.text_cond_proj = nn.Linear(dim, dim)
         self.global_cond_mlp = SwiGLU(dim, 4 * dim)
@@ -286,16 +295,33 @@ class WavflowModel(nn.Module):
             clip_f_c=self.clip_cond_proj(clip_f.mean(dim=1)),
             text_f_c=self.text_cond_proj(text_f.mean(dim=1)),
             sync_rows=self.sync_input_proj(segments.flatten(1, 2)),
-            sync_index=self._sync_index(),
+            sync_tokens=self._sync_tokens(),
+            rope=self._rope(),
         )
 
-    def _sync_index(self) -> Tensor:  # (n) int64
+    def _sync_tokens(self) -> TokenRows:
         # Interpolating the row numbers gives torch's own rounding where a token lies on an edge.
-        rows = torch.arange(self.sync_seq_len, device=self.device, dtype=torch.float32)
-        return (
-            F.interpolate(rows[None, None], size=self.latent_seq_len, mode="nearest-exact")
+        rows = torch.arange(self.sync_seq_len + 1, device=self.device, dtype=torch.int32)
+        index = (
+            F.interpolate(
+                rows[None, None, :-1].float(), size=self.latent_seq_len, mode="nearest-exact"
+            )
             .flatten()
-            .long()
+            .int()
+        )
+        return TokenRows(index, torch.searchsorted(index, rows, out_int32=True))
+
+    def _rope(self) -> Tensor:  # (n + n_clip + n_text, head_dim), float32 at least
+        tokens, clip_tokens = self.latent_seq_len, self.clip_seq_len
+        # Clip tokens run on the audio tokens' clock; text tokens are not rotated.
+        lengths = (tokens, clip_tokens, self.config.text_seq_len)
+        steps = (1.0, tokens / clip_tokens, 0.0)
+        dtype = torch.promote_types(self.empty_clip_feat.dtype, torch.float32)
+        return torch.cat(
+            [
+                rope_table(n, self.config.head_dim, step=step, device=self.device, dtype=dtype)
+                for n, step in zip(lengths, steps, strict=True)
+            ]
         )
 
     def get_empty_string_sequence(self, bs: int) -> Tensor:  # (b n_text text_dim)
@@ -382,26 +408,22 @@ class WavflowModel(nn.Module):
 
     def _transform(self, x: Tensor, t_embedding: Tensor, conditions: Conditions) -> Tensor:
         """Blocks and final layer: x (b n c), t_embedding (b or 1, c) -> (b n d)."""
-        clip_f, text_f = conditions.clip_f, conditions.text_f
-        global_c = t_embedding + self.global_cond_mlp(conditions.clip_f_c + conditions.text_f_c)
-        global_c = global_c.unsqueeze(1)
+        together = (conditions.clip_f_c + conditions.text_f_c).unsqueeze(1)
+        global_c = t_embedding.unsqueeze(1) + self.global_cond_mlp(together)  # b 1 c
         # The audio streams' condition, before its rows are repeated along the tokens.
-        extended = Conditioning(global_c + conditions.sync_rows, conditions.sync_index)
+        extended = Conditioning(global_c + conditions.sync_rows, conditions.sync_tokens)
         everywhere = Conditioning(global_c)
 
-        head_dim, tokens, clip_tokens = self.config.head_dim, x.shape[1], clip_f.shape[1]
-        rope = rope_table(tokens, head_dim, device=x.device)
-        clip_rope = rope_table(clip_tokens, head_dim, step=tokens / clip_tokens, device=x.device)
-
+        streams = (Stream(x), Stream(conditions.clip_f), Stream(conditions.text_f))
         for block in self.joint_blocks:
-            x, clip_f, text_f = self._run(
-                block, x, clip_f, text_f, extended, everywhere, rope, clip_rope
-            )
+            streams = self._run(block, *streams, extended, everywhere, conditions.rope)
+        (audio,) = streams
+        rope = conditions.rope[: x.shape[1]]
         for block in self.fused_blocks:
-            x = self._run(block, x, extended, rope)
-        return self.final_layer(x, global_c)
+            audio = self._run(block, audio, extended, rope)
+        return self.final_layer(audio, everywhere)
 
-    def _run(self, block: nn.Module, *args: Tensor | Conditioning) -> Any:
+    def _run(self, block: nn.Module, *args: Stream | Conditioning | Tensor) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
@@ -416,7 +438,9 @@ class WavflowModel(nn.Module):
         check_shape(
             f"{argument}.sync_rows", conditions.sync_rows, (batch, config.sync_seq_len, dim)
         )
-        check_shape(f"{argument}.sync_index", conditions.sync_index, (config.latent_seq_len,))
+        check_shape(
+            f"{argument}.sync_tokens.index", conditions.sync_tokens.index, (config.latent_seq_len,)
+        )
 
 
 def get_wavflow_model(
