@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from wavflow.model.flow_matching import FlowMatching, log_normal_sample
 from wavflow.model.networks import WavflowModel
-from wavflow.solvers import adaptive, euler_table, shift_time, solve, time_grid
+from wavflow.solvers import SOLVERS, adaptive, shift_time, solve, solver_table, time_grid
 
 TOLERANCE = 1e-5
 LOSSES = ("x_pred_x_loss", "x_pred_v_loss", "v_pred_v_loss", "v_pred_x_loss")
@@ -137,7 +137,7 @@ def test_golden_log_normal_sample(edge):
 
 def test_guidance_in_the_step_equals_guidance_in_the_network(golden):
     tensors, fn = golden
-    table = euler_table(time_grid(5), guidance=4.5)
+    table = solver_table("euler", time_grid(5), guidance=4.5)
 
     def pair(t, x):
         return fn.model.predict_flow_pair(x, t, fn.conditions, fn.empty)
@@ -172,18 +172,96 @@ def test_euler_is_exact_on_constant_velocity(dtype, shift):
     assert torch.equal(seen[0][1], x0)  # what fn got is not overwritten later
 
 
-def test_euler_converges_with_order_one():
-    """dx/dt = -x + t with x-prediction; halving the step halves the error."""
-    x0 = torch.full((1, 1, 1), 2.0, dtype=torch.float64)
+class Gaussian:
+    """Data of mean 0.7 and deviation 0.3: the best prediction and the flow are known."""
 
-    def fn(t, x):
-        return x + (1 - t) * (t - x)
+    mean, deviation = 0.7, 0.3
 
-    exact = 3 * math.exp(-1.0)  # x = 3 exp(-t) + t - 1
-    errors = [
-        abs(solve(fn, x0, euler_table(time_grid(steps))).item() - exact) for steps in (100, 200)
-    ]
-    assert 1.9 < errors[0] / errors[1] < 2.1
+    def clean(self, t, x):
+        spread = (1 - t) ** 2 + (self.deviation * t) ** 2
+        return self.mean + self.deviation**2 * t / spread * (x - t * self.mean)
+
+    def flow(self, t, x0):
+        return t * self.mean + math.hypot(1 - t, self.deviation * t) * x0
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+@pytest.mark.parametrize(
+    ("method", "order", "evaluations"),
+    [("euler", 1, 1), ("midpoint", 2, 2), ("heun", 2, 2), ("rk4", 4, 4), ("ab2", 2, 1)]
+    + [("2m", 2, 1)],
+)
+def test_solvers_converge_with_their_order(method, order, evaluations, prediction):
+    """dx/dt = -x^2 cos(t), of which 1/x(t) = 1/x(t_0) + sin(t) - sin(t_0)."""
+    x0 = torch.linspace(0.5, 3, 9, dtype=torch.float64).view(1, 9, 1)
+
+    def velocity(t, x):
+        return -x.square() * torch.cos(t)
+
+    def clean(t, x):
+        return x + (1 - t) * velocity(t, x)
+
+    errors = []
+    for steps in (40, 80):
+        # Uneven steps, away from both ends where 2M falls back to Euler's.
+        grid = time_grid(steps, 0.2, 0.7, shift=2.0)
+        table = solver_table(method, grid, prediction=prediction)
+        assert len(table) == evaluations * steps
+        got = solve(clean if prediction == "x" else velocity, x0, table)
+        exact = 1 / (1 / x0 + grid[-1].sin() - grid[0].sin())
+        errors.append((got - exact).norm().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("method", list(SOLVERS))
+def test_solvers_go_from_noise_to_data(method):
+    """Over the whole interval, where x-prediction's velocity is 0/0 at the end."""
+    gaussian = Gaussian()
+    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 9, 1)
+    euler = relative_error(
+        solve(gaussian.clean, x0, solver_table("euler", time_grid(40))), gaussian.flow(1.0, x0)
+    )
+    got = solve(gaussian.clean, x0, solver_table(method, time_grid(40)))
+    error = relative_error(got, gaussian.flow(1.0, x0))
+    assert error == euler if method == "euler" else error < euler / 4
+
+
+def test_solver_arguments():
+    with pytest.raises(ValueError, match="solver is 'eule', wanted one of euler, midpoint"):
+        solver_table("eule", time_grid(3))
+    with pytest.raises(ValueError, match="solver 2m needs times that increase"):
+        solver_table("2m", time_grid(3, 1.0, 0.0))
+    with pytest.raises(ValueError, match="prediction is 'e'"):
+        solver_table("rk4", time_grid(3), prediction="e")
+    with pytest.raises(ValueError, match="slope is -1"):
+        time_grid(3, slope=-1)
+
+
+def test_guidance_interval():
+    """Rows outside the interval weigh 1 and ask the network once."""
+    table = solver_table("heun", time_grid(10), guidance=4.5, interval=(0.25, 0.65))
+    inside = (table[:, 0] >= 0.25) & (table[:, 0] <= 0.65)
+    assert torch.equal(table[:, 1], torch.where(inside, 4.5, 1.0).double())
+    calls = {"pair": 0, "plain": 0}
+
+    def pair(t, x):
+        calls["pair"] += 1
+        return x, 0.5 * x
+
+    def plain(t, x):
+        calls["plain"] += 1
+        return x
+
+    solve(pair, tokens(0, 1, 2, 3), table, plain)
+    assert calls == {"pair": int(inside.sum()), "plain": int((~inside).sum())}
+
+
+def test_sigmoid_grid_is_dense_at_both_ends():
+    steps = time_grid(20, 0.1, 0.9, slope=7.0).diff()
+    assert (steps > 0).all()
+    assert torch.allclose(steps, steps.flip(0))
+    assert steps[0] < steps[9] / 4
+    assert torch.allclose(time_grid(20, slope=1e-4), time_grid(20), atol=1e-9)
 
 
 def test_solving_records_no_gradient():
@@ -295,8 +373,8 @@ def test_x_and_v_prediction_take_the_same_steps(steps, shift, seed):
         return (clean(t, x) - x) / (1 - t).clamp_min(1e-6)
 
     grid = time_grid(steps, shift=shift)
-    by_x = solve(clean, x0, euler_table(grid, prediction="x"))
-    by_v = solve(velocity, x0, euler_table(grid, prediction="v"))
+    by_x = solve(clean, x0, solver_table("euler", grid, prediction="x"))
+    by_v = solve(velocity, x0, solver_table("euler", grid, prediction="v"))
     assert torch.allclose(by_x, by_v, rtol=1e-9, atol=1e-9)
 
 
@@ -348,7 +426,7 @@ def test_losses_of_half_precision_predictions_have_gradients():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inference_mode": "rk9"}, "inference_mode is 'rk9', wanted one of euler, adaptive"),
+        ({"inference_mode": "rk9"}, "inference_mode is 'rk9', wanted one of euler, midpoint"),
         ({"prediction_type": "eps"}, "prediction is 'eps', wanted 'x' or 'v'"),
         ({"num_steps": 0}, "num_steps is 0, wanted at least 1"),
         ({"min_sigma": -0.1}, "min_sigma is -0.1"),

@@ -19,7 +19,7 @@ from wavflow.config import Config, config_from_dict
 from wavflow.errors import InputError
 from wavflow.features.extract import encode_captions, encode_video, load_encoders
 from wavflow.model.networks import Conditions, WavflowModel
-from wavflow.solvers import adaptive, euler_table, solve, time_grid
+from wavflow.solvers import adaptive, solve, solver_table, time_grid
 
 log = logging.getLogger("wavflow")
 
@@ -253,7 +253,7 @@ class Sampler:
             end = 1.0 - sampling.min_sigma
             if solver == "euler":
                 grid = time_grid(steps, 0.0, end, sampling.noise_shift)
-                table = euler_table(grid, prediction=kind, guidance=guidance)
+                table = solver_table("euler", grid, prediction=kind, guidance=guidance)
                 return solve(predict, noise, table)
             start, end = time_grid(1, 0.0, end, sampling.noise_shift).tolist()
             try:

@@ -4,13 +4,17 @@ The network predicts clean data ("x") or the velocity ("v"), so that with its ou
 
 .. math:: dx/dt = (p - x) / \max(1 - t, 10^{-6}) \quad\text{or}\quad dx/dt = p.
 
-A fixed-step solver is a table of linear steps that ``wavflow_kernels.ode_step_`` carries out: every
-row holds t, the guidance weight and the coefficients that take (prediction, x) to the next x.
+A fixed-step solver is a table of linear steps that ``wavflow_kernels.ode_step_`` carries out: a row
+is one evaluation of the network and holds t, the guidance weight w and a matrix that takes the
+guided prediction and the state (the point of evaluation, then up to two slots of history) to the
+next state. Solvers differ in nothing but their tables.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -31,44 +35,194 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return t / (t + shift * (1 - t))
 
 
-def time_grid(steps: int, t0: float = 0.0, t1: float = 1.0, shift: float = 1.0) -> Tensor:
-    """``steps + 1`` float64 times from t0 to t1, uniform before the shift.
+def time_grid(
+    steps: int, t0: float = 0.0, t1: float = 1.0, shift: float = 1.0, slope: float = 0.0
+) -> Tensor:
+    r"""``steps + 1`` float64 times from t0 to t1 that are even in u before the shift.
 
-    Raises ValueError if there is no step.
+    With slope k > 0 they are sigmoid-spaced, denser at both ends: u runs from 0 to 1 through
+    :math:`(\sigma(k (s - 1/2)) - \sigma(-k/2)) / (\sigma(k/2) - \sigma(-k/2))`, s even.
+
+    Raises ValueError if there is no step, or for a negative slope.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, wanted at least 1")
-    return shift_time(torch.linspace(t0, t1, steps + 1, dtype=torch.float64), shift)
+    if slope < 0:
+        raise ValueError(f"slope is {slope}, wanted 0 or more")
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if slope > 0:
+        curve = torch.sigmoid(slope * (u - 0.5))
+        u = (curve - curve[0]) / (curve[-1] - curve[0])
+    return shift_time(torch.lerp(torch.full_like(u, t0), torch.full_like(u, t1), u), shift)
 
 
-def euler_table(grid: Tensor, *, prediction: str = "x", guidance: float = 1.0) -> Tensor:
-    r"""Euler's method on ``grid`` (steps + 1) as a float64 table (steps 4) for ``solve``.
+def solver_table(
+    method: str,
+    grid: Tensor,
+    *,
+    prediction: str = "x",
+    guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    r"""A solver on ``grid`` (steps + 1) as a float64 table (evaluations, 2 + k (k + 1)).
 
-    A row is [t, w, a, b] with :math:`x' = a\,p + b\,x`. A step :math:`\Delta` of v-prediction has
-    a = :math:`\Delta`, b = 1; of x-prediction a = :math:`\Delta / c`, b = 1 - a with
-    :math:`c = \max(1 - t, 10^{-6})`. w is the guidance weight, used where the prediction is a pair.
+    A row is [t, w, M], M the (k, k + 1) matrix of ``wavflow_kernels.ode_step``, k the slots of the
+    state. With :math:`h = t' - t` and the velocity :math:`f`, one step from t to t' is
 
-    Raises ValueError for a prediction other than "x" and "v".
+    - ``euler``: :math:`x' = x + h f`. Order 1. With x-prediction it is also the first-order
+      exponential integrator: :math:`x' = \rho x + (1 - \rho) D`, :math:`\rho = (1 - t')/(1 - t)`,
+      D the predicted data.
+    - ``midpoint``, ``heun``: order 2 with two evaluations; ``rk4``: order 4 with four. With
+      x-prediction a Heun or Runge-Kutta step that ends at t = 1, where the velocity is 0/0, is an
+      Euler step.
+    - ``ab2``: two-step Adams and Bashforth, order 2 with one evaluation:
+      :math:`x' = x + h\,[(1 + r/2) f_n - (r/2) f_{n-1}]`, r the ratio of this step to the last.
+    - ``2m``: DPM-Solver++(2M) (Lu et al., arXiv 2211.01095) for this path, order 2 with one
+      evaluation. Multiplying :math:`dx/dt = (D - x)/(1 - t)` by the integrating factor gives
+
+      .. math:: x' = \rho x + (1 - t') \int_t^{t'} \frac{D(s)}{(1 - s)^2}\,ds,
+
+      in which a constant D is Euler's step. 2M continues D linearly in the logarithm of the
+      signal-to-noise ratio, :math:`\lambda = \log(t/(1 - t))`: D is replaced by
+      :math:`(1 + g) D_n - g D_{n-1}`, :math:`g = h_n / (2 h_{n-1})` with the steps of
+      :math:`\lambda`. g is 0 where a step of :math:`\lambda` is infinite: for the step after t = 0
+      and the one that ends at t = 1.
+
+    The first step of ``ab2`` and ``2m`` is Euler's.
+
+    Args:
+        method: a key of SOLVERS.
+        grid: increasing times in [0, 1]; decreasing ones too, but for ``2m``.
+        prediction: "x" or "v".
+        guidance: w of every row with t in ``interval``; the other rows have w = 1.
+
+    Raises:
+        ValueError: an unknown method or prediction, a grid that ``2m`` cannot take.
     """
     check_prediction(prediction)
-    t, step = grid[:-1], grid.diff()
-    if prediction == "x":
-        weight = step / (1 - t).clamp_min(MIN_REMAINDER)
-        keep = 1 - weight
-    else:
-        weight, keep = step, torch.ones_like(step)
-    return torch.stack((t, torch.full_like(t, guidance), weight, keep), dim=1)
+    if method not in SOLVERS:
+        raise ValueError(f"solver is {method!r}, wanted one of {', '.join(SOLVERS)}")
+    if method == "2m" and not (grid.diff() > 0).all():
+        raise ValueError("solver 2m needs times that increase")
+    times = grid.tolist()
+    rows: list[list[float]] = []
+    for i, (t, end) in enumerate(pairwise(times)):
+        last = times[i - 1] if i > 0 else None
+        for at, matrix in SOLVERS[method](t, end, last, prediction):
+            weight = guidance if interval[0] <= at <= interval[1] else 1.0
+            rows.append([at, weight, *chain.from_iterable(matrix)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# A step is its evaluations: (t, M) each. The columns of M are the prediction and the slots.
+Step = list[tuple[float, list[list[float]]]]
+
+
+def _velocity(t: float, prediction: str) -> tuple[float, float]:
+    """(a, b) of the velocity a p + b x at t."""
+    if prediction == "v":
+        return 1.0, 0.0
+    rest = max(1 - t, MIN_REMAINDER)
+    return 1 / rest, -1 / rest
+
+
+def _euler(t: float, end: float, last: float | None, prediction: str) -> Step:
+    a, b = _velocity(t, prediction)
+    h = end - t
+    return [(t, [[h * a, 1 + h * b]])]
+
+
+def _midpoint(t: float, end: float, last: float | None, prediction: str) -> Step:
+    h, middle = end - t, (t + end) / 2
+    a, b = _velocity(t, prediction)
+    am, bm = _velocity(middle, prediction)
+    return [
+        (t, [[h / 2 * a, 1 + h / 2 * b, 0], [0, 1, 0]]),
+        (middle, [[h * am, h * bm, 1], [0, 0, 1]]),
+    ]
+
+
+def _heun(t: float, end: float, last: float | None, prediction: str) -> Step:
+    h = end - t
+    a, b = _velocity(t, prediction)
+    if prediction == "x" and end == 1:
+        return [(t, [[h * a, 1 + h * b, 0], [0, 0, 1]])]
+    ae, be = _velocity(end, prediction)
+    return [
+        (t, [[h * a, 1 + h * b, 0], [h / 2 * a, 1 + h / 2 * b, 0]]),
+        (end, [[h / 2 * ae, h / 2 * be, 1], [0, 0, 1]]),
+    ]
+
+
+def _rk4(t: float, end: float, last: float | None, prediction: str) -> Step:
+    h, middle = end - t, (t + end) / 2
+    a, b = _velocity(t, prediction)
+    if prediction == "x" and end == 1:
+        return [(t, [[h * a, 1 + h * b, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])]
+    am, bm = _velocity(middle, prediction)
+    ae, be = _velocity(end, prediction)
+    # Slots: the point of evaluation, x, and the sum of weighted velocities.
+    base = [0, 0, 1, 0]
+    return [
+        (
+            t,
+            [
+                [h / 2 * a, 1 + h / 2 * b, 0, 0],
+                [0, 1, 0, 0],
+                [h / 6 * a, 1 + h / 6 * b, 0, 0],
+            ],
+        ),
+        (middle, [[h / 2 * am, h / 2 * bm, 1, 0], base, [h / 3 * am, h / 3 * bm, 0, 1]]),
+        (middle, [[h * am, h * bm, 1, 0], base, [h / 3 * am, h / 3 * bm, 0, 1]]),
+        (end, [[h / 6 * ae, h / 6 * be, 0, 1], base, [0, 0, 0, 1]]),
+    ]
+
+
+def _ab2(t: float, end: float, last: float | None, prediction: str) -> Step:
+    h = end - t
+    a, b = _velocity(t, prediction)
+    half = 0.0 if last is None else h / (t - last) / 2
+    now = h * (1 + half)
+    return [(t, [[now * a, 1 + now * b, -h * half], [a, b, 0]])]
+
+
+def _2m(t: float, end: float, last: float | None, prediction: str) -> Step:
+    keep = (1 - end) / (1 - t)
+    g = 0.0
+    if last is not None and last > 0 and end < 1:
+        g = (_log_snr(end) - _log_snr(t)) / (_log_snr(t) - _log_snr(last)) / 2
+    # The predicted data are a p + b x.
+    a, b = (1.0, 0.0) if prediction == "x" else (1 - t, 1.0)
+    now = (1 - keep) * (1 + g)
+    return [(t, [[now * a, keep + now * b, -(1 - keep) * g], [a, b, 0]])]
+
+
+def _log_snr(t: float) -> float:
+    return math.log(t / (1 - t))
+
+
+SOLVERS: dict[str, Callable[[float, float, float | None, str], Step]] = {
+    "euler": _euler,
+    "midpoint": _midpoint,
+    "heun": _heun,
+    "rk4": _rk4,
+    "ab2": _ab2,
+    "2m": _2m,
+}
 
 
 @torch.no_grad()
-def solve(fn: GuidedPrediction, x0: Tensor, table: Tensor) -> Tensor:  # (b n d), (steps 4)
-    """Carries x0 through every step of ``table``; one call of ``fn`` a step, no gradients.
+def solve(
+    fn: GuidedPrediction, x0: Tensor, table: Tensor, plain: Prediction | None = None
+) -> Tensor:  # (b n d), (evaluations, 2 + k (k + 1))
+    """Carries x0 through every row of ``table``; one call of the network a row, no gradients.
 
     Args:
         fn: ``fn(t, x)`` gets a 0-d t and x (b n d) in x0's dtype, and returns the prediction
-            (b n d), or a pair (with, without conditions) that is mixed with the table's weight.
+            (b n d), or a pair (with, without conditions) that is mixed with the row's weight.
         x0: (b n d), the start. The state is float32 whatever its dtype, float64 for float64.
-        table: rows made by ``euler_table``.
+        table: made by ``solver_table``.
+        plain: called in place of ``fn`` for rows of weight 1, which need no pair.
 
     Returns:
         (b n d) in x0's dtype.
@@ -76,12 +230,16 @@ def solve(fn: GuidedPrediction, x0: Tensor, table: Tensor) -> Tensor:  # (b n d)
     Raises:
         ValueError: a prediction of another shape than x0.
     """
-    state = _state(x0).unsqueeze(0).clone(memory_format=torch.contiguous_format)
+    slots = (math.isqrt(4 * (table.shape[1] - 2) + 1) - 1) // 2
+    state = _state(x0).new_zeros(slots, *x0.shape)
+    state[0] = x0
+    unguided = (table[:, 1] == 1).tolist()
     table = table.to(state)
     index = torch.zeros(1, dtype=torch.int64, device=x0.device)
-    for t in table[:, 0].unbind():
+    for t, alone in zip(table[:, 0].unbind(), unguided, strict=True):
         # A copy: fn may keep its x, and the state is updated in place.
-        pred = fn(t, state[0].to(x0.dtype, copy=True))
+        x = state[0].to(x0.dtype, copy=True)
+        pred = plain(t, x) if alone and plain is not None else fn(t, x)
         pred, pred_uncond = pred if isinstance(pred, tuple) else (pred, None)
         wavflow_kernels.ode_step_(state, pred, table, index, pred_uncond=pred_uncond)
     return state[0].to(x0.dtype)

@@ -14,9 +14,17 @@ from torch import Tensor
 
 import wavflow_kernels
 from wavflow.model.shapes import check_shape
-from wavflow.solvers import adaptive, check_prediction, euler_table, shift_time, solve, time_grid
+from wavflow.solvers import (
+    SOLVERS,
+    adaptive,
+    check_prediction,
+    shift_time,
+    solve,
+    solver_table,
+    time_grid,
+)
 
-INFERENCE_MODES = ("euler", "adaptive")
+INFERENCE_MODES = (*SOLVERS, "adaptive")
 
 
 def log_normal_sample(
@@ -35,7 +43,8 @@ class FlowMatching:
 
     Args:
         min_sigma: noise left at t = 1, the path's sigma_min.
-        inference_mode: "euler" with ``num_steps`` steps, or "adaptive" (see ``solvers.adaptive``).
+        inference_mode: a fixed-step solver with ``num_steps`` steps (``solvers.solver_table``), or
+            "adaptive" (``solvers.adaptive``).
         prediction_type: "x" if the network predicts clean tokens, "v" if velocities.
         noise_scale: standard deviation of the noise that ``get_x0_xt_c`` draws.
         noise_shift: s of the time shift t / (t + s (1 - t)).
@@ -157,12 +166,12 @@ class FlowMatching:
     ) -> Tensor:
         """x (b n d) at t1 - min_sigma from x0 at t0, times before the shift; no gradients."""
         check_shape("x0", x0, ("batch", "tokens", "samples"))
-        steps = self.num_steps if self.inference_mode == "euler" else 1
+        mode, prediction = self.inference_mode, self.prediction_type
+        steps = 1 if mode == "adaptive" else self.num_steps
         grid = time_grid(steps, float(t0), float(t1) - self.min_sigma, self.noise_shift)
-        if self.inference_mode == "euler":
-            return solve(fn, x0, euler_table(grid, prediction=self.prediction_type))
-        start, end = grid.tolist()
-        return adaptive(fn, x0, start, end, prediction=self.prediction_type)
+        if mode == "adaptive":
+            return adaptive(fn, x0, *grid.tolist(), prediction=prediction)
+        return solve(fn, x0, solver_table(mode, grid, prediction=prediction))
 
 
 def _check_tokens(t: Tensor, **tensors: Tensor) -> None:
