@@ -134,3 +134,10 @@ def test_saved_config_reads_back(tmp_path):
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().experiment_id = "x"
+
+
+def test_solvers_are_those_there_are():
+    from wavflow.config import SOLVERS
+    from wavflow.model.flow_matching import INFERENCE_MODES
+
+    assert SOLVERS == INFERENCE_MODES

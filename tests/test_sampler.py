@@ -102,16 +102,18 @@ def test_seed_and_conditions_matter():
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("guidance", [4.5, 0.5])
-def test_agrees_with_the_drop_in_path(prediction, shift, guidance):
+@pytest.mark.parametrize(("guidance", "solver"), [(4.5, "euler"), (0.5, "heun"), (4.5, "2m")])
+def test_agrees_with_the_drop_in_path(prediction, shift, guidance, solver):
     import wavflow_kernels as kernels
     from wavflow.model.flow_matching import FlowMatching
 
     sampler = tiny_sampler(prediction_type=prediction, noise_shift=shift, noise_scale=0.8)
     rows = [random_features(1), random_features(2)]
-    made = sampler.generate_features(rows, [3, 4], guidance=guidance)
+    made = sampler.generate_features(rows, [3, 4], guidance=guidance, solver=solver)
     model = sampler.model
-    flow = FlowMatching(num_steps=4, prediction_type=prediction, noise_shift=shift)
+    flow = FlowMatching(
+        num_steps=4, prediction_type=prediction, noise_shift=shift, inference_mode=solver
+    )
     conditions = model.preprocess_conditions(
         *(torch.stack([row[key] for row in rows]) for key in rows[0])
     )
@@ -183,7 +185,7 @@ def test_from_files(saved, world, tmp_path):
         ({"captions": "a bell"}, "captions is 'a bell'; wanted a list"),
         ({"captions": ["a"], "videos": [None, None]}, "1 captions and 2 videos"),
         ({"captions": ["a"], "seeds": [1, 2]}, "2 seeds for 1 rows"),
-        ({"captions": ["a"], "solver": "rk9"}, "solver is 'rk9'; wanted one of euler, adaptive"),
+        ({"captions": ["a"], "solver": "rk9"}, "solver is 'rk9'; wanted one of euler, midpoint"),
         ({"captions": ["a"], "steps": 0}, "steps is 0"),
         ({"videos": ["gone.mp4"]}, "gone.mp4"),
     ],

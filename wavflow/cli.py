@@ -126,7 +126,9 @@ def generate(
         float | None, typer.Option(help="Guidance scale, 1 or less is none; default as trained.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default as trained.")] = None,
-    solver: Annotated[str, typer.Option(help="euler or adaptive.")] = "euler",
+    solver: Annotated[
+        str, typer.Option(help="euler, midpoint, heun, rk4, ab2, 2m, adaptive.")
+    ] = "euler",
     loudness: Annotated[float, typer.Option(help="LUFS of the output.")] = -23.0,
     keep_loudness: Annotated[bool, typer.Option("--keep-loudness", help="As generated.")] = False,
     batch_size: Annotated[int, typer.Option(help="Clips at a time.")] = 8,

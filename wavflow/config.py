@@ -19,6 +19,8 @@ from wavflow.files import atomic_write
 
 log = logging.getLogger("wavflow")
 
+# As in wavflow.solvers, which needs torch: reading a configuration does not.
+SOLVERS = ("euler", "midpoint", "heun", "rk4", "ab2", "2m", "adaptive")
 CONFIG_DIR = Path(__file__).parent / "configs"
 
 
@@ -104,7 +106,7 @@ class SamplingConfig:
     prediction_type: str = _one_of("x", "v")
     noise_shift: float = _over(1.0, 0)
     min_sigma: float = _over(0.0, 0, equal=True)
-    method: str = _one_of("euler", "adaptive")
+    method: str = _one_of(*SOLVERS)
     num_steps: int = _over(50, 0)
     noise_scale: float = _over(1.0, 0)
     mean: float = 0.0
@@ -179,7 +181,7 @@ class TrainingConfig:
 class EvalConfig:
     """Sampling during training."""
 
-    sampling_method: str = _one_of("euler", "adaptive")
+    sampling_method: str = _one_of(*SOLVERS)
     num_sampling_steps: int = _over(50, 0)
     cfg: float = 4.5
 

@@ -19,11 +19,9 @@ from wavflow.config import Config, config_from_dict
 from wavflow.errors import InputError
 from wavflow.features.extract import encode_captions, encode_video, load_encoders
 from wavflow.model.networks import Conditions, WavflowModel
-from wavflow.solvers import adaptive, solve, solver_table, time_grid
+from wavflow.solvers import SOLVERS, adaptive, solve, solver_table, time_grid
 
 log = logging.getLogger("wavflow")
-
-SOLVERS = ("euler", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Sampler:
             guidance: classifier-free guidance, by default the configuration's; 1 or less runs the
                 conditional pass alone.
             steps: solver steps, by default the configuration's.
-            solver: `euler` or `adaptive`.
+            solver: a key of `wavflow.solvers.SOLVERS`, or `adaptive`.
             batch_size: rows at a time.
             progress: called with (rows done, rows in all).
 
@@ -200,8 +198,8 @@ class Sampler:
         """
         steps = self.config.sampling.num_steps if steps is None else steps
         guidance = self.config.inference.cfg if guidance is None else guidance
-        if solver not in SOLVERS:
-            raise InputError(f"solver is {solver!r}; wanted one of {', '.join(SOLVERS)}")
+        if solver not in (*SOLVERS, "adaptive"):
+            raise InputError(f"solver is {solver!r}; wanted one of {', '.join(SOLVERS)}, adaptive")
         if steps < 1 or batch_size < 1:
             raise InputError(f"steps is {steps}, batch_size {batch_size}; wanted at least 1")
         if len(seeds) != len(features):
@@ -251,9 +249,9 @@ class Sampler:
 
             kind = sampling.prediction_type
             end = 1.0 - sampling.min_sigma
-            if solver == "euler":
+            if solver != "adaptive":
                 grid = time_grid(steps, 0.0, end, sampling.noise_shift)
-                table = solver_table("euler", grid, prediction=kind, guidance=guidance)
+                table = solver_table(solver, grid, prediction=kind, guidance=guidance)
                 return solve(predict, noise, table)
             start, end = time_grid(1, 0.0, end, sampling.noise_shift).tolist()
             try:
