@@ -11,6 +11,26 @@ namespace wavflow {
 // what it writes is contiguous for each head.
 constexpr int64_t kTokens = 16;
 
+// Parts are split and merged as words of at least 32 bits, this many channels at a time: compilers
+// know how to permute vectors of those, not of 16-bit elements.
+constexpr int64_t kChannels = 64;
+
+template <class T> struct Raw {  // BFloat16 and Half
+  using Word = uint32_t;
+  static WF_HD Word bits(T x) { return x.bits; }
+  static WF_HD T value(Word w) { return T{uint16_t(w)}; }
+};
+template <> struct Raw<float> {
+  using Word = float;
+  static WF_HD float bits(float x) { return x; }
+  static WF_HD float value(float x) { return x; }
+};
+template <> struct Raw<double> {
+  using Word = double;
+  static WF_HD double bits(double x) { return x; }
+  static WF_HD double value(double x) { return x; }
+};
+
 struct QkvRopeBlock {
   int64_t stream, item, begin, end;  // tokens [begin, end) of the stream
   int64_t offset;                    // of the stream among all tokens
@@ -20,15 +40,41 @@ struct QkvRopeBlock {
 template <class T, int D>
 struct QkvRopeHead {
   using A = compute_t<T>;
+  using Word = typename Raw<T>::Word;
   const int64_t d;
 
   // x (d, J) to its first J - 1 parts as rows of `parts` (J - 1, d); the last one to v, where wanted.
   template <int J>
   WF_HD void split(const T* __restrict x, A* __restrict parts, T* __restrict v) const {
     const int64_t n = D ? D : d;
-    for (int64_t i = 0; i < n; ++i) {
-      for (int j = 0; j < J - 1; ++j) parts[j * n + i] = load(x[J * i + j]);
-      if (v) v[i] = x[J * i + J - 1];
+    for (int64_t begin = 0; begin < n; begin += kChannels) {
+      const int64_t m = D == kChannels || n - begin > kChannels ? kChannels : n - begin;
+      Word in[J * kChannels], out[J * kChannels];
+      for (int64_t i = 0; i < J * m; ++i) in[i] = Raw<T>::bits(x[J * begin + i]);
+      for (int64_t i = 0; i < m; ++i)
+        for (int j = 0; j < J; ++j) out[j * kChannels + i] = in[J * i + j];
+      for (int j = 0; j < J - 1; ++j)
+        for (int64_t i = 0; i < m; ++i)
+          parts[j * n + begin + i] = load(Raw<T>::value(out[j * kChannels + i]));
+      if (!v) continue;
+      for (int64_t i = 0; i < m; ++i) v[begin + i] = Raw<T>::value(out[(J - 1) * kChannels + i]);
+    }
+  }
+
+  // The way back.
+  template <int J>
+  WF_HD void merge(const A* __restrict parts, const T* __restrict v, T* __restrict x) const {
+    const int64_t n = D ? D : d;
+    for (int64_t begin = 0; begin < n; begin += kChannels) {
+      const int64_t m = D == kChannels || n - begin > kChannels ? kChannels : n - begin;
+      Word in[J * kChannels], out[J * kChannels];
+      for (int j = 0; j < J - 1; ++j)
+        for (int64_t i = 0; i < m; ++i)
+          in[j * kChannels + i] = Raw<T>::bits(store<T>(parts[j * n + begin + i]));
+      for (int64_t i = 0; i < m; ++i) in[(J - 1) * kChannels + i] = Raw<T>::bits(v[begin + i]);
+      for (int64_t i = 0; i < m; ++i)
+        for (int j = 0; j < J; ++j) out[J * i + j] = in[j * kChannels + i];
+      for (int64_t i = 0; i < J * m; ++i) x[J * begin + i] = Raw<T>::value(out[i]);
     }
   }
 
@@ -64,16 +110,6 @@ struct QkvRopeHead {
     }
     const A mean = lane_sum<A>(n, [=](int64_t i) WF_BODY { return g[i] * x[i]; }) / A(n);
     for (int64_t i = 0; i < n; ++i) x[i] = inverse * (g[i] - x[i] * mean);
-  }
-
-  // The way back from split.
-  template <int J>
-  WF_HD void merge(const A* __restrict parts, const T* __restrict v, T* __restrict x) const {
-    const int64_t n = D ? D : d;
-    for (int64_t i = 0; i < n; ++i) {
-      for (int j = 0; j < J - 1; ++j) x[J * i + j] = store<T>(parts[j * n + i]);
-      x[J * i + J - 1] = v[i];
-    }
   }
 };
 
