@@ -10,6 +10,7 @@ from .ops.flow_loss import flow_loss
 from .ops.flow_mix import flow_mix, philox_normal
 from .ops.lift_patchify import lift_patchify
 from .ops.ode_step import ode_step, ode_step_
+from .ops.qkv_rope import qkv_rope, rope_table
 from .ops.rope_attention import rope_attention
 from .ops.unpatchify import unpatchify
 
@@ -22,7 +23,9 @@ __all__ = [
     "ode_step",
     "ode_step_",
     "philox_normal",
+    "qkv_rope",
     "rope_attention",
+    "rope_table",
     "unpatchify",
     "use_backend",
 ]

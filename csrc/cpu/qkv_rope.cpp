@@ -1,0 +1,219 @@
+#include "../qkv_rope.h"
+
+#include <algorithm>
+
+#include "../bind.h"
+#include "parallel.h"
+
+namespace wavflow {
+
+// A block is kTokens tokens of one item and stream, head by head: what it reads stays in the cache,
+// what it writes is contiguous for each head.
+constexpr int64_t kTokens = 16;
+
+// Parts are split and merged as words of at least 32 bits, this many channels at a time: compilers
+// know how to permute vectors of those, not of 16-bit elements.
+constexpr int64_t kChannels = 64;
+
+template <class T> struct Raw {  // BFloat16 and Half
+  using Word = uint32_t;
+  static WF_HD Word bits(T x) { return x.bits; }
+  static WF_HD T value(Word w) { return T{uint16_t(w)}; }
+};
+template <> struct Raw<float> {
+  using Word = float;
+  static WF_HD float bits(float x) { return x; }
+  static WF_HD float value(float x) { return x; }
+};
+template <> struct Raw<double> {
+  using Word = double;
+  static WF_HD double bits(double x) { return x; }
+  static WF_HD double value(double x) { return x; }
+};
+
+struct QkvRopeBlock {
+  int64_t stream, item, begin, end;  // tokens [begin, end) of the stream
+  int64_t offset;                    // of the stream among all tokens
+};
+
+// One head of one token: parts of x in buffers, and where the head goes. D: d, or 0 for any.
+template <class T, int D>
+struct QkvRopeHead {
+  using A = compute_t<T>;
+  using Word = typename Raw<T>::Word;
+  const int64_t d;
+
+  // x (d, J) to its first J - 1 parts as rows of `parts` (J - 1, d); the last one to v, where wanted.
+  template <int J>
+  WF_HD void split(const T* __restrict x, A* __restrict parts, T* __restrict v) const {
+    const int64_t n = D ? D : d;
+    for (int64_t begin = 0; begin < n; begin += kChannels) {
+      const int64_t m = D == kChannels || n - begin > kChannels ? kChannels : n - begin;
+      Word in[J * kChannels], out[J * kChannels];
+      for (int64_t i = 0; i < J * m; ++i) in[i] = Raw<T>::bits(x[J * begin + i]);
+      for (int64_t i = 0; i < m; ++i)
+        for (int j = 0; j < J; ++j) out[j * kChannels + i] = in[J * i + j];
+      for (int j = 0; j < J - 1; ++j)
+        for (int64_t i = 0; i < m; ++i)
+          parts[j * n + begin + i] = load(Raw<T>::value(out[j * kChannels + i]));
+      if (!v) continue;
+      for (int64_t i = 0; i < m; ++i) v[begin + i] = Raw<T>::value(out[(J - 1) * kChannels + i]);
+    }
+  }
+
+  // The way back.
+  template <int J>
+  WF_HD void merge(const A* __restrict parts, const T* __restrict v, T* __restrict x) const {
+    const int64_t n = D ? D : d;
+    for (int64_t begin = 0; begin < n; begin += kChannels) {
+      const int64_t m = D == kChannels || n - begin > kChannels ? kChannels : n - begin;
+      Word in[J * kChannels], out[J * kChannels];
+      for (int j = 0; j < J - 1; ++j)
+        for (int64_t i = 0; i < m; ++i)
+          in[j * kChannels + i] = Raw<T>::bits(store<T>(parts[j * n + begin + i]));
+      for (int64_t i = 0; i < m; ++i) in[(J - 1) * kChannels + i] = Raw<T>::bits(v[begin + i]);
+      for (int64_t i = 0; i < m; ++i)
+        for (int j = 0; j < J; ++j) out[J * i + j] = in[j * kChannels + i];
+      for (int64_t i = 0; i < J * m; ++i) x[J * begin + i] = Raw<T>::value(out[i]);
+    }
+  }
+
+  WF_HD A inverse_rms(const A* x) const {
+    const int64_t n = D ? D : d;
+    return qkv_rope_inverse_rms(lane_sum<A>(n, [=](int64_t i) WF_BODY { return x[i] * x[i]; }), n);
+  }
+
+  WF_HD void forward(A* __restrict x, const A* __restrict weight, const A* __restrict rope,
+                     T* __restrict out) const {
+    const int64_t n = D ? D : d;
+    const A inverse = inverse_rms(x);
+    for (int64_t i = 0; i < n; ++i) x[i] = x[i] * inverse * weight[i];
+    for (int64_t i = 0; i < n; i += 2) {
+      A a, b;
+      qkv_rope_rotate(x[i], x[i + 1], rope[i], rope[i + 1], &a, &b);
+      out[i] = store<T>(a);
+      out[i + 1] = store<T>(b);
+    }
+  }
+
+  // x becomes its gradient, d_weight grows by its own; g is room for d values.
+  WF_HD void backward(const T* __restrict grad, A* __restrict x, const A* __restrict weight,
+                      const A* __restrict rope, A* __restrict d_weight, A* __restrict g) const {
+    const int64_t n = D ? D : d;
+    const A inverse = inverse_rms(x);
+    for (int64_t i = 0; i < n; i += 2)
+      qkv_rope_rotate(A(load(grad[i])), A(load(grad[i + 1])), rope[i], -rope[i + 1], g + i, g + i + 1);
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] *= inverse;
+      d_weight[i] += g[i] * x[i];
+      g[i] *= weight[i];
+    }
+    const A mean = lane_sum<A>(n, [=](int64_t i) WF_BODY { return g[i] * x[i]; }) / A(n);
+    for (int64_t i = 0; i < n; ++i) x[i] = inverse * (g[i] - x[i] * mean);
+  }
+};
+
+template <class T, int D, int J>
+WF_HD void run_block(const QkvRopeArgs& a, const QkvRopeBlock& block, int64_t queries, int64_t tokens,
+                     compute_t<T>* scratch, compute_t<T>* partial) {
+  using A = compute_t<T>;
+  const QkvRopeStream& s = a.streams[block.stream];
+  const QkvRopeHead<T, D> head{a.d};
+  const int64_t d = D ? D : a.d, row = a.heads * d * J;
+  const A* q_weight = static_cast<const A*>(s.q_weight);
+  const A* k_weight = static_cast<const A*>(s.k_weight);
+  A room[3 * (D ? D : 1)];  // q or nothing, k, room
+  A* parts = D ? room : scratch;
+  A* k_part = parts + (J - 2) * d;
+  for (int64_t h = 0; h < a.heads; ++h) {
+    for (int64_t n = block.begin; n < block.end; ++n) {
+      const int64_t at = block.offset + n;
+      const int64_t group = block.item * a.heads + h;
+      const T* x = static_cast<const T*>(s.x) + block.item * s.batch_stride + n * s.token_stride + h * d * J;
+      const A* rope = static_cast<const A*>(a.rope) + at * d;
+      T* q = static_cast<T*>(a.q) + (group * queries + at) * d;
+      T* k = static_cast<T*>(a.k) + (group * tokens + at) * d;
+      T* v = static_cast<T*>(a.v) + (group * tokens + at) * d;
+      if (!a.backward) {
+        head.template split<J>(x, parts, v);
+        if (J == 3) head.forward(parts, q_weight, rope, q);
+        head.forward(k_part, k_weight, rope, k);
+        continue;
+      }
+      head.template split<J>(x, parts, static_cast<T*>(nullptr));
+      if (J == 3) head.backward(q, parts, q_weight, rope, partial, k_part + d);
+      head.backward(k, k_part, k_weight, rope, partial + d, k_part + d);
+      T* d_x = static_cast<T*>(s.d_x) + (block.item * s.tokens + n) * row + h * d * J;
+      head.template merge<J>(parts, v, d_x);
+    }
+  }
+}
+
+template <class T, int D>
+static void run(const QkvRopeArgs& a) {
+  using A = compute_t<T>;
+  std::vector<QkvRopeBlock> list;
+  int64_t queries = 0, tokens = 0;
+  for (size_t i = 0; i < a.streams.size(); ++i) {
+    const QkvRopeStream& s = a.streams[i];
+    for (int64_t item = 0; item < a.batch; ++item)
+      for (int64_t begin = 0; begin < s.tokens; begin += kTokens)
+        list.push_back({int64_t(i), item, begin, std::min(begin + kTokens, s.tokens), tokens});
+    if (s.parts == 3) queries += s.tokens;
+    tokens += s.tokens;
+  }
+  const int64_t count = int64_t(list.size()), d = a.d;
+  std::vector<A> rooms(D ? 0 : count * 3 * d);
+  std::vector<A> partials(a.backward ? count * 2 * d : 0);
+  const QkvRopeArgs* args = &a;
+  const QkvRopeBlock* blocks = list.data();
+  A* room = rooms.data();
+  A* partial = partials.data();
+  parallel_for(count, a.target.threads, [=](int64_t i) WF_BODY {
+    A* scratch = D ? nullptr : room + i * 3 * d;
+    A* sums = args->backward ? partial + i * 2 * d : nullptr;
+    if (args->streams[blocks[i].stream].parts == 3)
+      run_block<T, D, 3>(*args, blocks[i], queries, tokens, scratch, sums);
+    else
+      run_block<T, D, 2>(*args, blocks[i], queries, tokens, scratch, sums);
+  });
+  if (!a.backward) return;
+  // Weight gradients: the blocks' partial sums in their order.
+  std::vector<double> sums(a.streams.size() * 2 * d, 0.0);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < 2 * d; ++j) sums[list[i].stream * 2 * d + j] += double(partials[i * 2 * d + j]);
+  for (size_t i = 0; i < a.streams.size(); ++i)
+    for (int64_t j = 0; j < d; ++j) {
+      static_cast<A*>(a.streams[i].d_q_weight)[j] = A(sums[i * 2 * d + j]);
+      static_cast<A*>(a.streams[i].d_k_weight)[j] = A(sums[i * 2 * d + d + j]);
+    }
+}
+
+void qkv_rope_cpu(const QkvRopeArgs& a) {
+  dispatch("qkv_rope", a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (a.d == 64) return run<T, 64>(a);
+    run<T, 0>(a);
+  });
+}
+
+WAVFLOW_BIND(m) {
+  pybind11::class_<QkvRopeStream>(m, "QkvRopeStream")
+      .def(pybind11::init([](uintptr_t x, uintptr_t q_weight, uintptr_t k_weight, uintptr_t d_x,
+                             uintptr_t d_q_weight, uintptr_t d_k_weight, int64_t tokens, int64_t parts,
+                             int64_t batch_stride, int64_t token_stride) {
+        return QkvRopeStream{pointer<void>(x), pointer<void>(q_weight), pointer<void>(k_weight),
+                             pointer<void>(d_x), pointer<void>(d_q_weight), pointer<void>(d_k_weight),
+                             tokens, parts, batch_stride, token_stride};
+      }));
+  m.def(
+      "qkv_rope",
+      [](Target target, int dtype, bool backward, const std::vector<QkvRopeStream>& streams,
+         uintptr_t rope, uintptr_t q, uintptr_t k, uintptr_t v, int64_t batch, int64_t heads, int64_t d) {
+        qkv_rope_cpu({target, DType(dtype), backward, streams, pointer<void>(rope), pointer<void>(q),
+                      pointer<void>(k), pointer<void>(v), batch, heads, d});
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+}  // namespace wavflow
