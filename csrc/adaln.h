@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "check.h"
+#include "cpu/lanes.h"
 #include "cpu/parallel.h"
 
 namespace wavflow {
@@ -79,26 +80,23 @@ WF_HD const T* row_of(const RowTensor& table, int64_t item, int64_t row) {
   return element<const T>(table.data, item * table.batch_stride + row * table.row_stride);
 }
 
-// Mean and 1 / standard deviation of values[0 .. count).
-template <class A>
-WF_HD void mean_and_inverse(const A* __restrict values, int64_t count, A eps, A* mean, A* inverse) {
-  const A m = lane_sum<A>(count, [=](int64_t j) WF_BODY { return values[j]; }) / A(count);
-  const A v = lane_sum<A>(count, [=](int64_t j) WF_BODY {
-    const A d = values[j] - m;
+// values[0 .. count) = x (+ gate * y), their mean and 1 / standard deviation. `values` has room for
+// whole vectors.
+template <bool kGated, class T, class A>
+WF_HD void residual(const T* x, const T* y, const T* gate, int64_t count, A eps, A* values, A* mean,
+                    A* inverse) {
+  const A m = sum_lanes<A>(count, [&](int64_t j, auto lanes) WF_BODY {
+    Lanes<A> v = lanes.load(x + j);
+    if constexpr (kGated) v += lanes.load(gate + j) * lanes.load(y + j);
+    store_lanes(values + j, v);
+    return v;
+  }) / A(count);
+  const A squares = sum_lanes<A>(count, [&](int64_t j, auto lanes) WF_BODY {
+    const Lanes<A> d = lanes.keep(load_lanes(values + j) - m);
     return d * d;
   });
   *mean = m;
-  *inverse = A(1) / square_root(v / A(count) + eps);
-}
-
-// sum[j] = x[j] (+ gate[j] * y[j])
-template <bool kGated, class T, class A>
-WF_HD void residual(const T* __restrict x, const T* __restrict y, const T* __restrict gate,
-                    int64_t count, A* __restrict sum) {
-  for (int64_t j = 0; j < count; ++j) {
-    sum[j] = A(load(x[j]));
-    if (kGated) sum[j] += A(load(gate[j])) * A(load(y[j]));
-  }
+  *inverse = A(1) / square_root(squares / A(count) + eps);
 }
 
 template <bool kGated, class T>
@@ -113,20 +111,19 @@ void adaln_forward(const AdalnArgs& a) {
     A values[kMaxChannels];
     for (int64_t t = begin; t < end; ++t) {
       const int64_t at = (item * a.tokens + t) * c, row = a.rows.row(t);
-      const T* __restrict x = element<const T>(a.x, at);
-      const T* __restrict y = element<const T>(a.y, at);
-      const T* __restrict shift = row_of<T>(a.shift, item, row);
-      const T* __restrict scale = row_of<T>(a.scale, item, row);
-      T* __restrict out = element<T>(a.out, at);
-      residual<kGated>(x, y, row_of<T>(a.gate, item, a.gate_rows.row(t)), c, values);
+      const T* shift = row_of<T>(a.shift, item, row);
+      const T* scale = row_of<T>(a.scale, item, row);
+      const T* gate = row_of<T>(a.gate, item, a.gate_rows.row(t));
+      T* sum = element<T>(a.sum, at);
+      T* out = element<T>(a.out, at);
       A mean, inverse;
-      mean_and_inverse(values, c, A(a.eps), &mean, &inverse);
-      if (kGated) {
-        T* __restrict sum = element<T>(a.sum, at);
-        for (int64_t j = 0; j < c; ++j) sum[j] = store<T>(values[j]);
-      }
-      for (int64_t j = 0; j < c; ++j)
-        out[j] = store<T>((values[j] - mean) * inverse * (A(1) + A(load(scale[j]))) + A(load(shift[j])));
+      residual<kGated>(element<const T>(a.x, at), element<const T>(a.y, at), gate, c, A(a.eps), values,
+                       &mean, &inverse);
+      for_lanes(c, [&](int64_t j, auto lanes) WF_BODY {
+        const Lanes<A> v = load_lanes(values + j);
+        if constexpr (kGated) lanes.store(sum + j, v);
+        lanes.store(out + j, (v - mean) * inverse * (A(1) + lanes.load(scale + j)) + lanes.load(shift + j));
+      });
     }
   });
 }
@@ -153,8 +150,8 @@ struct RowGradient {
     const int64_t begin = rows.begin(row), end = rows.end(row, tokens);
     if (t + 1 < limit && t + 1 < end) return;
     if (begin >= first && end <= limit) {
-      T* __restrict to = out + (item * rows.rows + row) * channels;
-      for (int64_t j = 0; j < channels; ++j) to[j] = store<T>(sum[j]);
+      T* to = out + (item * rows.rows + row) * channels;
+      for_lanes(channels, [&](int64_t j, auto lanes) WF_BODY { lanes.store(to + j, load_lanes(sum + j)); });
     } else {
       A* __restrict to = edge(item, unit, begin > first);
       for (int64_t j = 0; j < channels; ++j) to[j] = sum[j];
@@ -198,42 +195,43 @@ void adaln_backward(const AdalnArgs& a) {
     A normed[kMaxChannels], modulated[kMaxChannels];
     A shift_sum[kMaxChannels], scale_sum[kMaxChannels], gate_sum[kGated ? kMaxChannels : 1];
     for (int64_t j = 0; j < c; ++j) shift_sum[j] = scale_sum[j] = A(0);
-    if (kGated)
+    if constexpr (kGated)
       for (int64_t j = 0; j < c; ++j) gate_sum[j] = A(0);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t at = (item * a.tokens + t) * c;
-      const T* __restrict x = element<const T>(a.x, at);
-      const T* __restrict y = element<const T>(a.y, at);
-      const T* __restrict grad = element<const T>(a.grad, at);
-      const T* __restrict grad_sum = element<const T>(a.grad_sum, at);
-      const T* __restrict scale = row_of<T>(a.scale, item, a.rows.row(t));
-      const T* __restrict gate = row_of<T>(a.gate, item, a.gate_rows.row(t));
-      T* __restrict d_x = element<T>(a.d_x, at);
-      T* __restrict d_y = element<T>(a.d_y, at);
-      residual<kGated>(x, y, gate, c, normed);
+      const T* y = element<const T>(a.y, at);
+      const T* grad = element<const T>(a.grad, at);
+      const T* grad_sum = element<const T>(a.grad_sum, at);
+      const T* scale = row_of<T>(a.scale, item, a.rows.row(t));
+      const T* gate = row_of<T>(a.gate, item, a.gate_rows.row(t));
+      T* d_x = element<T>(a.d_x, at);
+      T* d_y = element<T>(a.d_y, at);
       A mean, inverse;
-      mean_and_inverse(normed, c, A(a.eps), &mean, &inverse);
-      for (int64_t j = 0; j < c; ++j) {
-        const A n = (normed[j] - mean) * inverse, g = A(load(grad[j]));
-        shift_sum[j] += g;
-        scale_sum[j] += g * n;
-        normed[j] = n;
-        modulated[j] = g * (A(1) + A(load(scale[j])));
-      }
-      const A level = lane_sum<A>(c, [&](int64_t j) WF_BODY { return modulated[j]; }) / A(c);
-      const A along = lane_sum<A>(c, [&](int64_t j) WF_BODY { return modulated[j] * normed[j]; }) / A(c);
-      for (int64_t j = 0; j < c; ++j) {
-        A d = inverse * (modulated[j] - level - normed[j] * along);
-        if (kGated) {
-          d += A(load(grad_sum[j]));
-          gate_sum[j] += d * A(load(y[j]));
-          d_y[j] = store<T>(d * A(load(gate[j])));
+      residual<kGated>(element<const T>(a.x, at), y, gate, c, A(a.eps), normed, &mean, &inverse);
+      Lanes<A> levels = {}, alongs = {};
+      for_lanes(c, [&](int64_t j, auto lanes) WF_BODY {
+        const Lanes<A> n = (load_lanes(normed + j) - mean) * inverse, g = lanes.load(grad + j);
+        const Lanes<A> m = g * (A(1) + lanes.load(scale + j));
+        store_lanes(shift_sum + j, load_lanes(shift_sum + j) + g);
+        store_lanes(scale_sum + j, load_lanes(scale_sum + j) + g * n);
+        store_lanes(normed + j, n);
+        store_lanes(modulated + j, m);
+        levels += m;
+        alongs += m * n;
+      });
+      const A level = total<A>(levels) / A(c), along = total<A>(alongs) / A(c);
+      for_lanes(c, [&](int64_t j, auto lanes) WF_BODY {
+        Lanes<A> d = inverse * (load_lanes(modulated + j) - level - load_lanes(normed + j) * along);
+        if constexpr (kGated) {
+          d += lanes.load(grad_sum + j);
+          store_lanes(gate_sum + j, load_lanes(gate_sum + j) + d * lanes.load(y + j));
+          lanes.store(d_y + j, d * lanes.load(gate + j));
         }
-        d_x[j] = store<T>(d);
-      }
+        lanes.store(d_x + j, d);
+      });
       shift_gradient.finish_token(item, t, shift_sum);
       scale_gradient.finish_token(item, t, scale_sum);
-      if (kGated) gate_gradient.finish_token(item, t, gate_sum);
+      if constexpr (kGated) gate_gradient.finish_token(item, t, gate_sum);
     }
   });
   const auto finish = [&](const RowGradient<T>& gradient) {
@@ -245,7 +243,7 @@ void adaln_backward(const AdalnArgs& a) {
   };
   finish(shift_gradient);
   finish(scale_gradient);
-  if (kGated) finish(gate_gradient);
+  if constexpr (kGated) finish(gate_gradient);
 }
 
 }  // namespace wavflow
