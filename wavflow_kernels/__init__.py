@@ -6,8 +6,10 @@ Public functions only. Every one takes torch tensors, runs on CPU and CUDA, and 
 
 from ._backend import BackendError, use_backend
 from ._registry import REGISTRY
+from .ops.adaln import TokenRows, adaln, token_rows
 from .ops.flow_loss import flow_loss
 from .ops.flow_mix import flow_mix, philox_normal
+from .ops.gated_residual_adaln import gated_residual_adaln
 from .ops.lift_patchify import lift_patchify
 from .ops.ode_step import ode_step, ode_step_
 from .ops.qkv_rope import qkv_rope, rope_table
@@ -17,8 +19,11 @@ from .ops.unpatchify import unpatchify
 __all__ = [
     "REGISTRY",
     "BackendError",
+    "TokenRows",
+    "adaln",
     "flow_loss",
     "flow_mix",
+    "gated_residual_adaln",
     "lift_patchify",
     "ode_step",
     "ode_step_",
@@ -26,6 +31,7 @@ __all__ = [
     "qkv_rope",
     "rope_attention",
     "rope_table",
+    "token_rows",
     "unpatchify",
     "use_backend",
 ]
