@@ -148,7 +148,7 @@ class Op:
     def _run(self, *args: Any) -> Any:
         self.check(*args)
         first = self._first(args)
-        backend = _backend.choose(self, first.device, first.dtype, args)
+        backend = _backend.choose(self, first.device, first.dtype, args, part=True)
         launch = self.launch.get(backend)
         if launch is None:
             return self.reference(*args)
