@@ -12,6 +12,7 @@ from .ops.flow_loss import flow_loss
 from .ops.flow_mix import flow_mix, philox_normal
 from .ops.lift_patchify import lift_patchify
 from .ops.ode_step import ode_step, ode_step_
+from .ops.prepared_conv import PreparedConv, prepare_conv
 from .ops.rope_attention import rope_attention
 from .ops.swiglu import swiglu
 from .ops.unpatchify import unpatchify
@@ -19,6 +20,7 @@ from .ops.unpatchify import unpatchify
 __all__ = [
     "REGISTRY",
     "BackendError",
+    "PreparedConv",
     "conv1d",
     "conv_swiglu",
     "flow_loss",
@@ -27,6 +29,7 @@ __all__ = [
     "ode_step",
     "ode_step_",
     "philox_normal",
+    "prepare_conv",
     "rope_attention",
     "swiglu",
     "unpatchify",

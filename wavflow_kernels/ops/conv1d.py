@@ -16,6 +16,8 @@ from torch import Tensor
 from .. import _tuned
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import Op, Sample, triton_launch
+from . import prepared_conv
+from .prepared_conv import PreparedConv
 
 if TYPE_CHECKING:
     from .adaln import TokenRows
@@ -48,26 +50,38 @@ def _check(
     gate: Tensor | None,
     gate_index: Tensor | None,
 ) -> None:
+    check_convolution("conv1d", x, weight=weight)
+    check("conv1d", x=(x, "b n c"), weight=(weight, "o c k"), bias=(bias, "o"))
+    check_dtype("conv1d", "bias", bias, x.dtype)
+    z = x[..., :1].expand(*x.shape[:2], weight.shape[0])
+    check_finish(z, selu, residual, gate, gate_index)
+
+
+def check_finish(
+    z: Tensor,
+    selu: bool,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    gate_index: Tensor | None,
+) -> None:
+    """Check what is done to the convolution z (b n o) against it."""
     op = "conv1d"
-    check_convolution(op, x, weight=weight)
     sizes = check(
         op,
-        x=(x, "b n c"),
-        weight=(weight, "o c k"),
-        bias=(bias, "o"),
+        z=(z, "b n o"),
         residual=(residual, "b n o"),
         gate=(gate, "b r o"),
         gate_index=(gate_index, "n"),
     )
-    for name, tensor in (("bias", bias), ("residual", residual), ("gate", gate)):
-        check_dtype(op, name, tensor, x.dtype)
+    check_dtype(op, "residual", residual, z.dtype)
+    check_dtype(op, "gate", gate, z.dtype)
     check_dtype(op, "gate_index", gate_index, torch.int32)
     require(not selu or residual is None, f"{op}: an activation and a residual exclude each other")
     require(gate is None or residual is not None, f"{op}: a gate needs a residual")
-    require(gate_index is None or gate is not None, f"{op}: gate_index needs a gate")
+    require(gate_index is None or gate is not None, f"{op}: gate_rows need a gate")
     require(
         gate is None or gate_index is not None or sizes["r"] == 1,
-        f"{op}: gate must have one row where no index is given, got {sizes.get('r')}",
+        f"{op}: gate must have one row where no gate_rows are given, got {sizes.get('r')}",
     )
 
 
@@ -120,13 +134,45 @@ def reference(
     return _finish(z, selu, residual, gate, gate_index).to(x.dtype).contiguous()
 
 
+class _Linear(torch.autograd.Function):
+    """F.linear by oneDNN. Its gradients are two more of it, so that they have gradients too."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return prepared_conv.OP.torch_op(x, [weight], bias, False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        d_x, d_weight, d_bias = convolve_backward(grad, x, weight[..., None], ctx.needs_input_grad)
+        return d_x, None if d_weight is None else d_weight.squeeze(2), d_bias
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(b n c), (o c k) -> (b n o) by torch's libraries, in the form that suits them best."""
+    """(b n c), (o c k) -> (b n o) by torch's libraries, in the form that suits them best.
+
+    In half precision a width above 1 runs as a picture of height 1, channels-last in memory, which
+    oneDNN and cuDNN take without a copy. In float32 ``F.conv1d`` has a quarter of that form's error
+    on a CPU, and is on a par in time. ``F.linear`` in float32 goes to MKL, which on AMD CPUs runs
+    at half of oneDNN's speed.
+    """
     o, c, k = weight.shape
+    on_cpu = x.device.type == "cpu"
+    if on_cpu and x.dtype == torch.float16:
+        # oneDNN's gradients in float16 are summed in float16 where the CPU has no such arithmetic.
+        wide = (None if t is None else t.float() for t in (x, weight, bias))
+        return convolve(*wide).to(x.dtype)
     if k == 1:
-        return F.linear(x, weight.reshape(o, c), bias)
+        if on_cpu and x.dtype == torch.float32 and prepared_conv.fast(x):
+            return _Linear.apply(x, weight.squeeze(2), bias)
+        return F.linear(x, weight.squeeze(2), bias)
     x = x.transpose(1, 2)
-    if x.dtype.itemsize > 2:
+    if on_cpu and x.dtype.itemsize > 2:
         return F.conv1d(x, weight, bias, padding=k // 2).transpose(1, 2)
     z = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), bias, padding=(0, k // 2))
     return z.squeeze(2).transpose(1, 2)
@@ -154,10 +200,16 @@ def convolve_backward(
     """Gradients of :func:`convolve` in x, weight and bias, by torch's libraries; None unneeded."""
     o, c, k = weight.shape
     if k == 1:
-        d_x = grad @ weight.view(o, c) if needs[0] else None
-        d_weight = (grad.flatten(0, 1).t() @ x.flatten(0, 1)).view(o, c, 1) if needs[1] else None
-        d_bias = grad.sum((0, 1), dtype=compute_dtype(grad.dtype)) if needs[2] else None
-        return d_x, d_weight, None if d_bias is None else d_bias.to(grad.dtype)
+        # Both are Linears, of rows as channels for the weight.
+        d_x = d_weight = d_bias = None
+        if needs[0]:
+            d_x = convolve(grad, weight.transpose(0, 1))
+        if needs[1]:
+            grad_t, x_t = (t.flatten(0, 1).t() for t in (grad, x))
+            d_weight = convolve(grad_t[None], x_t[..., None])[0, ..., None]
+        if needs[2]:
+            d_bias = grad.to(compute_dtype(grad.dtype)).sum((0, 1)).to(grad.dtype)
+        return d_x, d_weight, d_bias
     # The height-1 pictures are channels-last in memory: no copies.
     flat = x.dtype.itemsize <= 2 or x.is_cuda
     grad, x = grad.transpose(1, 2), x.transpose(1, 2)
@@ -352,7 +404,7 @@ OP = Op(
 
 def conv1d(
     x: Tensor,  # b n c
-    weight: Tensor,  # o c k, or o c
+    weight: Tensor | PreparedConv,  # o c k, or o c
     bias: Tensor | None = None,  # o
     *,
     activation: str | None = None,
@@ -364,7 +416,8 @@ def conv1d(
 
     Args:
         x: (b, n, c) tokens, any float dtype, any strides.
-        weight: (o, c, k) with an odd width k, or (o, c) for a Linear; dtype of x.
+        weight: (o, c, k) with an odd width k, or (o, c) for a Linear; dtype of x. Or what
+            :func:`prepare_conv` made of it: then there is no gradient.
         bias: (o,) in the dtype of x.
         activation: "selu" or None.
         residual: (b, n, o): the result is residual + gate * convolution. Excludes an activation.
@@ -385,6 +438,14 @@ def conv1d(
     index = None if gate_rows is None else getattr(gate_rows, "index", None)
     if gate_rows is not None and not isinstance(index, Tensor):
         raise TypeError(f"conv1d: gate_rows must be TokenRows, got {type(gate_rows).__name__}")
+    selu = activation is not None
+    if isinstance(weight, PreparedConv):
+        require(not weight.gated, "conv1d: weight was prepared for conv_swiglu")
+        if weight.packed:
+            z = prepared_conv.OP(x, list(weight.weights), bias, False)
+            check_finish(z, selu, residual, gate, index)
+            return _finish(z, selu, residual, gate, index)
+        weight = prepared_conv.without_gradient("conv1d", x, weight)[0]
     if isinstance(weight, Tensor) and weight.dim() == 2:
         weight = weight.unsqueeze(2)
-    return OP(x, weight, bias, activation is not None, residual, gate, index)
+    return OP(x, weight, bias, selu, residual, gate, index)

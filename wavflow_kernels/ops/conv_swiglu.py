@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import _tuned
-from .._check import compute_dtype
+from .._check import compute_dtype, require
 from .._registry import Op, Sample, triton_launch
+from . import prepared_conv
 from . import swiglu as gate
 from .conv1d import (
     GPU,
@@ -24,6 +25,7 @@ from .conv1d import (
     key,
     plain,
 )
+from .prepared_conv import PreparedConv
 
 
 def _check(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> None:
@@ -154,15 +156,16 @@ OP = Op(
 
 def conv_swiglu(
     x: Tensor,  # b n c
-    w1: Tensor,  # i c k, or i c
-    w3: Tensor,  # i c k, or i c
+    w1: Tensor | PreparedConv,  # i c k, or i c
+    w3: Tensor | None = None,  # i c k, or i c
 ) -> Tensor:  # b n i
     """``silu(conv(x, w1)) * conv(x, w3)``, zero-padded by k // 2.
 
     Args:
         x: (b, n, c) tokens, any float dtype, any strides.
         w1: (i, c, k) weight of the branch that goes through SiLU, with an odd width k, or (i, c)
-            for Linears; dtype of x.
+            for Linears; dtype of x. Or what :func:`prepare_conv` made of [w1, w3]: then w3 is None
+            and there is no gradient.
         w3: weight of the other branch, of the same shape.
 
     Returns:
@@ -173,6 +176,11 @@ def conv_swiglu(
         ValueError: shapes that do not fit, an even width, no token.
         TypeError: an unsupported dtype.
     """
+    if isinstance(w1, PreparedConv):
+        require(w1.gated and w3 is None, "conv_swiglu: [w1, w3] must be prepared together")
+        if w1.packed:
+            return prepared_conv.OP(x, list(w1.weights), None, True)
+        w1, w3 = prepared_conv.without_gradient("conv_swiglu", x, w1)
     weights = [w.unsqueeze(2) if isinstance(w, Tensor) and w.dim() == 2 else w for w in (w1, w3)]
     arguments = [t for t in (x, *weights) if isinstance(t, Tensor)]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in arguments)

@@ -73,7 +73,7 @@ def _call(grad: Tensor | None, a: Tensor, b: Tensor, out: Tensor, out_b: Tensor 
     )
 
 
-def _launch(out: Tensor, a: Tensor, b: Tensor) -> None:
+def launch(out: Tensor, a: Tensor, b: Tensor) -> None:
     _call(None, a, b, out, None)
 
 
@@ -179,7 +179,7 @@ OP = Op(
     reference=reference,
     check=_check,
     outputs=_outputs,
-    launch={"cpp": _launch, "triton": triton_launch("swiglu", "forward")},
+    launch={"cpp": launch, "triton": triton_launch("swiglu", "forward")},
     supported=_SUPPORTED,
     samples=_samples,
     workloads={"16k": _workload(2, 640), "44k b16": _workload(16, 1764)},
