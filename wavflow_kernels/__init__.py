@@ -7,13 +7,17 @@ Public functions only. Every one takes torch tensors, runs on CPU and CUDA, and 
 from ._backend import BackendError, use_backend
 from ._registry import REGISTRY
 from .ops.adaln import TokenRows, adaln, token_rows
+from .ops.conv1d import conv1d
+from .ops.conv_swiglu import conv_swiglu
 from .ops.flow_loss import flow_loss
 from .ops.flow_mix import flow_mix, philox_normal
 from .ops.gated_residual_adaln import gated_residual_adaln
 from .ops.lift_patchify import lift_patchify
 from .ops.ode_step import ode_step, ode_step_
 from .ops.qkv_rope import qkv_rope, rope_table
+from .ops.prepared_conv import PreparedConv, prepare_conv
 from .ops.rope_attention import rope_attention
+from .ops.swiglu import swiglu
 from .ops.unpatchify import unpatchify
 
 __all__ = [
@@ -21,6 +25,9 @@ __all__ = [
     "BackendError",
     "TokenRows",
     "adaln",
+    "PreparedConv",
+    "conv1d",
+    "conv_swiglu",
     "flow_loss",
     "flow_mix",
     "gated_residual_adaln",
@@ -32,6 +39,9 @@ __all__ = [
     "rope_attention",
     "rope_table",
     "token_rows",
+    "prepare_conv",
+    "rope_attention",
+    "swiglu",
     "unpatchify",
     "use_backend",
 ]

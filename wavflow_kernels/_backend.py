@@ -126,10 +126,18 @@ _explained: set[tuple[str, str]] = set()
 
 
 def choose(
-    op: Op, device: torch.device, dtype: torch.dtype, args: Sequence[Any] | None = None
+    op: Op,
+    device: torch.device,
+    dtype: torch.dtype,
+    args: Sequence[Any] | None = None,
+    part: bool = False,
 ) -> str:
-    """The backend a call gets: the override, else the measured one, else the first that runs."""
-    if _override is not None:
+    """The backend a call gets: the override, else the measured one, else the first that runs.
+
+    part: the call comes through the dispatcher. A library is called past it, so that with
+    ``library`` asked for such a call is a part of one, a gate or a backward, and chooses freely.
+    """
+    if _override is not None and not (part and _override == "library"):
         if unavailable(op, _override, device, dtype):
             raise BackendError(_explain(op, _override, device, dtype))
         return _override

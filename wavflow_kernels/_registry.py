@@ -96,7 +96,7 @@ class Op:
         if self.name in REGISTRY:
             raise ValueError(f"op {self.name} is registered twice")
         _library.define(self.name + self.schema)
-        for key in ("CPU", "CUDA"):
+        for key in ("CPU", "CUDA", "MkldnnCPU"):  # the last: weights in oneDNN's layouts
             _library.impl(self.name, self._run, key)
         torch.library.register_fake(f"wavflow::{self.name}", self._fake, lib=_library)
         if self.backward is not None:
@@ -148,7 +148,7 @@ class Op:
     def _run(self, *args: Any) -> Any:
         self.check(*args)
         first = self._first(args)
-        backend = _backend.choose(self, first.device, first.dtype, args)
+        backend = _backend.choose(self, first.device, first.dtype, args, part=True)
         launch = self.launch.get(backend)
         if launch is None:
             return self.reference(*args)

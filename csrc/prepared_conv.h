@@ -1,0 +1,49 @@
+// Winograd's F(2,3) over tokens: the transforms of the inputs and of the products.
+//
+// Two outputs of a width-3 filter g from four inputs d take four products in place of six:
+// m0 = (d0 - d2) g0, m1 = (d1 + d2) (g0 + g1 + g2) / 2, m2 = (d2 - d1) (g0 - g1 + g2) / 2,
+// m3 = (d1 - d3) g2, and y0 = m0 + m1 + m2, y1 = m1 - m2 - m3. The products are summed over channels
+// by a matrix multiplication of their own, between the two transforms.
+#pragma once
+
+#include "check.h"
+#include "swiglu.h"
+
+namespace wavflow {
+
+struct WinogradInputArgs {
+  Target target;
+  DType dtype;
+  const void* x;  // (batch, tokens, channels), rows contiguous
+  void* out;      // (4, batch, (tokens + 1) / 2, channels)
+  int64_t batch, tokens, channels;
+  int64_t stride_batch, stride_token;  // of x, in elements
+};
+
+struct WinogradOutputArgs {
+  Target target;
+  DType dtype;
+  const void* product[4];  // (batch, (tokens + 1) / 2, channels)
+  const void* bias;        // (channels) or null
+  void* out;               // (batch, tokens, channels), or half the channels where gated
+  bool gated;              // the first half of the channels, through SiLU, times the second
+  int64_t batch, tokens, channels;
+};
+
+// Inputs 2 t - 1 .. 2 t + 2 of pair t; outside the sequence they are 0.
+template <class A> WF_HD void winograd_input(A d0, A d1, A d2, A d3, A u[4]) {
+  u[0] = d0 - d2;
+  u[1] = d1 + d2;
+  u[2] = d2 - d1;
+  u[3] = d1 - d3;
+}
+
+template <class A> WF_HD void winograd_output(A m0, A m1, A m2, A m3, A bias, A y[2]) {
+  y[0] = m0 + m1 + m2 + bias;
+  y[1] = m1 - m2 - m3 + bias;
+}
+
+void winograd_input_cpu(const WinogradInputArgs& args);
+void winograd_output_cpu(const WinogradOutputArgs& args);
+
+}  // namespace wavflow

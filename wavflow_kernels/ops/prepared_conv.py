@@ -1,0 +1,293 @@
+r"""Convolutions with weights prepared for inference: laid out for oneDNN, joined, or Winograd's.
+
+Winograd's F(2,3) computes two outputs of a width-3 convolution from four inputs d by four products
+in place of six (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv
+1509.09308): :math:`y_0 = m_0 + m_1 + m_2`, :math:`y_1 = m_1 - m_2 - m_3` with
+:math:`m_0 = (d_0 - d_2) g_0`, :math:`m_1 = (d_1 + d_2)(g_0 + g_1 + g_2)/2`,
+:math:`m_2 = (d_2 - d_1)(g_0 - g_1 + g_2)/2`, :math:`m_3 = (d_1 - d_3) g_2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _backend
+from .._backend import C
+from .._check import FLOATS, check, check_dtype, compute_dtype, require
+from .._registry import DTYPE_CODE, Op, Sample, address, target
+from . import swiglu
+
+_HINT = 512  # tokens that oneDNN is told to lay weights out for; any number works
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: bool) -> None:
+    op = "prepared_conv"
+    check_dtype(op, "x", x, *FLOATS)
+    require(len(weights) in (1, 4), f"{op}: weights must be 1 or 4, got {len(weights)}")
+    dims = "o c 1 k" if len(weights) == 1 and weights[0].dim() == 4 else "o c"
+    sizes = check(
+        op,
+        x=(x, "b n c"),
+        **{f"weights[{i}]": (w, dims) for i, w in enumerate(weights)},
+        bias=(bias, "o"),
+    )
+    for i, weight in enumerate(weights):
+        check_dtype(op, f"weights[{i}]", weight, x.dtype)
+    check_dtype(op, "bias", bias, x.dtype)
+    for name, dim in (("tokens", "n"), ("channels", "c"), ("output channels", "o")):
+        require(sizes[dim] > 0, f"{op}: there must be at least one of the {name}, got none")
+    width = sizes.get("k", 1)
+    require(width % 2 == 1, f"{op}: the width of the weight must be odd, got {width}")
+    require(
+        not gated or sizes["o"] % 2 == 0,
+        f"{op}: a gate needs an even number of output channels, got {sizes['o']}",
+    )
+
+
+def _outputs(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: bool) -> Tensor:
+    channels = weights[0].shape[0]
+    return x.new_empty(*x.shape[:2], channels // 2 if gated else channels)
+
+
+def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight.to_dense() if weight.layout == torch._mkldnn else weight).to(dtype)
+
+
+def reference(
+    x: Tensor,  # b n c
+    weights: Sequence[Tensor],  # (o c 1 k); (o c); or 4 of (o c), transformed
+    bias: Tensor | None,  # o
+    gated: bool,
+) -> Tensor:  # b n o, or half of o
+    dtype, wide = x.dtype, compute_dtype(x.dtype)
+    w, x = [_dense(weight, wide) for weight in weights], x.to(wide)
+    if len(w) == 4:
+        n = x.shape[1]
+        d = F.pad(x, (0, 0, 1, 2 + n % 2))
+        d0, d1, d2, d3 = (d[:, i : i + n + n % 2 : 2] for i in range(4))
+        # Transformed inputs and products are rounded, as factors and results of matrix products.
+        u = [t.to(dtype).to(wide) for t in (d0 - d2, d1 + d2, d2 - d1, d1 - d3)]
+        m = [F.linear(a, b).to(dtype).to(wide) for a, b in zip(u, w, strict=True)]
+        y = torch.stack((m[0] + m[1] + m[2], m[1] - m[2] - m[3]), 2).flatten(1, 2)[:, :n]
+    elif w[0].dim() == 2:
+        y = F.linear(x, w[0])
+    else:
+        width = w[0].shape[3]
+        y = F.conv1d(x.transpose(1, 2), w[0].squeeze(2), padding=width // 2).transpose(1, 2)
+    y = y if bias is None else y + bias.to(wide)
+    if gated:
+        y = y if len(w) == 4 else y.to(dtype).to(wide)
+        a, b = y.chunk(2, -1)
+        y = F.silu(a) * b
+    return y.to(dtype).contiguous()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _winograd(
+    out: Tensor, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: bool
+) -> None:
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    b, n, c = x.shape
+    code, where = DTYPE_CODE[x.dtype], target(x)
+    inputs = x.new_empty(4, b * ((n + 1) // 2), c)
+    C.winograd_input(where, code, address(x), address(inputs), b, n, c, *x.stride()[:2])
+    products = [_linear(u, w).contiguous() for u, w in zip(inputs.unbind(), weights, strict=True)]
+    C.winograd_output(
+        where,
+        code,
+        [address(m) for m in products],
+        address(None if bias is None else bias.contiguous()),
+        address(out),
+        gated,
+        b,
+        n,
+        weights[0].shape[0],
+    )
+
+
+def _launch(
+    out: Tensor, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: bool
+) -> None:
+    if not out.numel():
+        return
+    if len(weights) == 4:
+        return _winograd(out, x, weights, bias, gated)
+    if weights[0].dim() == 2:
+        z = _linear(x, weights[0], bias)
+    else:
+        pad = weights[0].shape[3] // 2
+        z = torch.ops.mkldnn._convolution_pointwise(
+            # The height-1 picture is channels-last in memory: no copy.
+            x.transpose(1, 2).unsqueeze(2),
+            weights[0],
+            bias,
+            [0, pad],
+            [1, 1],
+            [1, 1],
+            1,
+            "none",
+            [],
+            "",
+        )
+        z = z.squeeze(2).transpose(1, 2)
+    if gated:
+        swiglu.launch(out, *z.chunk(2, -1))
+    else:
+        out.set_(z.contiguous())  # oneDNN has allocated a result already: nothing is copied
+
+
+def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    def four(o: int, c: int) -> list[Tensor]:
+        return [w.to(dtype) for w in winograd_weights(normal(o, c, 3).double() * (3 * c) ** -0.5)]
+
+    strided = normal(2, 9, 40)[..., 8:24]
+    return [
+        Sample((normal(2, 37, 24), [normal(48, 24, 1, 3) / 8], normal(48), True), (), "width 3"),
+        Sample((normal(1, 7, 33), [normal(17, 33, 1, 7) / 16], None, False), (), "width 7"),
+        Sample((normal(2, 9, 24), [normal(40, 24) / 5], None, True), (), "width 1"),
+        Sample((strided, [normal(40, 16) / 4], normal(40), False), (), "width 1, strided"),
+        Sample((normal(2, 18, 24), four(40, 24), normal(40), False), (), "Winograd"),
+        Sample((normal(2, 37, 24), four(96, 24), None, True), (), "Winograd, odd length, gate"),
+        Sample((strided, four(34, 16), None, False), (), "Winograd, strided"),
+        Sample((normal(2, 1, 16), four(32, 16), normal(32), True), (), "Winograd, one token"),
+        Sample((normal(0, 4, 8), four(8, 8), None, False), (), "empty batch"),
+    ]
+
+
+def winograd_weights(weight: Tensor) -> tuple[Tensor, ...]:  # o c 3
+    """The four (o c) weights of F(2,3), in the dtype of the weight."""
+    g0, g1, g2 = weight.unbind(2)
+    return g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2
+
+
+OP = Op(
+    name="prepared_conv",
+    schema="(Tensor x, Tensor[] weights, Tensor? bias, bool gated) -> Tensor",
+    reference=reference,
+    check=_check,
+    outputs=_outputs,
+    launch={"cpp": _launch},
+    supported={"cpp": {"cpu": frozenset({torch.float32, torch.bfloat16})}},
+    samples=_samples,
+    bytes=lambda x, weights, bias, gated: (
+        x.nbytes
+        + sum(w.numel() * x.itemsize for w in weights)
+        + x[..., 0].numel() * weights[0].shape[0] * x.itemsize // (2 if gated else 1)
+    ),
+    flops=lambda x, weights, *_: (
+        2 * x[..., 0].numel() * sum(w.numel() for w in weights) // (2 if len(weights) == 4 else 1)
+    ),
+    tolerance="matrix",
+    autocast=("x", "bias"),
+    internal=True,
+)
+
+
+def fast(x: Tensor) -> bool:
+    """Whether oneDNN's own entry points run here for x's device and dtype."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and not _backend.unavailable(OP, "cpp", x.device, x.dtype)
+        and x.numel() > 0
+    )
+
+
+class PreparedConv(NamedTuple):
+    """Weights of one convolution, or of a gated pair, for inference; see :func:`prepare_conv`.
+
+    They are copies: a change of the parameters needs a new one.
+    """
+
+    weights: tuple[Tensor, ...]
+    width: int
+    gated: bool
+    packed: bool  # laid out for the op prepared_conv; else cast alone: (o c k), or two of them
+
+
+def without_gradient(op: str, x: Tensor, prepared: PreparedConv) -> tuple[Tensor, ...]:
+    """The prepared weights, for a call that records no gradient: raises if x wants one."""
+    if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+        raise RuntimeError(
+            f"{op}: prepared weights have no gradient: call it under torch.no_grad()"
+        )
+    return prepared.weights
+
+
+def prepare_conv(
+    weight: Tensor | Sequence[Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    winograd: bool = False,
+) -> PreparedConv:
+    """Cast, join and lay out the weights of a convolution once, for many calls without gradients.
+
+    :func:`conv1d` and :func:`conv_swiglu` take the result in place of their weights. On a CPU that
+    oneDNN runs on, in float32 and bfloat16, the weights are stored as its kernels read them (it
+    reorders plain ones at every call) and w1 and w3 are joined; elsewhere they are cast alone.
+
+    Args:
+        weight: (o, c, k) or (o, c) for :func:`conv1d`; [w1, w3] for :func:`conv_swiglu`.
+        dtype: of the activations; None: the weight's own.
+        winograd: compute widths of 3 by Winograd's F(2,3), on the CPU, the weights transformed in
+            float32 before they are cast. WINOGRAD_FIGURES
+
+    Returns:
+        :class:`PreparedConv`. It shares no memory with parameters that training changes.
+
+    Raises:
+        ValueError: shapes that do not fit, Winograd for another width or where it cannot run.
+        TypeError: an unsupported dtype.
+    """
+    op = "prepare_conv"
+    given = [weight] if isinstance(weight, Tensor) else list(weight)
+    require(len(given) in (1, 2), f"{op}: weight must be one tensor or [w1, w3], got {len(given)}")
+    names = ["weight"] if len(given) == 1 else ["w1", "w3"]
+    given = [w.unsqueeze(2) if isinstance(w, Tensor) and w.dim() == 2 else w for w in given]
+    sizes = check(op, **{name: (w, "o c k") for name, w in zip(names, given, strict=True)})
+    dtype = given[0].dtype if dtype is None else dtype
+    for name, w in zip(names, given, strict=True):
+        check_dtype(op, name, w, *FLOATS)
+    require(dtype in FLOATS, f"{op}: dtype must be a float dtype, got {dtype}")
+    c, k, gated = sizes["c"], sizes["k"], len(given) == 2
+    require(k % 2 == 1, f"{op}: the width of the weight must be odd, got {k}")
+    require(not winograd or k == 3, f"{op}: Winograd needs width 3, got {k}")
+    with torch.no_grad():
+        device = given[0].device
+        packed = fast(torch.empty(1, device=device, dtype=dtype))
+        if not packed:
+            reason = _backend.unavailable(OP, "cpp", device, dtype) or "torch has no oneDNN"
+            require(not winograd, f"{op}: Winograd cannot run: {reason}")
+            # A copy even where nothing is cast.
+            return PreparedConv(
+                tuple(w.detach().to(dtype, copy=True) for w in given), k, gated, False
+            )
+        joined = torch.cat([w.detach() for w in given])
+        mkldnn = torch.ops.mkldnn
+        if winograd:
+            # oneDNN's GEMMs read their own layout; the transform is exact to float32's rounding.
+            four = winograd_weights(joined.to(compute_dtype(joined.dtype)))
+            weights = [mkldnn._reorder_linear_weight(w.to(dtype).contiguous(), _HINT) for w in four]
+        elif k == 1:
+            joined = joined.squeeze(2).to(dtype).contiguous()
+            weights = [mkldnn._reorder_linear_weight(joined, _HINT)]
+        else:
+            picture = joined.to(dtype).unsqueeze(2).contiguous()
+            weights = [
+                mkldnn._reorder_convolution_weight(
+                    picture, [0, k // 2], [1, 1], [1, 1], 1, [1, c, 1, _HINT]
+                )
+            ]
+        return PreparedConv(tuple(weights), k, gated, True)
