@@ -180,7 +180,7 @@ struct Attention {
 #pragma GCC unroll 16
       for (int j = 0; j < C; ++j) {
         acc[r][j] = S::template load<V>(out + r * width + j * lanes);
-        if (factor) acc[r][j] *= S::all(factor[r]);
+        if (factor) acc[r][j] *= S::spread(factor[r]);
       }
     S::template multiply<kRows, C>(acc, a, row, step, b, width, depth);
 #pragma GCC unroll 16
@@ -230,16 +230,17 @@ struct Attention {
 
   // The online softmax of kRows rows of scores (kRows, columns): weights from them, and top, factor
   // (what earlier sums are to be multiplied by) and sums brought up to date.
-  static WF_HD void soften(const Forward& at, A* top, A* sums, int64_t columns, A scale) {
+  static WF_HD void soften(const Forward& at, A* top, A* sums, int64_t columns,
+                            const A& scale) {
     for (int64_t r = 0; r < kRows; ++r) {
       const A* scores = at.scores + r * kKeys;
-      V most = S::all(top[r]);
+      V most = S::spread(top[r]);
       for (int64_t c = 0; c < columns; c += lanes)
         most = S::larger(S::template load<V>(scores + c), most);
       const A now = S::largest(most);
       // A row that has seen no key yet has a top of minus infinity, and weights of exp(-inf).
-      const V base = S::all(now == -A(INFINITY) ? A(0) : now);
-      const V factor = S::exp2(S::all(top[r]) - base, scale);
+      const A start = now == -A(INFINITY) ? A(0) : now;
+      const V base = S::spread(start), factor = S::exp2(S::spread(top[r]) - base, scale);
       V sum = S::template load<V>(sums + r * lanes) * factor;
       F* weights = reinterpret_cast<F*>(at.weights + r * kKeys / pair);
       for (int64_t c = 0; c < columns; c += lanes) {

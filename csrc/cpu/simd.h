@@ -51,8 +51,21 @@ template <class I, class F> struct Simd {
     return x;
   }
   template <class X> static WF_HD void store(void* to, X x) { __builtin_memcpy(to, &x, sizeof(x)); }
+  // x in every lane: of a constant, and of something in memory. (GCC fills a vector whose width the
+  // function's own target lacks lane by lane.)
   static WF_HD V all(A x) { return x - V{}; }
-  static WF_HD UV all_units(U x) { return x - UV{}; }
+  template <class X> static WF_HD auto spread(const X& x) {
+    using XV = typename Vector<X, I::bytes>::type;
+#if WF_X86
+    if constexpr (I::bytes > 16) {
+      XV v;
+      if constexpr (sizeof(X) == 4) asm("vbroadcastss %1, %0" : "=v"(v) : "m"(x));
+      else asm("vbroadcastsd %1, %0" : "=v"(v) : "m"(x));
+      return v;
+    }
+#endif
+    return x - XV{};
+  }
 
   // a b + c, in one rounding where the instruction set can.
   static WF_HD V fma(V a, V b, V c) {
@@ -92,13 +105,13 @@ template <class I, class F> struct Simd {
 
   // exp2(x c) for x c <= 0 to 2 ulp; 0 below the smallest normal number. The exponent comes out of
   // the low bits of x c + 1.5 2^mantissa + bias; multiplying by it keeps NaN.
-  static WF_HD V exp2(V x, A c) {
+  static WF_HD V exp2(V x, const A& c) {
     using E = Exp2<A>;
     using Bits = typename Vector<typename E::Bits, I::bytes>::type;
     const V magic = all(A(int64_t(3) << (E::mantissa - 1)) + A(E::bias));
-    const V shifted = fma(x, all(c), magic);
+    const V factor = spread(c), shifted = fma(x, factor, magic);
     const V whole = shifted - magic;
-    const V f = fma(x, all(c), -whole);
+    const V f = fma(x, factor, -whole);
     constexpr int degree = sizeof(E::p) / sizeof(E::p[0]);
     V p = all(E::p[degree - 1]);
     for (int i = degree - 2; i >= 0; --i) p = fma(p, f, all(E::p[i]));
@@ -145,7 +158,7 @@ template <class I, class F> struct Simd {
       for (int j = 0; j < C; ++j) right[j] = load<UV>(b + p * b_step + j * lanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const UV left = all_units(a[r * row + p * step]);
+        const UV left = spread(a[r * row + p * step]);
 #pragma GCC unroll 16
         for (int j = 0; j < C; ++j) c[r][j] = multiply_add(left, right[j], c[r][j]);
       }
