@@ -19,35 +19,70 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 Isa isa();               // the instruction set in use
 bool in_forked_child();  // libgomp's thread pool does not survive fork()
 
+bool has_avx512_bf16();  // of the processor; used where the instruction set in use is avx512
+
 #if defined(__x86_64__) && defined(__GNUC__)
-#define WF_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,movbe")))
-#define WF_AVX512 __attribute__((target("avx2,bmi,bmi2,lzcnt,movbe,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")))
+#define WF_X86 1
+#define WF_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,lzcnt,movbe")))
+#define WF_AVX512 __attribute__((target("avx2,fma,bmi,bmi2,lzcnt,movbe,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")))
 #else
+#define WF_X86 0
 #define WF_AVX2
 #define WF_AVX512
 #endif
 
-template <class Body> WF_AVX512 void run_avx512(const Body& body, int64_t i) { body(i); }
-template <class Body> WF_AVX2 void run_avx2(const Body& body, int64_t i) { body(i); }
-template <class Body> void run_baseline(const Body& body, int64_t i) { body(i); }
-
-// Calls body(i) for i in [0, count) in the chosen instruction set. `body` must be an always-inline
-// lambda (WF_BODY), so that it is compiled anew inside each run_* function.
+// The body of a loop must be an always-inline lambda (WF_BODY), so that it is compiled anew inside
+// the run() of each instruction set.
 #define WF_BODY __attribute__((always_inline))
 
-template <class Body>
-void parallel_for(int64_t count, int threads, const Body& body) {
-  void (*run)(const Body&, int64_t) = run_baseline<Body>;
-  if (isa() == Isa::avx512) run = run_avx512<Body>;
-  if (isa() == Isa::avx2) run = run_avx2<Body>;
+// Instruction sets as types, for kernels that are written in vectors of their width (simd.h).
+struct Baseline {
+  static constexpr int bytes = 16;
+  static constexpr bool fma = false, bf16 = false;
+  template <class Body> static void run(const Body& body, int64_t i) { body(i); }
+};
+struct Avx2 {
+  static constexpr int bytes = 32;
+  static constexpr bool fma = true, bf16 = false;
+  template <class Body> WF_AVX2 static void run(const Body& body, int64_t i) { body(i); }
+};
+struct Avx512 {
+  static constexpr int bytes = 64;
+  static constexpr bool fma = true, bf16 = false;
+  template <class Body> WF_AVX512 static void run(const Body& body, int64_t i) { body(i); }
+};
+// Instructions of AVX-512-bf16 are written in assembly, so the target need not name it.
+struct Avx512Bf16 : Avx512 {
+  static constexpr bool bf16 = true;
+};
+
+// Calls f(Avx512{}), f(Avx2{}) or f(Baseline{}): the instruction set in use.
+template <class F>
+void dispatch_isa(F&& f) {
+#if WF_X86
+  if (isa() == Isa::avx512) return f(Avx512{});
+  if (isa() == Isa::avx2) return f(Avx2{});
+#endif
+  f(Baseline{});
+}
+
+// Calls body(i) for i in [0, count) with code for one instruction set.
+template <class I, class Body>
+void parallel_for(I, int64_t count, int threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1 && count > 1 && !in_forked_child()) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; ++i) run(body, i);
+    for (int64_t i = 0; i < count; ++i) I::run(body, i);
     return;
   }
 #endif
-  for (int64_t i = 0; i < count; ++i) run(body, i);
+  for (int64_t i = 0; i < count; ++i) I::run(body, i);
+}
+
+// The same in the instruction set in use.
+template <class Body>
+void parallel_for(int64_t count, int threads, const Body& body) {
+  dispatch_isa([&](auto isa) { parallel_for(isa, count, threads, body); });
 }
 
 constexpr int64_t kBlock = 16384;  // elements a block; 64 KiB of float32

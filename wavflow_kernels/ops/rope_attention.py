@@ -17,8 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _tuned
+from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import Op, Sample, no_double_backward, triton_launch
+from .._registry import (
+    DTYPE_CODE,
+    Op,
+    Sample,
+    address,
+    no_double_backward,
+    target,
+    triton_launch,
+)
 
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
 HEAD_DIMS = (32, 64, 128)  # of the Triton kernels
@@ -115,6 +124,41 @@ def reference(
 def _outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     b, h, n, d = q.shape
     return q.new_empty(b, n, h * d), q.new_empty(b, h, n, dtype=compute_dtype(q.dtype))
+
+
+def _heads(x: Tensor) -> tuple[int, list[int]]:
+    """Address and strides of x (b h n d), whose channels lie side by side."""
+    return x.data_ptr(), list(x.stride()[:3])
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launch(
+    outputs: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Tensor | None,
+    window: int,
+    local: int,
+) -> None:
+    q, k, v = (_side_by_side(x) for x in (q, k, v))
+    small = [None if x is None else x.contiguous() for x in (q_weight, k_weight, rope)]
+    C.rope_attention(
+        target(q),
+        DTYPE_CODE[q.dtype],
+        *_heads(q),
+        *_heads(k),
+        *_heads(v),
+        *(address(x) for x in (*small, *outputs)),
+        [*q.shape[:3], *k.shape[2:]],
+        window,
+        local,
+    )
 
 
 def library(
@@ -346,9 +390,10 @@ OP = Op(
     reference=reference,
     check=_check,
     outputs=_outputs,
-    launch={"triton": triton_launch("rope_attention", "forward")},
+    launch={"cpp": _launch, "triton": triton_launch("rope_attention", "forward")},
     library=library,
     supported={
+        "cpp": {"cpu": frozenset(FLOATS)},
         "triton": _GPU,
         "library": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)},
     },

@@ -1,0 +1,382 @@
+// Flash attention on the CPU (FlashAttention-2, arXiv 2307.08691, for the online softmax and the backward).
+//
+// Queries and keys are cut into blocks that stay in the caches; every product of two blocks is
+// Simd::multiply on factors packed for it:
+//   rows     (row, channel)             left factor, one unit broadcast at a time
+//   columns  (tile, channel, row)       right factor summed over channels, kTile rows side by side
+//   depth    (row, channel)             right factor summed over rows, channels padded to whole vectors
+// A unit is one element, or two neighbours along the summed axis where the processor multiplies
+// bfloat16 pairs. Norm and rotation happen while packing, so they cost nothing.
+#include "../rope_attention.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <new>
+
+#include "../bind.h"
+#include "simd.h"
+
+namespace wavflow {
+namespace {
+
+constexpr int64_t kRows = 6;         // rows of a register block
+constexpr int64_t kQueries = 48;     // queries of a forward block
+constexpr int64_t kKeys = 256;       // keys of a forward block
+constexpr int64_t kBackQueries = 192, kBackKeys = 96;  // of a backward block
+constexpr float kRmsNormEps = 1.1920929e-07f;
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// What elements T are multiplied as in instruction set I.
+template <class T, class I>
+using factor_t =
+    std::conditional_t<std::is_same_v<T, BFloat16> && I::bf16, BFloat16, compute_t<T>>;
+
+// Memory handed out in aligned pieces: first counted, then allocated, then handed out again.
+class Arena {
+ public:
+  template <class X> X* take(int64_t count) {
+    char* piece = base_ + used_;
+    used_ += round_up(count * int64_t(sizeof(X)), 64);
+    return reinterpret_cast<X*>(piece);
+  }
+  int64_t used() const { return used_; }
+  explicit Arena(char* base) : base_(base) {}
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+struct Free {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+Buffer allocate(int64_t bytes) {
+  return Buffer(static_cast<char*>(::operator new(size_t(bytes), std::align_val_t(64))));
+}
+
+// Ranges of columns, in whole tiles, that hold all the columns which rows [begin, end) see.
+struct Ranges {
+  int64_t begin[2], end[2];
+};
+WF_HD Ranges seen(int64_t begin, int64_t end, int64_t columns, AttentionMask mask, int64_t tile) {
+  const int64_t all = round_up(columns, tile);
+  if (mask.window < 0 || end > mask.local) return {{0, all}, {all, all}};
+  const int64_t first = std::max<int64_t>(begin - mask.window, 0) / tile * tile;
+  const int64_t last = std::min(round_up(std::min(end + mask.window, mask.local), tile), all);
+  const int64_t later = std::min(std::max(mask.local / tile * tile, last), all);
+  return {{first, later}, {last, all}};
+}
+
+// Sets the scores of columns [begin, end) that row i does not see to minus infinity.
+template <class A>
+WF_HD void hide(A* scores, int64_t i, int64_t begin, int64_t end, AttentionMask mask) {
+  if (mask.window < 0 || i >= mask.local) return;
+  const int64_t local = std::min(mask.local, end);
+  for (int64_t j = begin; j < std::min(i - mask.window, local); ++j) scores[j - begin] = -INFINITY;
+  for (int64_t j = std::max(i + mask.window + 1, begin); j < local; ++j)
+    scores[j - begin] = -INFINITY;
+}
+
+// Attention of elements T in instruction set I.
+template <class T, class I>
+struct Attention {
+  using F = factor_t<T, I>;
+  using S = Simd<I, F>;
+  using A = typename S::A;
+  using U = typename S::U;
+  using V = typename S::V;
+  static constexpr int64_t lanes = S::lanes, pair = S::pair;
+  static constexpr int kVectors = I::bytes == 64 ? 4 : 2;  // a register block is kRows x kVectors
+  static constexpr int64_t kTile = kVectors * lanes;
+  static_assert(kKeys % kTile == 0 && kBackQueries % kTile == 0 && kBackQueries % kRows == 0 &&
+                kQueries % kRows == 0 && kBackKeys % kRows == 0 && kRows % 2 == 0);
+
+  struct Norm {
+    const A *weight, *rope;  // null: none
+  };
+
+  static WF_HD F factor(A x) {
+    if constexpr (std::is_same_v<F, BFloat16>) return wavflow::store<BFloat16>(x);
+    else return x;
+  }
+
+  // Row n of a tensor as factors: in place where that is possible, else in `row` (d).
+  static WF_HD const F* read(const T* x, int64_t n, int64_t d, Norm norm, A* wide, F* row) {
+    if constexpr (std::is_same_v<T, F>)
+      if (!norm.weight) return x;
+    if (!norm.weight) {
+      for (int64_t c = 0; c < d; ++c) row[c] = factor(A(wavflow::load(x[c])));
+      return row;
+    }
+    for (int64_t c = 0; c < d; ++c) wide[c] = A(wavflow::load(x[c]));
+    const A square = lane_sum<A>(d, [=](int64_t c) WF_BODY { return wide[c] * wide[c]; });
+    const A inverse = A(1) / square_root(square / A(d) + A(kRmsNormEps));
+    for (int64_t c = 0; c < d; ++c) wide[c] = wide[c] * inverse * norm.weight[c];
+    if (norm.rope) {
+      const A* turn = norm.rope + n * d;
+      for (int64_t c = 0; c < d; c += 2) {
+        const A even = wide[c], odd = wide[c + 1];
+        wide[c] = even * turn[c] - odd * turn[c + 1];
+        wide[c + 1] = even * turn[c + 1] + odd * turn[c];
+      }
+    }
+    for (int64_t c = 0; c < d; ++c)
+      row[c] = factor(A(wavflow::load(wavflow::store<T>(wide[c]))));  // rounded as if written out
+    return row;
+  }
+
+  static WF_HD U unit(F first, F second) {
+    return uint32_t(first.bits) | uint32_t(second.bits) << 16;
+  }
+
+  // Rows [begin, begin + count) of x (n, d) to `to` (count rounded up to kRows, d / pair).
+  static WF_HD void pack_rows(const T* x, int64_t stride, int64_t begin, int64_t end, int64_t d,
+                              Norm norm, A* wide, F* row, U* to) {
+    for (int64_t n = begin; n < end; ++n, to += d / pair)
+      std::memcpy(to, read(x + n * stride, n, d, norm, wide, row), size_t(d) * sizeof(F));
+    std::memset(to, 0, size_t(round_up(end - begin, kRows) - (end - begin)) * size_t(d) * sizeof(F));
+  }
+
+  // Rows [begin, end), at most kTile of them, to one tile (d / pair, kTile).
+  static WF_HD void pack_columns(const T* x, int64_t stride, int64_t begin, int64_t end, int64_t d,
+                                 Norm norm, A* wide, F* row, U* to) {
+    for (int64_t n = begin; n < end; ++n) {
+      const F* from = read(x + n * stride, n, d, norm, wide, row);
+      for (int64_t p = 0; p < d / pair; ++p) std::memcpy(to + p * kTile + n - begin, from + p * pair, sizeof(U));
+    }
+    for (int64_t p = 0; p < d / pair; ++p)
+      for (int64_t r = end - begin; r < kTile; ++r) to[p * kTile + r] = U(0);
+  }
+
+  // Rows [begin, end), then rows of zeros up to `padded`, to (padded / pair, width) units.
+  static WF_HD void pack_depth(const T* x, int64_t stride, int64_t begin, int64_t end,
+                               int64_t padded, int64_t d, int64_t width, A* wide, F* row, U* to) {
+    for (int64_t n = begin; n < begin + padded; n += pair, to += width) {
+      if (n >= end) {
+        std::memset(to, 0, size_t(width) * sizeof(U));
+        continue;
+      }
+      if constexpr (pair == 2) {
+        const F *first = x + n * stride, *second = n + 1 < end ? first + stride : nullptr;
+        for (int64_t c = 0; c < d; ++c) to[c] = unit(first[c], second ? second[c] : F{});
+      } else {
+        std::memcpy(to, read(x + n * stride, n, d, {}, wide, row), size_t(d) * sizeof(F));
+      }
+      std::memset(to + d, 0, size_t(width - d) * sizeof(U));
+    }
+  }
+
+  // out (kRows, width), rows `width` apart, = out * factor + a b.
+  template <int C>
+  static WF_HD void add_block(A* out, int64_t width, const A* factor, const U* a, int64_t row,
+                              int64_t step, const U* b, int64_t depth) {
+    V acc[kRows][C];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+      for (int j = 0; j < C; ++j) {
+        acc[r][j] = S::template load<V>(out + r * width + j * lanes);
+        if (factor) acc[r][j] *= S::spread(factor[r]);
+      }
+    S::template multiply<kRows, C>(acc, a, row, step, b, width, depth);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+      for (int j = 0; j < C; ++j) S::store(out + r * width + j * lanes, acc[r][j]);
+  }
+  static WF_HD void add(A* out, int64_t width, const A* factor, const U* a, int64_t row,
+                        int64_t step, const U* b, int64_t depth) {
+    int64_t c = 0;
+    for (; c + kTile <= width; c += kTile)
+      add_block<kVectors>(out + c, width, factor, a, row, step, b + c, depth);
+    const int64_t rest = (width - c) / lanes;
+    if constexpr (kVectors == 4) {
+      if (rest == 3) add_block<3>(out + c, width, factor, a, row, step, b + c, depth);
+      if (rest == 2) add_block<2>(out + c, width, factor, a, row, step, b + c, depth);
+    }
+    if (rest == 1) add_block<1>(out + c, width, factor, a, row, step, b + c, depth);
+  }
+
+  // scores (kRows, columns), rows `stride` apart, = rows a times the tiles b.
+  static WF_HD void score(A* scores, int64_t stride, const U* a, const U* b, int64_t columns,
+                          int64_t depth) {
+    for (int64_t j = 0; j < columns; j += kTile, b += depth * kTile) {
+      V acc[kRows][kVectors] = {};
+      S::template multiply<kRows, kVectors>(acc, a, depth, 1, b, kTile, depth);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+        for (int c = 0; c < kVectors; ++c)
+          S::store(scores + r * stride + j + c * lanes, acc[r][c]);
+    }
+  }
+
+  // Scratch of one worker in the forward.
+  struct Forward {
+    A *wide, *out, *scores, *top, *factor, *sums;
+    F* row;
+    U *queries, *weights;
+    Forward(Arena& arena, int64_t d, int64_t width)
+        : wide(arena.take<A>(d)), out(arena.take<A>(kQueries * width)),
+          scores(arena.take<A>(kRows * kKeys)), top(arena.take<A>(kQueries)),
+          factor(arena.take<A>(kRows)), sums(arena.take<A>(kQueries * lanes)),
+          row(arena.take<F>(d)), queries(arena.take<U>(kQueries * d / pair)),
+          weights(arena.take<U>(kRows * kKeys / pair)) {}
+  };
+
+  // The online softmax of kRows rows of scores (kRows, columns): weights from them, and top, factor
+  // (what earlier sums are to be multiplied by) and sums brought up to date.
+  static WF_HD void soften(const Forward& at, A* top, A* sums, int64_t columns,
+                            const A& scale) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      const A* scores = at.scores + r * kKeys;
+      V most = S::spread(top[r]);
+      for (int64_t c = 0; c < columns; c += lanes)
+        most = S::larger(S::template load<V>(scores + c), most);
+      const A now = S::largest(most);
+      // A row that has seen no key yet has a top of minus infinity, and weights of exp(-inf).
+      const A start = now == -A(INFINITY) ? A(0) : now;
+      const V base = S::spread(start), factor = S::exp2(S::spread(top[r]) - base, scale);
+      V sum = S::template load<V>(sums + r * lanes) * factor;
+      F* weights = reinterpret_cast<F*>(at.weights + r * kKeys / pair);
+      for (int64_t c = 0; c < columns; c += lanes) {
+        const V weight = S::exp2(S::template load<V>(scores + c) - base, scale);
+        sum += weight;
+        S::store(weights + c, S::factors(weight));
+      }
+      S::store(sums + r * lanes, sum);
+      at.factor[r] = factor[0];
+      top[r] = now;
+    }
+  }
+
+  // Queries [begin, end) of one head against its packed keys (tiles) and values (depth).
+  static WF_HD void attend(const RopeAttentionArgs& a, int64_t b, int64_t h, int64_t begin,
+                           int64_t end, const U* keys, const U* values, int64_t width,
+                           const Forward& at) {
+    const int64_t d = a.d, depth = d / pair;
+    const T* q = static_cast<const T*>(a.q.data) + b * a.q.b + h * a.q.h;
+    pack_rows(q, a.q.n, begin, end, d,
+              {static_cast<const A*>(a.q_weight), static_cast<const A*>(a.rope)}, at.wide, at.row,
+              at.queries);
+    const int64_t rows = round_up(end - begin, kRows);
+    std::fill(at.out, at.out + rows * width, A(0));
+    std::fill(at.sums, at.sums + rows * lanes, A(0));
+    std::fill(at.top, at.top + rows, -A(INFINITY));
+    const A root = A(1) / square_root(A(d)), scale = root * A(1.4426950408889634);
+    const Ranges ranges = seen(begin, end, a.n, a.mask, kTile);
+    for (int part = 0; part < 2; ++part)
+      for (int64_t j = ranges.begin[part]; j < ranges.end[part]; j += kKeys) {
+        const int64_t columns = std::min(kKeys, ranges.end[part] - j);
+        for (int64_t r = 0; r < rows; r += kRows) {
+          score(at.scores, kKeys, at.queries + r * depth, keys + j * depth, columns, depth);
+          for (int64_t i = 0; i < kRows; ++i) {
+            for (int64_t c = a.n - j; c < columns; ++c) at.scores[i * kKeys + c] = -INFINITY;
+            hide(at.scores + i * kKeys, begin + r + i, j, j + columns, a.mask);
+          }
+          soften(at, at.top + r, at.sums + r * lanes, columns, scale);
+          add(at.out + r * width, width, at.factor, at.weights, kKeys / pair, 1,
+              values + j / pair * width, columns / pair);
+        }
+      }
+    for (int64_t i = begin, r = 0; i < end; ++i, ++r) {
+      const A sum = S::sum(S::template load<V>(at.sums + r * lanes));
+      const A inverse = A(1) / sum;
+      T* out = static_cast<T*>(a.out) + ((b * a.nq + i) * a.h + h) * d;
+      for (int64_t c = 0; c < d; ++c) out[c] = wavflow::store<T>(at.out[r * width + c] * inverse);
+      static_cast<A*>(a.lse)[(b * a.h + h) * a.nq + i] = at.top[r] * root + std::log(sum);
+    }
+  }
+
+  // Heads are taken a few at a time, so that their packed keys and values stay in the caches.
+  static void forward(const RopeAttentionArgs& a) {
+    const int64_t threads = std::max(a.target.threads, 1), heads = a.b * a.h;
+    const int64_t width = round_up(a.d, lanes), keys = round_up(a.n, kTile), tiles = keys / kTile;
+    const int64_t blocks = (a.nq + kQueries - 1) / kQueries;
+    const int64_t together = std::min(4 * threads, heads), workers = threads;
+    auto layout = [=](Arena& arena, int64_t worker) {
+      struct Layout { U *keys, *values; Forward scratch; };
+      U* packed_keys = arena.take<U>(together * keys * a.d / pair);
+      U* packed_values = arena.take<U>(together * keys * width / pair);
+      for (int64_t w = 0; w < worker; ++w) Forward(arena, a.d, width);
+      return Layout{packed_keys, packed_values, Forward(arena, a.d, width)};
+    };
+    Arena counted(nullptr);
+    layout(counted, workers - 1);
+    const Buffer buffer = allocate(counted.used());
+    char* base = buffer.get();
+    for (int64_t first = 0; first < heads; first += together) {
+      const int64_t count = std::min(together, heads - first);
+      parallel_for(I{}, workers, a.target.threads, [=](int64_t w) WF_BODY {
+        Arena arena(base);
+        const auto at = layout(arena, w);
+        for (int64_t i = w; i < count * tiles; i += workers) {
+          const int64_t head = i / tiles, tile = i % tiles, begin = tile * kTile;
+          const int64_t b = (first + head) / a.h, h = (first + head) % a.h;
+          const int64_t end = std::min(begin + kTile, a.n);
+          const T* k = static_cast<const T*>(a.k.data) + b * a.k.b + h * a.k.h;
+          const T* v = static_cast<const T*>(a.v.data) + b * a.v.b + h * a.v.h;
+          pack_columns(k, a.k.n, begin, end, a.d,
+                       {static_cast<const A*>(a.k_weight), static_cast<const A*>(a.rope)},
+                       at.scratch.wide, at.scratch.row, at.keys + (head * keys + begin) * a.d / pair);
+          pack_depth(v, a.v.n, begin, end, kTile, a.d, width, at.scratch.wide, at.scratch.row,
+                     at.values + (head * keys + begin) * width / pair);
+        }
+      });
+      parallel_for(I{}, workers, a.target.threads, [=](int64_t w) WF_BODY {
+        Arena arena(base);
+        const auto at = layout(arena, w);
+        for (int64_t i = w; i < count * blocks; i += workers) {
+          const int64_t head = i / blocks, begin = i % blocks * kQueries;
+          attend(a, (first + head) / a.h, (first + head) % a.h, begin,
+                 std::min(begin + kQueries, a.nq), at.keys + head * keys * a.d / pair,
+                 at.values + head * keys * width / pair, width, at.scratch);
+        }
+      });
+    }
+  }
+};
+
+// Calls f(Type<T>{}, I{}) for the element type and the instruction set in use.
+template <class F>
+void dispatch_attention(DType dtype, F&& f) {
+  dispatch("rope_attention", dtype, [&](auto type) {
+    dispatch_isa([&](auto isa) {
+      using T = typename decltype(type)::type;
+      if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<decltype(isa), Avx512>)
+        if (has_avx512_bf16()) return f(type, Avx512Bf16{});
+      f(type, isa);
+    });
+  });
+}
+
+}  // namespace
+
+void rope_attention_cpu(const RopeAttentionArgs& a) {
+  dispatch_attention(a.dtype, [&](auto type, auto isa) {
+    Attention<typename decltype(type)::type, decltype(isa)>::forward(a);
+  });
+}
+
+WAVFLOW_BIND(m) {
+  using Strides = std::array<int64_t, 3>;
+  auto heads = [](uintptr_t data, Strides s) { return Heads{pointer<void>(data), s[0], s[1], s[2]}; };
+  m.def(
+      "rope_attention",
+      [=](Target target, int dtype, uintptr_t q, Strides q_strides, uintptr_t k, Strides k_strides,
+          uintptr_t v, Strides v_strides, uintptr_t q_weight, uintptr_t k_weight, uintptr_t rope,
+          uintptr_t out, uintptr_t lse, std::array<int64_t, 5> sizes, int64_t window,
+          int64_t local) {
+        rope_attention_cpu({target, DType(dtype), heads(q, q_strides), heads(k, k_strides),
+                            heads(v, v_strides), pointer<void>(q_weight), pointer<void>(k_weight),
+                            pointer<void>(rope), pointer<void>(out), pointer<void>(lse), sizes[0],
+                            sizes[1], sizes[2], sizes[3], sizes[4], {window, local}});
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+}  // namespace wavflow

@@ -1,0 +1,46 @@
+// Flash attention with RMSNorm and RoPE inside, and its backward: the arguments of a call.
+#pragma once
+
+#include "check.h"
+
+namespace wavflow {
+
+// A tensor (b h n d) whose channels lie side by side.
+struct Heads {
+  const void* data;
+  int64_t b, h, n;  // strides in elements
+};
+
+// Which keys a query sees: those at most `window` away among the first `local` tokens, and all that
+// are later; a later query sees all. window < 0: all see all.
+struct AttentionMask {
+  int64_t window, local;
+};
+
+struct RopeAttentionArgs {
+  Target target;
+  DType dtype;
+  Heads q, k, v;
+  const void *q_weight, *k_weight;  // (d) computed type, or null: no norm
+  const void* rope;                 // (n, d) cos and sin of the pairs, computed type, or null
+  void* out;                        // (b, nq, h d)
+  void* lse;                        // (b, h, nq) computed type
+  int64_t b, h, nq, n, d;
+  AttentionMask mask;
+};
+
+struct RopeAttentionBackwardArgs {
+  Target target;
+  DType dtype;
+  Heads grad;  // of out, as (b h nq d)
+  Heads q, k, v, out;
+  const void* lse;        // (b, h, nq) computed type
+  void *d_q, *d_k, *d_v;  // (b, h, n, d)
+  int64_t b, h, nq, n, d;
+  AttentionMask mask;
+};
+
+void rope_attention_cpu(const RopeAttentionArgs& args);
+void rope_attention_backward_cpu(const RopeAttentionBackwardArgs& args);
+
+}  // namespace wavflow
