@@ -320,7 +320,7 @@ def _flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
     return 4 * b * h * d * _pairs(nq, k.shape[2], *rest[-2:])
 
 
-def _key(q: Tensor, k: Tensor, q_weight: Tensor | None, window: int) -> str:
+def tuning_key(q: Tensor, k: Tensor, q_weight: Tensor | None, window: int) -> str:
     """What decides the speed of a call: the key of its row in the tuning tables."""
     n = _tuned.up_to_power_of_two(k.shape[2])
     kind = "" if q_weight is None else " norm"
@@ -330,7 +330,7 @@ def _key(q: Tensor, k: Tensor, q_weight: Tensor | None, window: int) -> str:
 def _prefer(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
     if q.device.type == "cpu":
         return None
-    row = _tuned.lookup("rope_attention", q.device, _key(q, k, rest[0], rest[3]))
+    row = _tuned.lookup("rope_attention", q.device, tuning_key(q, k, rest[0], rest[3]))
     return row.get("backend", "library")
 
 
