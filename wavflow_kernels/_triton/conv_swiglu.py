@@ -1,0 +1,85 @@
+"""Two convolutions of one input and the gate between them, in one pass.
+
+The columns of the two results alternate in a tile: 2i is a_i and 2i + 1 is b_i. One matrix product
+then yields both, and a thread holds a pair in neighbouring registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _tuned
+from .conv1d import configure, convolve, options, tap_major, tile, tiles
+from .launch import launch
+
+
+@triton.jit(do_not_specialize=["rows", "n"])
+def _forward(
+    out,
+    a_out,
+    b_out,
+    x,
+    w1,
+    w3,
+    rows,
+    n,
+    C: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    TAPS: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m, j = tile(rows, 2 * I, BLOCK_M, BLOCK_N)
+    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    weights = tl.where(column % 2 == 0, w1, w3)
+    weights += tl.minimum(column // 2, I - 1).to(tl.int64) * (TAPS * C)
+    both = convolve(x, weights, row, rows, n, C, TAPS, BLOCK_K, PRECISION)
+    a, b = tl.split(both.reshape(BLOCK_M, BLOCK_N // 2, 2))
+    column = j * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    inside = (row < rows)[:, None] & (column < I)[None, :]
+    at = row.to(tl.int64)[:, None] * I + column[None, :]
+    if KEEP:
+        tl.store(a_out + at, a.to(a_out.dtype.element_ty), mask=inside)
+        tl.store(b_out + at, b.to(b_out.dtype.element_ty), mask=inside)
+    tl.store(out + at, (a / (1 + tl.exp(-a)) * b).to(out.dtype.element_ty), mask=inside)
+
+
+def key(x: Tensor, w1: Tensor) -> str:
+    """What decides the speed of a call: the key of its row in the tuning tables."""
+    (b, n, c), (i, taps) = x.shape, (w1.shape[0], w1.shape[2])
+    return f"{str(x.dtype)[6:]} c{c} i{i} k{taps} rows{_tuned.up_to_power_of_two(b * n)}"
+
+
+def forward(
+    outputs: tuple[Tensor, Tensor, Tensor],  # b n i each; the last two are empty unless kept
+    x: Tensor,  # b n c
+    w1: Tensor,  # i c k
+    w3: Tensor,  # i c k
+    keep: bool,
+) -> None:
+    b, n, c = x.shape
+    i, rows = w1.shape[0], b * n
+    if not rows:
+        return
+    config = configure("conv_swiglu", key(x, w1), x, rows, 2 * i)
+    launch(
+        _forward,
+        (tiles(config, rows, 2 * i),),
+        *outputs,
+        x.contiguous(),
+        tap_major(w1),
+        tap_major(w3),
+        rows,
+        n,
+        C=c,
+        I=i,
+        TAPS=w1.shape[2],
+        KEEP=keep,
+        **options(config, x),
+    )
