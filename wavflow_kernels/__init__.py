@@ -6,16 +6,21 @@ Public functions only. Every one takes torch tensors, runs on CPU and CUDA, and 
 
 from ._backend import BackendError, use_backend
 from ._registry import REGISTRY
+from .ops.conv1d import conv1d
+from .ops.conv_swiglu import conv_swiglu
 from .ops.flow_loss import flow_loss
 from .ops.flow_mix import flow_mix, philox_normal
 from .ops.lift_patchify import lift_patchify
 from .ops.ode_step import ode_step, ode_step_
 from .ops.rope_attention import rope_attention
+from .ops.swiglu import swiglu
 from .ops.unpatchify import unpatchify
 
 __all__ = [
     "REGISTRY",
     "BackendError",
+    "conv1d",
+    "conv_swiglu",
     "flow_loss",
     "flow_mix",
     "lift_patchify",
@@ -23,6 +28,7 @@ __all__ = [
     "ode_step_",
     "philox_normal",
     "rope_attention",
+    "swiglu",
     "unpatchify",
     "use_backend",
 ]

@@ -25,34 +25,43 @@ Config = dict[str, int]
 
 @triton.jit
 def tile(rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Row and column tile of this program: columns advance after GROUP row tiles."""
+    """First row and first column of this program's tile: GROUP row tiles share their columns."""
     GROUP: tl.constexpr = 8
     tiles_n: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     first = program // (GROUP * tiles_n) * GROUP
     height = min(tl.cdiv(rows, BLOCK_M) - first, GROUP)
     inside = program % (GROUP * tiles_n)
-    return first + inside % height, inside // height
+    return (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
+
+
+@triton.jit
+def within(column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns past the end repeat the last one; they are computed and not stored."""
+    return column if WIDTH % BLOCK == 0 else tl.minimum(column, WIDTH - 1)
 
 
 @triton.jit
 def convolve(
     x,  # (rows, C)
     weights,  # (BLOCK_N) pointers to runs of TAPS * C
-    row,  # (BLOCK_M)
+    first_row,
     rows,
     n,
     C: tl.constexpr,
     TAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) float32: the convolution at `row` for the channels of `weights`."""
+    """(BLOCK_M, BLOCK_N) float32: the convolution at BLOCK_M rows for the channels of `weights`."""
     PAD: tl.constexpr = TAPS // 2
+    row = first_row + tl.arange(0, BLOCK_M)
     # A row past the end gets a token that no tap brings into [0, n).
     token = tl.where(row < rows, row % n, -TAPS) - PAD
-    windows = x + (row.to(tl.int64) - PAD) * C
-    total = tl.zeros((row.shape[0], weights.shape[0]), tl.float32)
+    # Only the way to the tile takes 64 bits: offsets inside stay in 32-bit registers.
+    windows = x + (first_row - PAD).to(tl.int64) * C + tl.arange(0, BLOCK_M) * C
+    total = tl.zeros((BLOCK_M, weights.shape[0]), tl.float32)
     for step in range(tl.cdiv(TAPS * C, BLOCK_K)):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         a_pointers = windows[:, None] + k[None, :]
@@ -92,12 +101,11 @@ def _forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m, j = tile(rows, O, BLOCK_M, BLOCK_N)
-    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Columns past the end repeat the last one and are not stored.
-    weights = weight + tl.minimum(column, O - 1).to(tl.int64) * (TAPS * C)
-    y = convolve(x, weights, row, rows, n, C, TAPS, BLOCK_K, PRECISION)
+    first_row, first_column = tile(rows, O, BLOCK_M, BLOCK_N)
+    column = first_column + tl.arange(0, BLOCK_N)
+    weights = weight + within(column, O, BLOCK_N).to(tl.int64) * (TAPS * C)
+    y = convolve(x, weights, first_row, rows, n, C, TAPS, BLOCK_M, BLOCK_K, PRECISION)
+    row = first_row + tl.arange(0, BLOCK_M)
     inside = (row < rows)[:, None] & (column < O)[None, :]
     if bias is not None:
         y += tl.load(bias + column, mask=column < O, other=0.0).to(tl.float32)[None, :]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _tuned
-from .conv1d import configure, convolve, options, tap_major, tile, tiles
+from .conv1d import configure, convolve, options, tap_major, tile, tiles, within
 from .launch import launch
 
 
@@ -34,20 +34,24 @@ def _forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m, j = tile(rows, 2 * I, BLOCK_M, BLOCK_N)
-    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    weights = tl.where(column % 2 == 0, w1, w3)
-    weights += tl.minimum(column // 2, I - 1).to(tl.int64) * (TAPS * C)
-    both = convolve(x, weights, row, rows, n, C, TAPS, BLOCK_K, PRECISION)
+    first_row, first_column = tile(rows, 2 * I, BLOCK_M, BLOCK_N)
+    column = first_column + tl.arange(0, BLOCK_N)
+    run = within(column // 2, I, BLOCK_N // 2).to(tl.int64) * (TAPS * C)
+    # Both are aligned to 16 bytes, and so is the way from one to the other. Choosing by tl.where
+    # would hide that from the compiler, and every load would be one element wide.
+    step: tl.constexpr = 128 // w1.dtype.element_ty.primitive_bitwidth
+    to_w3 = (w3.to(tl.int64) - w1.to(tl.int64)) // 16 * step
+    weights = w1 + run + column % 2 * to_w3
+    both = convolve(x, weights, first_row, rows, n, C, TAPS, BLOCK_M, BLOCK_K, PRECISION)
     a, b = tl.split(both.reshape(BLOCK_M, BLOCK_N // 2, 2))
-    column = j * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    row = first_row + tl.arange(0, BLOCK_M)
+    column = first_column // 2 + tl.arange(0, BLOCK_N // 2)
     inside = (row < rows)[:, None] & (column < I)[None, :]
     at = row.to(tl.int64)[:, None] * I + column[None, :]
+    tl.store(out + at, (a / (1 + tl.exp(-a)) * b).to(out.dtype.element_ty), mask=inside)
     if KEEP:
         tl.store(a_out + at, a.to(a_out.dtype.element_ty), mask=inside)
         tl.store(b_out + at, b.to(b_out.dtype.element_ty), mask=inside)
-    tl.store(out + at, (a / (1 + tl.exp(-a)) * b).to(out.dtype.element_ty), mask=inside)
 
 
 def key(x: Tensor, w1: Tensor) -> str:

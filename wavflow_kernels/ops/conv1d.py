@@ -1,0 +1,390 @@
+r"""Convolution over tokens with zero padding that keeps their number, channels last.
+
+:math:`z_{n,o} = \beta_o + \sum_{j,c} w_{o,c,j}\, x_{n + j - \lfloor k/2 \rfloor,\, c}`; the result is
+:math:`z`, :math:`\mathrm{selu}(z)`, or :math:`r_n + g_{i(n)} z_n` with a residual r and gate rows g
+that an index i gathers. Width 1 is a Linear.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _tuned
+from .._check import FLOATS, check, check_dtype, compute_dtype, require
+from .._registry import Op, Sample, triton_launch
+
+if TYPE_CHECKING:
+    from .adaln import TokenRows
+
+# Klambauer et al., "Self-Normalizing Neural Networks" (arXiv 1706.02515).
+SELU_SCALE = 1.0507009873554804934193349852946
+SELU_ALPHA = 1.6732632423543772848170429916717
+GPU = {"cuda": frozenset({torch.float32, torch.bfloat16, torch.float16})}
+LIBRARY = {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}
+
+
+def check_convolution(op: str, x: Tensor, **weights: Tensor) -> dict[str, int]:
+    """Bind b, n, c, o, k of x (b n c) and weights (o c k), and check them and the dtypes."""
+    sizes = check(op, x=(x, "b n c"), **{name: (w, "o c k") for name, w in weights.items()})
+    check_dtype(op, "x", x, *FLOATS)
+    for name, weight in weights.items():
+        check_dtype(op, name, weight, x.dtype)
+    for name, dim in (("tokens", "n"), ("channels", "c"), ("output channels", "o")):
+        require(sizes[dim] > 0, f"{op}: there must be at least one of the {name}, got none")
+    require(sizes["k"] % 2 == 1, f"{op}: the width of the weight must be odd, got {sizes['k']}")
+    return sizes
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    selu: bool,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    gate_index: Tensor | None,
+) -> None:
+    op = "conv1d"
+    check_convolution(op, x, weight=weight)
+    sizes = check(
+        op,
+        x=(x, "b n c"),
+        weight=(weight, "o c k"),
+        bias=(bias, "o"),
+        residual=(residual, "b n o"),
+        gate=(gate, "b r o"),
+        gate_index=(gate_index, "n"),
+    )
+    for name, tensor in (("bias", bias), ("residual", residual), ("gate", gate)):
+        check_dtype(op, name, tensor, x.dtype)
+    check_dtype(op, "gate_index", gate_index, torch.int32)
+    require(not selu or residual is None, f"{op}: an activation and a residual exclude each other")
+    require(gate is None or residual is not None, f"{op}: a gate needs a residual")
+    require(gate_index is None or gate is not None, f"{op}: gate_index needs a gate")
+    require(
+        gate is None or gate_index is not None or sizes["r"] == 1,
+        f"{op}: gate must have one row where no index is given, got {sizes.get('r')}",
+    )
+
+
+def _outputs(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0])
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(b n c), (o c k) -> (b n o): computed wide, rounded once."""
+    wide = compute_dtype(x.dtype)
+    z = F.conv1d(
+        x.to(wide).transpose(1, 2),
+        weight.to(wide),
+        None if bias is None else bias.to(wide),
+        padding=weight.shape[2] // 2,
+    )
+    return z.transpose(1, 2).to(x.dtype)
+
+
+def _gate_rows(gate: Tensor, gate_index: Tensor | None) -> Tensor:  # b n|1 o
+    return gate if gate_index is None else gate.index_select(1, gate_index)
+
+
+def _finish(
+    z: Tensor,  # b n o
+    selu: bool,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    gate_index: Tensor | None,
+) -> Tensor:  # b n o
+    if selu:
+        return F.selu(z)
+    if residual is None:
+        return z
+    return residual + z if gate is None else residual.addcmul(_gate_rows(gate, gate_index), z)
+
+
+def reference(
+    x: Tensor,  # b n c
+    weight: Tensor,  # o c k
+    bias: Tensor | None,  # o
+    selu: bool,
+    residual: Tensor | None,  # b n o
+    gate: Tensor | None,  # b r o
+    gate_index: Tensor | None,  # n
+) -> Tensor:  # b n o
+    wide = compute_dtype(x.dtype)
+    z = plain(x, weight, bias).to(wide)
+    residual, gate = (None if t is None else t.to(wide) for t in (residual, gate))
+    return _finish(z, selu, residual, gate, gate_index).to(x.dtype).contiguous()
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(b n c), (o c k) -> (b n o) by torch's libraries, in the form that suits them best."""
+    o, c, k = weight.shape
+    if k == 1:
+        return F.linear(x, weight.reshape(o, c), bias)
+    x = x.transpose(1, 2)
+    if x.dtype.itemsize > 2:
+        return F.conv1d(x, weight, bias, padding=k // 2).transpose(1, 2)
+    z = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), bias, padding=(0, k // 2))
+    return z.squeeze(2).transpose(1, 2)
+
+
+def library(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    selu: bool,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    gate_index: Tensor | None,
+) -> Tensor:
+    """oneDNN or cuDNN, and torch's elementwise operations after it."""
+    return _finish(convolve(x, weight, bias), selu, residual, gate, gate_index)
+
+
+def convolve_backward(
+    grad: Tensor,  # b n o
+    x: Tensor,  # b n c
+    weight: Tensor,  # o c k
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of :func:`convolve` in x, weight and bias, by torch's libraries; None unneeded."""
+    o, c, k = weight.shape
+    if k == 1:
+        d_x = grad @ weight.view(o, c) if needs[0] else None
+        d_weight = (grad.flatten(0, 1).t() @ x.flatten(0, 1)).view(o, c, 1) if needs[1] else None
+        d_bias = grad.sum((0, 1), dtype=compute_dtype(grad.dtype)) if needs[2] else None
+        return d_x, d_weight, None if d_bias is None else d_bias.to(grad.dtype)
+    # The height-1 pictures are channels-last in memory: no copies.
+    flat = x.dtype.itemsize <= 2 or x.is_cuda
+    grad, x = grad.transpose(1, 2), x.transpose(1, 2)
+    if flat:
+        grad, x, weight = grad.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2)
+    d_x, d_weight, d_bias = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        [o],
+        [1, 1] if flat else [1],
+        [0, k // 2] if flat else [k // 2],
+        [1, 1] if flat else [1],
+        False,
+        [0, 0] if flat else [0],
+        1,
+        list(needs),
+    )
+    if flat:
+        d_x, d_weight = (None if d is None else d.squeeze(2) for d in (d_x, d_weight))
+    return None if d_x is None else d_x.transpose(1, 2), d_weight, d_bias
+
+
+def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    def arguments(b: int, n: int, c: int, o: int, k: int, bias: bool = True) -> tuple[Any, ...]:
+        weight = normal(o, c, k) * (c * k) ** -0.5
+        return normal(b, n, c), weight, normal(o) if bias else None
+
+    none = (None, None, None)
+    every, x_w = (0, 1, 2), (0, 1)
+    index = torch.tensor([0, 0, 1, 3, 3, 3, 4], dtype=torch.int32, device=device)
+    gate = normal(2, 5, 120)[..., 40:80]  # a chunk of a modulation
+    strided = list(arguments(2, 9, 16, 16, 3))
+    strided[0] = normal(2, 9, 40)[..., 8:24]
+    broadcast = list(arguments(3, 5, 16, 8, 3))
+    broadcast[0] = normal(1, 5, 16).expand(3, 5, 16)
+    transposed = list(arguments(2, 6, 10, 4, 3))
+    transposed[0] = normal(2, 10, 6).transpose(1, 2)
+    return [
+        Sample((*arguments(2, 37, 24, 40, 3), False, *none), every, "width 3"),
+        Sample((*arguments(2, 7, 33, 17, 7), True, *none), every, "width 7, odd sizes, SELU"),
+        Sample((*arguments(2, 19, 64, 48, 1, False), False, *none), x_w, "width 1"),
+        Sample((*arguments(1, 5, 30, 20, 1), True, *none), every, "width 1, SELU"),
+        Sample(
+            (*arguments(2, 7, 16, 40, 3), False, normal(2, 7, 40), gate, index),
+            (0, 1, 2, 4, 5),
+            "residual, gate rows",
+        ),
+        Sample(
+            (*arguments(2, 6, 16, 24, 1, False), False, normal(2, 6, 24), normal(2, 1, 24), None),
+            (0, 1, 4, 5),
+            "residual, one gate",
+        ),
+        Sample(
+            (*arguments(1, 4, 8, 8, 3, False), False, normal(1, 4, 8), None, None),
+            (0, 1, 4),
+            "residual",
+        ),
+        Sample((*strided, False, *none), every, "strided"),
+        Sample((*broadcast, False, *none), every, "one item for the batch"),
+        Sample((*transposed, False, *none), every, "channels apart"),
+        Sample((*arguments(2, 2, 8, 8, 7, False), False, *none), x_w, "wider than the sequence"),
+        Sample((*arguments(2, 1, 16, 16, 3), False, *none), every, "one token"),
+        Sample((*arguments(0, 4, 8, 8, 3), False, *none), (), "empty batch"),
+    ]
+
+
+def key(x: Tensor, weight: Tensor, kind: str = "") -> str:
+    """What decides the speed of a call: the key of its row in the tuning tables."""
+    o, c, k = weight.shape
+    tokens = _tuned.up_to_power_of_two(x.shape[0] * x.shape[1])
+    return f"{str(x.dtype)[6:]} k{k} c{c} o{o} n{tokens}{kind}"
+
+
+def _prefer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, selu: bool, residual: Tensor | None, *_: Any
+) -> str | None:
+    if x.device.type == "cpu":
+        return None
+    kind = " selu" if selu else "" if residual is None else " residual"
+    return _tuned.lookup("conv1d", x.device, key(x, weight, kind)).get("backend", "library")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.selu, residual, gate, gate_index = inputs
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    gate_differs = gate is not None and ctx.needs_input_grad[5]
+    ctx.save_for_backward(
+        x,
+        weight,
+        bias if gate_differs else None,
+        gate,
+        gate_index,
+        output if ctx.selu else None,
+    )
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, gate, gate_index, out = ctx.saved_tensors
+    dtype, wide = x.dtype, compute_dtype(x.dtype)
+    needs = ctx.needs_input_grad
+    d_z, d_gate = grad, None
+    if ctx.selu:
+        # selu'(z) = scale where z > 0, else scale alpha e^z = selu(z) + scale alpha.
+        y = out.to(wide)
+        slope = torch.where(y > 0, SELU_SCALE, y + SELU_SCALE * SELU_ALPHA)
+        d_z = (grad.to(wide) * slope).to(dtype)
+    if gate is not None:
+        d_z = (grad.to(wide) * _gate_rows(gate, gate_index).to(wide)).to(dtype)
+    if needs[5]:
+        # Computed again: keeping z would cost (b n o) from every forward for a gradient that only
+        # this argument needs, and (out - residual) / gate loses it where the gate is small.
+        product = grad.to(wide) * convolve(x, weight, bias).to(wide)
+        if gate_index is None:
+            d_gate = product.sum(1, keepdim=True)
+        else:
+            rows = torch.arange(gate.shape[1], device=gate.device)
+            # A matrix product in place of scattered additions, whose order is not fixed on a GPU.
+            d_gate = (rows[:, None] == gate_index).to(wide) @ product
+        d_gate = d_gate.to(dtype)
+    d_x, d_weight, d_bias = convolve_backward(
+        d_z, x, weight, (needs[0], needs[1], ctx.has_bias and needs[2])
+    )
+    d_residual = grad if ctx.has_residual and needs[4] else None
+    return d_x, d_weight, d_bias, None, d_residual, d_gate, None
+
+
+def flops(x: Tensor, weight: Tensor, *_: Any) -> int:
+    return 2 * x.shape[0] * x.shape[1] * weight.numel()
+
+
+def _bytes(x: Tensor, weight: Tensor, bias: Any, selu: bool, residual: Any, *_: Any) -> int:
+    out = x.shape[0] * x.shape[1] * weight.shape[0] * x.itemsize
+    return x.nbytes + weight.nbytes + out * (1 if residual is None else 2)
+
+
+def _workload(b: int, n: int, c: int, o: int, k: int, *, selu: bool = False, rows: int = 0) -> Any:
+    """A call of (b n c) with an (o c k) weight; rows > 0: with a residual and that many gates."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device, dtype=dtype)
+
+        weight = normal(o, c, k) * (c * k) ** -0.5
+        if not rows:
+            return normal(b, n, c), weight, normal(o), selu, None, None, None
+        gate = normal(b, rows, 6 * o).chunk(6, -1)[2]
+        index = (torch.arange(n, device=device) * rows // n).int() if rows > 1 else None
+        return normal(b, n, c), weight, normal(o), selu, normal(b, n, o), gate, index
+
+    return make
+
+
+OP = Op(
+    name="conv1d",
+    schema=(
+        "(Tensor x, Tensor weight, Tensor? bias, bool selu, Tensor? residual, Tensor? gate, "
+        "Tensor? gate_index) -> Tensor"
+    ),
+    reference=reference,
+    check=_check,
+    outputs=_outputs,
+    launch={"triton": triton_launch("conv1d", "forward")},
+    library=library,
+    supported={"triton": GPU, "library": LIBRARY},
+    prefer=_prefer,
+    samples=_samples,
+    workloads={
+        "projection 16k": _workload(2, 640, 896, 896, 3, rows=192),
+        "down 16k": _workload(2, 640, 2560, 896, 3, rows=192),
+        "down 44k b16": _workload(16, 1764, 2560, 896, 3, rows=192),
+        "down clip": _workload(2, 64, 2560, 896, 3, rows=1),
+        "audio in": _workload(1, 640, 200, 896, 7, selu=True),
+        "audio out": _workload(2, 640, 896, 200, 7),
+        "qkv": _workload(2, 640, 896, 2688, 1),
+        "modulation": _workload(2, 192, 896, 5376, 1),
+    },
+    bytes=_bytes,
+    flops=flops,
+    tolerance="matrix",
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=("x", "weight", "bias", "residual", "gate"),
+    bulk=("x", "weight", "residual"),
+)
+
+
+def conv1d(
+    x: Tensor,  # b n c
+    weight: Tensor,  # o c k, or o c
+    bias: Tensor | None = None,  # o
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,  # b n o
+    gate: Tensor | None = None,  # b r o
+    gate_rows: TokenRows | None = None,
+) -> Tensor:  # b n o
+    """Convolution over tokens, zero-padded by k // 2, with bias, SELU or a gated residual.
+
+    Args:
+        x: (b, n, c) tokens, any float dtype, any strides.
+        weight: (o, c, k) with an odd width k, or (o, c) for a Linear; dtype of x.
+        bias: (o,) in the dtype of x.
+        activation: "selu" or None.
+        residual: (b, n, o): the result is residual + gate * convolution. Excludes an activation.
+        gate: (b, r, o) rows of gates; None: 1.
+        gate_rows: which row each token takes, from :func:`token_rows`; None: r = 1.
+
+    Returns:
+        (b, n, o) in the dtype of x. Differentiable once in x, weight, bias, residual and gate.
+
+    Raises:
+        ValueError: shapes that do not fit, an even width, an unknown activation, no token.
+        TypeError: an unsupported dtype.
+    """
+    require(
+        activation in (None, "selu"),
+        f"conv1d: activation must be None or 'selu', got '{activation}'",
+    )
+    index = None if gate_rows is None else getattr(gate_rows, "index", None)
+    if gate_rows is not None and not isinstance(index, Tensor):
+        raise TypeError(f"conv1d: gate_rows must be TokenRows, got {type(gate_rows).__name__}")
+    if isinstance(weight, Tensor) and weight.dim() == 2:
+        weight = weight.unsqueeze(2)
+    return OP(x, weight, bias, activation is not None, residual, gate, index)
