@@ -44,14 +44,15 @@ def _forward(
     weights = w1 + run + column % 2 * to_w3
     both = convolve(x, weights, first_row, rows, n, C, TAPS, BLOCK_M, BLOCK_K, PRECISION)
     a, b = tl.split(both.reshape(BLOCK_M, BLOCK_N // 2, 2))
-    row = first_row + tl.arange(0, BLOCK_M)
+    row = tl.arange(0, BLOCK_M)
     column = first_column // 2 + tl.arange(0, BLOCK_N // 2)
-    inside = (row < rows)[:, None] & (column < I)[None, :]
-    at = row.to(tl.int64)[:, None] * I + column[None, :]
-    tl.store(out + at, (a / (1 + tl.exp(-a)) * b).to(out.dtype.element_ty), mask=inside)
+    inside = (row < rows - first_row)[:, None] & (column < I)[None, :]
+    start = first_row.to(tl.int64) * I
+    at = row[:, None] * I + column[None, :]
+    tl.store(out + start + at, (a / (1 + tl.exp(-a)) * b).to(out.dtype.element_ty), mask=inside)
     if KEEP:
-        tl.store(a_out + at, a.to(a_out.dtype.element_ty), mask=inside)
-        tl.store(b_out + at, b.to(b_out.dtype.element_ty), mask=inside)
+        tl.store(a_out + start + at, a.to(a_out.dtype.element_ty), mask=inside)
+        tl.store(b_out + start + at, b.to(b_out.dtype.element_ty), mask=inside)
 
 
 def key(x: Tensor, w1: Tensor) -> str:
