@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _tuned
+from ..ops.conv1d import key
+from .conv1d import candidates as candidates  # of the same kernel
 from .conv1d import configure, convolve, options, tap_major, tile, tiles, within
 from .launch import launch
 
@@ -29,7 +30,6 @@ def _forward(
     I: tl.constexpr,  # noqa: E741
     TAPS: tl.constexpr,
     KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -42,7 +42,7 @@ def _forward(
     step: tl.constexpr = 128 // w1.dtype.element_ty.primitive_bitwidth
     to_w3 = (w3.to(tl.int64) - w1.to(tl.int64)) // 16 * step
     weights = w1 + run + column % 2 * to_w3
-    both = convolve(x, weights, first_row, rows, n, C, TAPS, BLOCK_M, BLOCK_K, PRECISION)
+    both = convolve(x, weights, first_row, rows, n, C, TAPS, BLOCK_M, BLOCK_K)
     a, b = tl.split(both.reshape(BLOCK_M, BLOCK_N // 2, 2))
     row = tl.arange(0, BLOCK_M)
     column = first_column // 2 + tl.arange(0, BLOCK_N // 2)
@@ -55,12 +55,6 @@ def _forward(
         tl.store(b_out + start + at, b.to(b_out.dtype.element_ty), mask=inside)
 
 
-def key(x: Tensor, w1: Tensor) -> str:
-    """What decides the speed of a call: the key of its row in the tuning tables."""
-    (b, n, c), (i, taps) = x.shape, (w1.shape[0], w1.shape[2])
-    return f"{str(x.dtype)[6:]} c{c} i{i} k{taps} rows{_tuned.up_to_power_of_two(b * n)}"
-
-
 def forward(
     outputs: tuple[Tensor, Tensor, Tensor],  # b n i each; the last two are empty unless kept
     x: Tensor,  # b n c
@@ -68,23 +62,22 @@ def forward(
     w3: Tensor,  # i c k
     keep: bool,
 ) -> None:
-    b, n, c = x.shape
-    i, rows = w1.shape[0], b * n
-    if not rows:
+    (b, n, c), (i, _, taps) = x.shape, w1.shape
+    if not b:
         return
-    config = configure("conv_swiglu", key(x, w1), x, rows, 2 * i)
+    config = configure("conv_swiglu", key(x, w1, " keep" if keep else ""), x, 2 * i)
     launch(
         _forward,
-        (tiles(config, rows, 2 * i),),
+        (tiles(config, b * n, 2 * i),),
         *outputs,
         x.contiguous(),
         tap_major(w1),
         tap_major(w3),
-        rows,
+        b * n,
         n,
         C=c,
         I=i,
-        TAPS=w1.shape[2],
+        TAPS=taps,
         KEEP=keep,
-        **options(config, x),
+        **options(config),
     )
