@@ -222,6 +222,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{(time_['high'] - time_['low']) / time_['median']:.0%}",
         shown(row.get("gb_s"), ".0f"),
         shown(row.get("of_copy_peak"), ".0%"),
+        shown(faster.get("copy"), ".2f"),
         shown(row.get("tflop_s"), ".2f"),
         shown(row.get("of_gemm_peak"), ".0%"),
         shown(faster.get("reference"), ".2f"),
@@ -230,7 +231,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-HEADERS = ("op", "workload", "runs as", "us", "spread", "GB/s", "% copy", "TFLOP/s", "% GEMM",
+HEADERS = ("op", "workload", "runs as", "us", "spread", "GB/s", "% copy", "x copy", "TFLOP/s", "% GEMM",
            "x eager", "x compile", "x best other")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""``python -m wavflow_kernels.tune``: measure tile sizes and backends on this GPU, keep the winners.
+"""``python -m wavflow_kernels.tune``: time tile sizes and backends on this GPU, keep the best.
 
 For each op whose Triton module offers candidates, and each of its workloads, every candidate is
 compiled, compared with the library's result or the first candidate's, and timed; the three best and
