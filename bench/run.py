@@ -231,8 +231,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-HEADERS = ("op", "workload", "runs as", "us", "spread", "GB/s", "% copy", "x copy", "TFLOP/s", "% GEMM",
-           "x eager", "x compile", "x best other")  # fmt: skip
+HEADERS = ("op", "workload", "runs as", "us", "spread", "GB/s", "% copy", "x copy", "TFLOP/s",
+           "% GEMM", "x eager", "x compile", "x best other")  # fmt: skip
 
 
 def results(
