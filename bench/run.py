@@ -115,14 +115,20 @@ def variants(case: Case, args: tuple[Any, ...]) -> dict[str, Call]:
     return calls
 
 
-def runnable(calls: dict[str, Call], needs: int, free: int) -> tuple[dict[str, Call], dict]:
-    """The variants that run here, and why the others do not. The first one must run."""
+def runnable(
+    calls: dict[str, Call], reset: Call, needs: int, free: int
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """The variants that run here, and why the others do not. The first one must run.
+
+    needs: bytes that the reference takes; reset: called before each.
+    """
     kept, left_out = {}, {}
     for i, (name, call) in enumerate(calls.items()):
         if name in ("reference", "compile") and i and needs > 0.8 * free:
             left_out[name] = f"needs about {needs / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
             continue
         try:
+            reset()
             call()
             kept[name] = call
         except (RuntimeError, NotImplementedError) as error:
@@ -149,9 +155,11 @@ def measure_case(
         return about | {"skipped": f"needs {6 * size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"}
     args = make(device, dtype)
     with torch.set_grad_enabled(case.training):
-        calls, left_out = runnable(variants(case, args), reference_bytes(op.name, *args), free)
+        reset, needs = resetting(op, args), reference_bytes(op.name, *args)
+        calls, left_out = runnable(variants(case, args), reset, needs, free)
         chosen = next(iter(calls))
-        times = interleaved(calls, device, seconds, reset=resetting(op, args))
+        times = interleaved(calls, device, seconds, reset=reset)
+        reset()
         memory = peak_memory(calls[chosen], device)
     ours = times[chosen].median
     flops = op.flops(*args)
