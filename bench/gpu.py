@@ -193,7 +193,7 @@ def plan(capability: tuple[int, int], gpu: str, workers: int) -> list[Stage]:
 
     build = [*python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--upgrade"]
     return [
-        Stage("build", [*build, "--target", str(SITE), str(ROOT)], 120),
+        Stage("build", [*build, "--target", str(SITE), str(ROOT)], 180),
         Stage("report", [*python, "-m", "wavflow_kernels"], 60, needs="build"),
         Stage("test", [*pytest, "-m", "gpu and not large", *parallel], 190, needs="build"),
         Stage("test-large", [*pytest, "-m", "gpu and large"], 60, needs="build"),
