@@ -30,6 +30,7 @@ from wavflow_kernels._registry import Op, tensors
 from wavflow_kernels._timing import interleaved
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+NO_TIME = "the time was up"
 Call = Callable[[], object]
 
 
@@ -56,14 +57,17 @@ def differentiated(op: Op) -> tuple[int, ...]:
 
 
 def cases(names: Sequence[str], only: str = "") -> list[Case]:
-    """All rows of the named ops whose workload holds the text `only`; forward rows first."""
-    return [
-        Case(REGISTRY[name], workload, training)
-        for training in (False, True)
+    """All rows of the named ops whose workload holds the text `only`, in order of importance.
+
+    Every op's first workload comes before any op's second, and backwards of the later ones last.
+    """
+    found = [
+        (training and i > 0, i, training, Case(REGISTRY[name], workload, training))
         for name in names
-        for workload in REGISTRY[name].workloads
-        if only in workload and not (training and not differentiated(REGISTRY[name]))
+        for i, workload in enumerate(w for w in REGISTRY[name].workloads if only in w)
+        for training in ((False, True) if differentiated(REGISTRY[name]) else (False,))
     ]
+    return [case for *_, case in sorted(found, key=lambda item: item[:3])]
 
 
 def training_step(op: Op, call: Callable[..., Any], args: Sequence[Any]) -> Call:
@@ -85,7 +89,7 @@ def training_step(op: Op, call: Callable[..., Any], args: Sequence[Any]) -> Call
     return step
 
 
-def variants(case: Case, args: tuple[Any, ...]) -> dict[str, Call]:
+def variants(case: Case, args: tuple[Any, ...], with_compile: bool) -> dict[str, Call]:
     """What is compared; the first is what a call gets here."""
     op = case.op
     first = op._first(args)
@@ -105,8 +109,9 @@ def variants(case: Case, args: tuple[Any, ...]) -> dict[str, Call]:
         if backend != chosen and not _backend.unavailable(op, backend, first.device, first.dtype):
             calls[backend] = runs(backend)
     calls.setdefault("reference", runs("reference"))
-    # Compiled for these sizes alone; use_backend("compile") compiles for all sizes at the second.
-    calls.setdefault("compile", runs("reference", torch.compile(op.reference, dynamic=False)))
+    if with_compile:
+        # For these sizes alone; use_backend("compile") compiles for all sizes at the second.
+        calls.setdefault("compile", runs("reference", torch.compile(op.reference, dynamic=False)))
     if not case.training:
         source = torch.empty(max(op.bytes(*args) // 2, 1), dtype=torch.int8, device=first.device)
         target = torch.empty_like(source)
@@ -139,7 +144,12 @@ def runnable(
 
 
 def measure_case(
-    case: Case, device: torch.device, dtype: torch.dtype, peaks: Peaks, seconds: float
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    peaks: Peaks,
+    seconds: float,
+    with_compile: bool = True,
 ) -> dict[str, Any]:
     """One row of the results; `skipped` in place of figures if the memory is too small."""
     op, make = case.op, case.op.workloads[case.workload]
@@ -156,8 +166,10 @@ def measure_case(
     args = make(device, dtype)
     with torch.set_grad_enabled(case.training):
         reset, needs = resetting(op, args), reference_bytes(op.name, *args)
-        calls, left_out = runnable(variants(case, args), reset, needs, free)
+        calls, left_out = runnable(variants(case, args, with_compile), reset, needs, free)
         chosen = next(iter(calls))
+        if not with_compile:
+            left_out["compile"] = NO_TIME
         times = interleaved(calls, device, seconds, reset=reset)
         reset()
         memory = peak_memory(calls[chosen], device)
@@ -248,27 +260,35 @@ def results(
     device: torch.device,
     dtype: torch.dtype,
     seconds: float,
-    budget: float,
-) -> Iterator[dict[str, Any]]:
-    """The rows, one at a time; those for which the time is up are named as skipped."""
+    budget: float | None,
+) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """The rows, one at a time.
+
+    With a budget of seconds all rows come first without torch.compile, which takes seconds for each
+    of them, and then again with it, as many as the budget allows.
+    """
     start, about = time.perf_counter(), machine(device)
     peaks = measure(device, dtype)
-    for case in todo:
-        row: dict[str, Any] = {
-            "op": case.op.name,
-            "workload": case.workload,
-            "direction": "forward and backward" if case.training else "forward",
-        }
-        if time.perf_counter() - start > budget:
-            row["skipped"] = f"the {budget:.0f} s were up"
-        else:
+    for with_compile in (True,) if budget is None else (False, True):
+        for case in todo:
+            up = budget is not None and time.perf_counter() - start > budget
+            if up and with_compile:
+                return
+            row: dict[str, Any] = {
+                "op": case.op.name,
+                "workload": case.workload,
+                "direction": "forward and backward" if case.training else "forward",
+            }
+            if up:
+                yield case, row | {"skipped": NO_TIME} | about
+                continue
             try:
-                row |= measure_case(case, device, dtype, peaks, seconds)
+                row |= measure_case(case, device, dtype, peaks, seconds, with_compile)
             except Exception as error:  # one broken kernel must not cost the other rows
                 message = (str(error).strip().splitlines() or [""])[0]
                 row["failed"] = f"{type(error).__name__}: {message}"
-        torch._dynamo.reset()
-        yield row | about
+            torch._dynamo.reset()
+            yield case, row | about
 
 
 def main(
@@ -277,7 +297,9 @@ def main(
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "bfloat16",
     only: Annotated[str, typer.Option(help="Workloads whose names hold this text.")] = "",
     seconds: Annotated[float, typer.Option(help="Per row and variant.")] = 1.0,
-    budget: Annotated[float, typer.Option(help="Seconds in all; then rows are skipped.")] = 1e9,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds in all: torch.compile last, as far as they go.")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
 ) -> None:
     """Time ops and print what share of the machine's peaks they reach, and the ratio to peers."""
@@ -300,23 +322,30 @@ def main(
     if where.type == "cuda":
         # Ours hold float32; cuDNN would compute in TF32 by default.
         torch.backends.cudnn.allow_tf32 = False
-    console, rows = Console(), []
-    console.width = max(console.width, 160)
-    table = Table(*(Column(header, no_wrap=i > 1) for i, header in enumerate(HEADERS)))
-    for row in results(todo, where, getattr(torch, dtype), seconds, budget):
-        rows.append(row)
+    rows: dict[str, dict[str, Any]] = {}
+    for case, row in results(todo, where, getattr(torch, dtype), seconds, budget):
+        rows[str(case)] = row
         if json_path is not None:
-            write_json(json_path, rows)
-        line = cells(row)
-        table.add_row(*line)
-        print("; ".join(f"{h} {c}" for h, c in zip(HEADERS, line, strict=False)), flush=True)
+            write_json(json_path, list(rows.values()))
+        line = zip(HEADERS, cells(row), strict=False)
+        print("; ".join(f"{header} {cell}" for header, cell in line), flush=True)
+    show(list(rows.values()), dtype)
+    raise SystemExit(1 if any("failed" in row for row in rows.values()) else 0)
+
+
+def show(rows: Sequence[dict[str, Any]], dtype: str) -> None:
+    """Print the table, and how many rows are not in it."""
+    console = Console()
+    console.width = max(console.width, 190)
+    table = Table(*(Column(header, no_wrap=True) for header in HEADERS))
+    for row in rows:
+        if "seconds" in row:
+            table.add_row(*cells(row))
     console.print(table)
-    about = rows[-1]
+    about = rows[0]
     console.print(f"{about['device']}, torch {about['torch']}, {about['threads']} threads, {dtype}")
-    failed = [row for row in rows if "failed" in row]
-    skipped = [row for row in rows if "skipped" in row]
-    console.print(f"{len(rows)} rows: {len(failed)} failed, {len(skipped)} skipped")
-    raise SystemExit(1 if failed else 0)
+    failed, skipped = (sum(key in row for row in rows) for key in ("failed", "skipped"))
+    print(f"{len(rows)} rows: {failed} failed, {skipped} skipped")
 
 
 if __name__ == "__main__":

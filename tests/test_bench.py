@@ -95,11 +95,28 @@ def test_one_broken_row_and_a_spent_budget_do_not_cost_the_others(
     monkeypatch.setattr(run, "measure_case", measured)
     op = REGISTRY["unpatchify"]
     todo = [run.Case(op, name, False) for name in ("bad", "good")]
-    bad, good = run.results(todo, CPU, torch.float32, 1, budget=60)
+    bad, good = (row for _, row in run.results(todo, CPU, torch.float32, 1, None))
     assert bad["failed"] == "RuntimeError: illegal address" and "seconds" in good
     assert all("commit" in row and "torch" in row for row in (bad, good))
-    late = list(run.results(todo, CPU, torch.float32, 1, budget=-1))
-    assert [row["skipped"] for row in late] == ["the -1 s were up"] * 2
+    late = list(run.results(todo, CPU, torch.float32, 1, -1.0))
+    assert [(case, row["skipped"]) for case, row in late] == [(c, run.NO_TIME) for c in todo]
+    twice = list(run.results(todo, CPU, torch.float32, 1, 60.0))
+    assert [case for case, _ in twice] == todo * 2
+
+
+def test_first_workloads_come_first_and_later_backwards_last() -> None:
+    found = run.cases(["flow_loss", "unpatchify"])
+    order = [(case.op.name, list(case.op.workloads).index(case.workload)) for case in found]
+    assert order == [
+        ("flow_loss", 0),
+        ("unpatchify", 0),
+        ("flow_loss", 0),
+        ("flow_loss", 1),
+        ("unpatchify", 1),
+        ("flow_loss", 1),
+    ]
+    assert [case.training for case in found] == [False, False, True, False, False, True]
+    assert {case.workload for case in run.cases(["flow_loss"], "256")} == {"256 clips of 8 s"}
 
 
 def options(**given: object) -> dict:
@@ -125,7 +142,7 @@ def test_bad_arguments_are_one_line(
     given: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as error:
-        run.main(**options(**given), seconds=1.0, budget=1.0)
+        run.main(**options(**given), seconds=1.0, budget=None)
     said = capsys.readouterr().err
     assert error.value.code == 2 and said.startswith(message) and said.count("\n") == 1
 
@@ -138,7 +155,7 @@ def test_the_command_line_writes_its_rows(
     monkeypatch.setattr(run, "keep_memory", lambda: True)
     path = tmp_path / "deep" / "r.json"
     with pytest.raises(SystemExit) as error:
-        run.main(**options(ops=["unpatchify"], json_path=path), seconds=SHORT, budget=60.0)
+        run.main(**options(ops=["unpatchify"], json_path=path), seconds=SHORT, budget=None)
     assert error.value.code == 0
     (row,) = json.loads(path.read_text())
     assert row["op"] == "unpatchify" and row["dtype"] == "bfloat16" and row["commit"]
