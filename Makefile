@@ -1,5 +1,6 @@
 # make demo   set up, then the whole story on this machine: toy world, training, generation, report
 # make test   set up, then the tests
+# make gpu    on a machine with a GPU, with what $(PYTHON) has: build, test, tune, measure (STAGES=... for some)
 # PYTHON, TORCH, PIP_ARGS and WAVFLOW_BUILD choose interpreter, torch, pip options and kernels.
 
 PYTHON ?= python3
@@ -7,10 +8,11 @@ TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 VENV ?= .venv
 SEED ?= 0
+STAGES ?=
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test slow lint sanitize clean
+.PHONY: setup demo test slow lint sanitize gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,6 +59,10 @@ sanitize: setup
 	  --target $(SANITIZED) $(PIP_ARGS) .
 	$(SANITIZER) $(BIN)/pytest tests/test_ops.py tests/test_properties.py \
 	  -k "cpp and eager or property" -p no:cacheprovider
+
+# Installs nothing outside build/gpu and needs no network; ends within 9 minutes on an H100.
+gpu:
+	$(PYTHON) -m bench.gpu $(STAGES)
 
 clean:
 	rm -rf build $(VENV) *.egg-info wavflow_kernels/_C*.so

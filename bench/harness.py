@@ -1,83 +1,74 @@
-"""Timing: variants interleaved round by round, medians and spread, outputs allocated alike."""
+"""The machine a benchmark runs on: its name, versions and memory; the one-line error."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import importlib.metadata
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds a call: median, and the quartiles as spread."""
-
-    median: float
-    low: float
-    high: float
+ROOT = Path(__file__).resolve().parent.parent
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def interleaved(
-    variants: dict[str, Callable[[], object]], device: torch.device, seconds: float = 2.0
-) -> dict[str, Timing]:
-    """Times all variants in turns until each had its share of `seconds`.
+def fail(message: str) -> NoReturn:
+    """End the program with one line on stderr and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
 
-    Rounds alternate, so that a slow phase of the machine meets every variant. On CUDA a buffer
-    larger than the L2 cache is written before each call and the call is timed by events.
+
+def keep_memory() -> bool:
+    """Make malloc keep freed memory, so that an output costs its page faults once, not per call.
+
+    At 64 MB they cost as much as several copies, on every side of a comparison. Returns whether
+    the C library does so; CUDA's caching allocator always does.
     """
-    flush = torch.empty(2**26, device=device) if device.type == "cuda" else None
-    for call in variants.values():
-        for _ in range(3):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    end = time.perf_counter() + seconds * len(variants)
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, call in variants.items():
-            times[name].append(_once(call, flush))
-    return {name: _summary(values) for name, values in times.items()}
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def _once(call: Callable[[], object], flush: torch.Tensor | None) -> float:
-    if flush is None:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    flush.zero_()
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    call()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / 1e3
-
-
-def _summary(values: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(values, n=4)
-    return Timing(median, low, high)
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
 
 
 def machine(device: torch.device) -> dict[str, object]:
     """Device, versions and commit, as every result row carries them."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = _cpu_name()
-    root = Path(__file__).resolve().parent.parent
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     commit = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
     )
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": version("triton"),
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or "unknown",
     }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package; None where it is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -10,7 +10,6 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -197,6 +196,8 @@ def test_other_conditions_are_a_derangement_of_other_kinds() -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
     write_toy_world(out / "toy", 64, 5, heldout=16, workers=1)
+    import soundfile
+
     world = json.loads((out / "toy" / "events.json").read_text())
     ids = [id for id, scene in world.items() if scene["split"] == "heldout"]
     others = other_conditions([world[id]["kind"] for id in ids], 0)
@@ -261,6 +262,8 @@ def test_recompute_scores_the_files(finished: Path, metrics: dict) -> None:
 
 
 def test_a_changed_wav_changes_the_figures(finished: Path, metrics: dict, tmp_path: Path) -> None:
+    import soundfile
+
     copy = shutil.copytree(finished, tmp_path / "copy")
     for path in sorted((copy / "wav" / "v2a").iterdir())[:8]:
         soundfile.write(path, np.zeros(16000), RATE)
@@ -354,6 +357,8 @@ TINY = (
 
 @pytest.mark.slow
 def test_tiny_demo_from_nothing_and_again(tmp_path: Path) -> None:
+    import soundfile
+
     out = tmp_path / "out put"
     options = {"clips": 16, "heldout": 8, "train_seconds": 60, "overrides": TINY}
     metrics = run_demo(out, min_steps=1, **options)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import re
 import shutil
@@ -16,7 +17,10 @@ from wavflow.data.toy import write_toy_world
 from wavflow.errors import InputError
 from wavflow.features.extract import extract
 
-DATA = load_config("toy_8k").data
+
+@functools.cache
+def toy():
+    return load_config("toy_8k").data
 
 
 def read(path):
@@ -65,7 +69,7 @@ def test_files_and_table(made):
         wanted = ["clip_features", "sync_features"] * (flags[0] == "1")
         wanted += ["text_features"] * (flags[1] == "1")
         assert list(held) == [*wanted, "source"]
-        read_features(result.csv.parent / row["features_path"], DATA.feature_shapes, wanted)
+        read_features(result.csv.parent / row["features_path"], toy().feature_shapes, wanted)
     assert {row["status"] for row in read(result.report)} == {"ok"}
 
 
@@ -142,12 +146,12 @@ def test_unusable_tables(world, tmp_path):
 
 def test_dataset_holds_the_rows(made):
     _, result = made
-    data = ClipDataset(result.csv, DATA)
+    data = ClipDataset(result.csv, toy())
     table = read(result.csv)
     assert len(data) == 12
     batch = data.batch(range(12))
     assert batch.ids == [row["id"] for row in table]
-    assert batch.wave.shape == (12, DATA.samples)
+    assert batch.wave.shape == (12, toy().samples)
     assert batch.has_video.tolist() == [row["video_exist"] == "1" for row in table]
     assert batch.has_text.tolist() == [row["text_exist"] == "1" for row in table]
     assert torch.equal(batch.features["clip_features"].abs().amax((1, 2)) > 0, batch.has_video)
@@ -159,7 +163,7 @@ def test_flag_hides_what_the_file_holds(world):
     full = next(row for row in rows if row["video_exist"] == row["text_exist"] == "1")
     full["video_exist"] = "0"
     rewrite(world / "out/one.csv", [full])
-    clip = ClipDataset(world / "out/one.csv", DATA)[0]
+    clip = ClipDataset(world / "out/one.csv", toy())[0]
     assert not clip.has_video and clip.has_text
     assert list(clip.features) == ["text_features"]
 
@@ -168,8 +172,8 @@ def test_cache_bound(made):
     _, result = made
     from dataclasses import replace
 
-    full = ClipDataset(result.csv, DATA)
-    none = ClipDataset(result.csv, replace(DATA, cache_mb=0))
+    full = ClipDataset(result.csv, toy())
+    none = ClipDataset(result.csv, replace(toy(), cache_mb=0))
     assert len(full._cache) == 12 and len(none._cache) == 0
     assert torch.equal(full[5].wave, none[5].wave)
 
@@ -197,7 +201,7 @@ def test_bad_rows_are_dropped_named_and_reported(world, caplog):
     rows[7]["text_exist"] = "2"
     rewrite(world / "out/train.csv", rows)
 
-    data = ClipDataset(world / "out/train.csv", DATA, report=world / "report.csv")
+    data = ClipDataset(world / "out/train.csv", toy(), report=world / "report.csv")
     assert [row.id for row in data.rows] == ids[8:]
     assert len(caplog.records) == 8
     report = read(world / "report.csv")
@@ -218,9 +222,9 @@ def test_wrong_shapes_everywhere_are_an_error(made):
 
     _, result = made
     with pytest.raises(InputError, match=r"no usable row; the first: row 2: .*\.pth: .*wanted"):
-        ClipDataset(result.csv, replace(DATA, clip_dim=32, text_dim=16))
+        ClipDataset(result.csv, replace(toy(), clip_dim=32, text_dim=16))
     with pytest.raises(InputError, match="no such file"):
-        ClipDataset(result.csv.with_name("gone.csv"), DATA)
+        ClipDataset(result.csv.with_name("gone.csv"), toy())
 
 
 class Payload:
@@ -235,21 +239,21 @@ def test_features_file_runs_nothing(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"clip_features": Payload(tmp_path / "ran")}, path)
     with pytest.raises(InputError, match=r"x\.pth: not a readable features file"):
-        read_features(path, DATA.feature_shapes)
+        read_features(path, toy().feature_shapes)
     assert not (tmp_path / "ran").exists()
     torch.save([1, 2], path)
     with pytest.raises(InputError, match="wanted a dict of features, found list"):
-        read_features(path, DATA.feature_shapes)
+        read_features(path, toy().feature_shapes)
     torch.save({"text_features": torch.zeros(77, 64)}, path)
     with pytest.raises(InputError, match="no clip_features, found text_features"):
-        read_features(path, DATA.feature_shapes, ("clip_features",))
+        read_features(path, toy().feature_shapes, ("clip_features",))
 
 
 def test_missing_column(world):
     rows = read(world / "out/train.csv")
     rewrite(world / "out/short.csv", [{k: r[k] for k in ("id", "audio_path")} for r in rows])
     with pytest.raises(InputError, match=r"short\.csv: no column 'features_path'"):
-        ClipDataset(world / "out/short.csv", DATA)
+        ClipDataset(world / "out/short.csv", toy())
 
 
 # Order

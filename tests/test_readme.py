@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import soundfile
-
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
@@ -25,6 +23,8 @@ def test_the_example_fits_in_twelve_lines() -> None:
 
 
 def test_the_example_runs(tmp_path: Path) -> None:
+    import soundfile
+
     code = example()
     few_steps = '={table}", "training.max_steps=3"]'
     for given, smaller in (("clips=400", "clips=12"), ('={table}"]', few_steps)):

@@ -6,7 +6,6 @@ import warnings
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -32,6 +31,8 @@ def numbers(frames: torch.Tensor) -> list[int]:
 
 def make_video(path: Path, count: int, fps: Fraction | int, pts: list[int] | None = None) -> Path:
     """`pts` are in milliseconds and replace the constant rate."""
+    import av
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width = stream.height = SIDE
@@ -97,6 +98,8 @@ def test_how_many_frames_there_are(tmp_path, count, fps, clip, sync):
 
 def graph_numbers(path: Path, fps: int) -> list[int]:
     """The frames that FFmpeg's own fps filter shows."""
+    import av
+
     shown = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -154,6 +157,8 @@ def test_decoding_ends_when_enough_is_seen(tmp_path):
 
 
 def test_the_colour_space_tag_is_honoured(tmp_path):
+    import av
+
     y, cb, cr = 120, 90, 180
 
     def red(name: str, options: dict[str, str]) -> list[float]:
@@ -218,6 +223,8 @@ def test_a_rotation_tag_is_named_and_not_applied(tmp_path):
 
 
 def test_what_is_no_video_is_named(tmp_path):
+    import av
+
     make_video(tmp_path / "good.mp4", 10, 25)
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:700])
     (tmp_path / "text.mp4").write_text("not a video")

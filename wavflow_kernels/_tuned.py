@@ -34,10 +34,13 @@ def table(device_index: int) -> dict[str, dict[str, Row]]:
 
 
 _trial: dict[str, Row] = {}
+_asked: dict[str, set[str]] = {}
 
 
 def lookup(op: str, device: torch.device, key: str) -> Row:
     """The row for a call of `op` on `device`; {} where none was measured."""
+    if op in _asked:
+        _asked[op].add(key)
     if op in _trial:
         return _trial[op]
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -57,6 +60,16 @@ def trying(op: str, row: Row) -> Iterator[None]:
         del _trial[op]
         if previous is not None:
             _trial[op] = previous
+
+
+@contextlib.contextmanager
+def keys_asked(op: str) -> Iterator[set[str]]:
+    """Collects the keys that calls of `op` inside the block look up."""
+    _asked[op] = set()
+    try:
+        yield _asked[op]
+    finally:
+        del _asked[op]
 
 
 def up_to_power_of_two(n: int) -> int:

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import DTYPE_CODE, Op, Sample, address, no_double_backward, target
+from .._registry import (
+    DTYPE_CODE,
+    Op,
+    Sample,
+    Workload,
+    address,
+    no_double_backward,
+    target,
+)
 
 KINDS = {("x", "x"): 0, ("x", "v"): 1, ("v", "v"): 2, ("v", "x"): 3}
 _X_PRED_V, _V_PRED_V, _V_PRED_X = 1, 2, 3
@@ -184,6 +192,23 @@ def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> li
     ]
 
 
+def _workload(batch: int, backward: bool) -> Workload:
+    """Clips of 8 s at 16 kHz: x-prediction with the v-loss."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        pred = torch.randn(batch, 640, 200, device=device, dtype=dtype)
+        x_1 = torch.randn_like(pred, dtype=compute_dtype(dtype))
+        grad, t = torch.ones_like(x_1[:, 0, 0]), torch.rand_like(x_1[:, 0, 0])
+        args = (pred, x_1, None, t, KINDS["x", "v"], 0.0)
+        return (grad, *args, False) if backward else args
+
+    return make
+
+
+def _workloads(backward: bool) -> dict[str, Workload]:
+    return {f"{batch} clips of 8 s": _workload(batch, backward) for batch in (8, 256)}
+
+
 BACKWARD = Op(
     name="flow_loss_backward",
     schema=(
@@ -196,6 +221,7 @@ BACKWARD = Op(
     launch={"cpp": _launch_backward},
     supported=_ALL,
     samples=_samples_backward,
+    workloads=_workloads(backward=True),
     bytes=lambda grad, pred, x_1, other, *_: (
         2 * pred.nbytes + x_1.nbytes + (0 if other is None else other.nbytes)
     ),
@@ -243,6 +269,7 @@ OP = Op(
     launch={"cpp": _launch},
     supported=_ALL,
     samples=_samples,
+    workloads=_workloads(backward=False),
     bytes=lambda pred, x_1, other, *_: (
         pred.nbytes + x_1.nbytes + (0 if other is None else other.nbytes)
     ),

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _philox
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import DTYPE_CODE, Op, Sample, address, target
+from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
 
 
 def _check(
@@ -146,6 +146,17 @@ def _bytes(x_1: Tensor, t: Any, noise: Tensor | None, *_: Any) -> int:
     return 2 * x_1.nbytes + computed  # noise read, or x_0 written
 
 
+def _workload(batch: int) -> Workload:
+    """Clips of 8 s at 16 kHz, with noise drawn inside; audio stays in the computed dtype."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        x_1 = torch.randn(batch, 640, 200, device=device, dtype=compute_dtype(dtype))
+        t = torch.rand(batch, device=device, dtype=x_1.dtype)
+        return x_1, t, None, torch.arange(batch, device=device), 0.0, 1.0
+
+    return make
+
+
 OP = Op(
     name="flow_mix",
     schema=(
@@ -158,6 +169,7 @@ OP = Op(
     launch={"cpp": _launch},
     supported={"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}},
     samples=_samples,
+    workloads={f"{batch} clips of 8 s": _workload(batch) for batch in (8, 256)},
     bytes=_bytes,
     flops=lambda x_1, t, noise, *_: x_1.numel() * (3 if noise is not None else 60),
     tolerance="single_pass",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import DTYPE_CODE, Op, Sample, address, target
+from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
 
 _CHUNK = 16384  # samples a CUDA block reduces; kChunk in csrc/cuda/lift_patchify.cu
 
@@ -192,6 +192,16 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
     ]
 
 
+def _workload(batch: int) -> Workload:
+    """Clips of 8 s at 16 kHz, lifted to 640 tokens of the given dtype."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        wave = 0.1 * torch.randn(batch, 128_000, device=device, dtype=compute_dtype(dtype))
+        return wave, None, 200, 640, 0.33, 3.0, dtype
+
+    return make
+
+
 OP = Op(
     name="lift_patchify",
     schema=(
@@ -204,6 +214,7 @@ OP = Op(
     launch={"cpp": _launch},
     supported={"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}},
     samples=_samples,
+    workloads={f"{batch} clips of 8 s": _workload(batch) for batch in (8, 256)},
     # Read for the level, read again to write: a clip does not stay on chip.
     bytes=lambda wave, lengths, d, n, rms, scale, dtype: (
         2 * wave.nbytes + wave.shape[0] * n * d * (dtype or wave.dtype).itemsize

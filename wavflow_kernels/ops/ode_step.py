@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import DTYPE_CODE, Op, Sample, address, target
+from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
 
 MAX_SLOTS = 3
 
@@ -170,6 +170,19 @@ def _bytes(state: Tensor, pred: Tensor, uncond: Tensor | None, *_: Any) -> int:
     return 2 * state.nbytes + pred.nbytes + (0 if uncond is None else uncond.nbytes)
 
 
+def _workload(batch: int) -> Workload:
+    """Clips of 8 s at 16 kHz: a guided Euler step."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        pred, uncond = (torch.randn(batch, 640, 200, device=device, dtype=dtype) for _ in range(2))
+        state = torch.randn_like(pred, dtype=compute_dtype(dtype))[None]
+        table = torch.rand(50, 4, device=device, dtype=state.dtype)
+        return state, pred, uncond, table, torch.zeros(1, dtype=torch.int64, device=device)
+
+    return make
+
+
+_WORKLOADS = {f"{batch} clips of 8 s": _workload(batch) for batch in (8, 256)}
 _SUPPORTED = {"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}}
 
 OP = Op(
@@ -181,6 +194,7 @@ OP = Op(
     launch={"cpp": _launch},
     supported=_SUPPORTED,
     samples=_samples,
+    workloads=_WORKLOADS,
     bytes=_bytes,
     flops=lambda state, pred, *_: pred.numel() * (3 + 2 * len(state) * (len(state) + 1)),
     tolerance="single_pass",
@@ -217,6 +231,7 @@ INPLACE = Op(
     samples=lambda device, dtype, seed: [
         Sample(s.args, (), s.name) for s in _samples(device, dtype, seed)
     ],
+    workloads=_WORKLOADS,
     bytes=_bytes,
     flops=OP.flops,
     tolerance="single_pass",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import DTYPE_CODE, Op, Sample, address, target
+from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
 
 
 def _check(
@@ -129,6 +129,16 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
     ]
 
 
+def _workload(batch: int) -> Workload:
+    """Clips of 8 s at 16 kHz."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        tokens = torch.randn(batch, 1, 640, 200, device=device, dtype=dtype)
+        return tokens, None, 640, 128_000, 3.0
+
+    return make
+
+
 OP = Op(
     name="unpatchify",
     schema=(
@@ -140,6 +150,7 @@ OP = Op(
     launch={"cpp": _launch},
     supported={"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}},
     samples=_samples,
+    workloads={f"{batch} clips of 8 s": _workload(batch) for batch in (8, 256)},
     bytes=lambda tokens, window, hop, samples, scale: (
         tokens.nbytes + tokens.shape[0] * samples * tokens.itemsize
     ),

@@ -1,0 +1,124 @@
+"""What an op is compared with besides its own reference: the best calls the libraries offer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wavflow_kernels.ops.rope_attention import norm_rope, visible
+
+Calls = dict[str, Callable[[], object]]
+
+# Arguments that training differentiates, where that is not all that can be.
+TRAINED: dict[str, tuple[int, ...]] = {
+    "flow_loss": (0,),
+    "flow_mix": (),
+    "lift_patchify": (),
+    "ode_step": (),
+    "unpatchify": (),
+}
+
+
+def backward_flops(name: str, flops: int) -> int:
+    """Arithmetic of a matrix op's forward and backward, from that of its forward."""
+    # Two products a gradient each need; attention computes its scores once more.
+    return flops * 7 // 2 if name == "rope_attention" else flops * 3
+
+
+def reference_bytes(name: str, *args: Any) -> int:
+    """What the eager reference holds at once beyond a few times the op's own traffic."""
+    if name != "rope_attention":
+        return 0
+    q, k = args[:2]
+    return 16 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]  # float32 scores, four times
+
+
+def _flow_mix(x_1: Tensor, t: Tensor, noise: Tensor | None, *_: Any) -> Calls:
+    return {"randn": lambda: torch.randn_like(x_1)} if noise is None else {}
+
+
+def _rope_attention(
+    q: Tensor,  # b h nq d
+    k: Tensor,  # b h n d
+    v: Tensor,  # b h n d
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Tensor | None,
+    window: int,
+    local: int,
+) -> Calls:
+    """Each attention kernel of torch and flash-attn, behind the norm and RoPE it needs, compiled.
+
+    The mask of a window is made beforehand; flash kernels take none, and are left out then.
+    """
+    prepare = norm_rope if q_weight is None else torch.compile(norm_rope, dynamic=False)
+    mask = visible(q.shape[2], k.shape[2], window, local, q.device)
+
+    def ready() -> tuple[Tensor, Tensor]:
+        return prepare(q, q_weight, rope).to(v.dtype), prepare(k, k_weight, rope).to(v.dtype)
+
+    def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(*ready(), v, attn_mask=mask)
+            return out.transpose(1, 2).flatten(2)
+
+        return call
+
+    calls: Calls = {}
+    if q.device.type == "cuda":
+        calls["cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
+        calls["efficient"] = sdpa(SDPBackend.EFFICIENT_ATTENTION)
+    if mask is None:
+        calls["flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
+        if q.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+            from flash_attn import flash_attn_func
+
+            def flash_attn() -> Tensor:
+                q_in, k_in = ready()
+                out = flash_attn_func(*(x.transpose(1, 2) for x in (q_in, k_in, v)))
+                return out.flatten(2)
+
+            calls["flash-attn"] = flash_attn
+    return calls
+
+
+def _conv_swiglu(x: Tensor, w1: Tensor, w3: Tensor, *_: Any) -> Calls:
+    """Convolutions as networks usually write them: channels first, and the gate after."""
+    joined = torch.cat((w1, w3))
+
+    def apart() -> Tensor:
+        turned = x.transpose(1, 2)
+        a, b = (F.conv1d(turned, w, padding=w.shape[2] // 2) for w in (w1, w3))
+        return (F.silu(a) * b).transpose(1, 2).contiguous()
+
+    def together() -> Tensor:
+        out = F.conv1d(x.transpose(1, 2), joined, padding=joined.shape[2] // 2)
+        a, b = out.chunk(2, dim=1)
+        return (F.silu(a) * b).transpose(1, 2).contiguous()
+
+    return {"conv1d": apart, "conv1d, weights joined": together}
+
+
+def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Calls:
+    """The convolution alone, channels first: what the epilogue is added to."""
+
+    def call() -> Tensor:
+        out = F.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2)
+        return out.transpose(1, 2).contiguous()
+
+    return {"conv1d alone": call}
+
+
+PEERS: dict[str, Callable[..., Calls]] = {
+    "conv1d": _conv1d,
+    "conv_swiglu": _conv_swiglu,
+    "flow_mix": _flow_mix,
+    "rope_attention": _rope_attention,
+}

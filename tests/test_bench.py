@@ -1,0 +1,307 @@
+"""The benchmarks: workloads of every op, what a row holds, how make gpu's stages end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import gpu, harness, peers, plot, run
+from bench.peaks import Peaks
+from wavflow_kernels import REGISTRY
+from wavflow_kernels._registry import tensors
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+SHORT = 0.001
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_workloads_can_be_made_anywhere(name: str) -> None:
+    op = REGISTRY[name]
+    assert op.workloads, f"{name} has no workload"
+    for dtype in (torch.bfloat16, torch.float32):
+        for make in op.workloads.values():
+            args = make(META, dtype)
+            op.check(*args)
+            assert all(t.device == META for t in tensors(args))
+            assert op.bytes(*args) > 0 and op.flops(*args) > 0
+
+
+def small(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the op's workloads by its first sample."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple:
+        return REGISTRY[name].samples(device, dtype, 0)[0].args
+
+    monkeypatch.setitem(REGISTRY[name].__dict__, "workloads", {"small": make})
+
+
+@pytest.mark.parametrize("name", ["flow_loss", "flow_mix", "ode_step_", "rope_attention"])
+def test_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(name, monkeypatch)
+    op = REGISTRY[name]
+    for case in run.cases([name]):
+        row = run.measure_case(case, CPU, torch.float32, Peaks(1e9, 1e9), SHORT)
+        seconds = row["seconds"]
+        assert {"reference", "compile"} <= set(seconds), row["left_out"]
+        assert ("copy" in seconds) == (not case.training) == ("bytes" in row)
+        assert ("tflop_s" in row) == (op.tolerance == "matrix")
+        assert row["runs_as"] == next(iter(seconds))
+        assert len(run.cells(row | {"op": name})) == len(run.HEADERS)
+        json.dumps(row)
+    assert [case.training for case in run.cases([name])] == (
+        [False] if not run.differentiated(op) else [False, True]
+    )
+
+
+def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "free_memory", lambda device: 1000)
+    small("unpatchify", monkeypatch)
+    case = run.cases(["unpatchify"])[0]
+    row = run.measure_case(case, CPU, torch.float32, Peaks(1, 1), SHORT)
+    assert "seconds" not in row and "are free" in row["skipped"]
+    assert run.cells(row)[2].startswith("skipped: needs 0.0 GB")
+
+
+def test_variants_that_fail_are_left_out_but_never_the_first() -> None:
+    def broken() -> None:
+        raise RuntimeError("No available kernel.\nAborting")
+
+    calls = {"cpp": lambda: 1, "cudnn": broken, "reference": broken}
+    kept, left_out = run.runnable(calls, lambda: None, 5, 1)
+    assert list(kept) == ["cpp"]
+    assert left_out["cudnn"] == "No available kernel."
+    assert "needs about" in left_out["reference"]
+    with pytest.raises(RuntimeError):
+        run.runnable({"cpp": broken}, lambda: None, 0, 1)
+
+
+def test_one_broken_row_and_a_spent_budget_do_not_cost_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "measure", lambda device, dtype: Peaks(1, 1))
+
+    def measured(case: run.Case, *_: object) -> dict:
+        if case.workload == "bad":
+            raise RuntimeError("illegal address\nmore")
+        return {"seconds": {}}
+
+    monkeypatch.setattr(run, "measure_case", measured)
+    op = REGISTRY["unpatchify"]
+    todo = [run.Case(op, name, False) for name in ("bad", "good")]
+    bad, good = (row for _, row in run.results(todo, CPU, torch.float32, 1, None))
+    assert bad["failed"] == "RuntimeError: illegal address" and "seconds" in good
+    assert all("commit" in row and "torch" in row for row in (bad, good))
+    late = list(run.results(todo, CPU, torch.float32, 1, -1.0))
+    assert [(case, row["skipped"]) for case, row in late] == [(c, run.NO_TIME) for c in todo]
+    twice = list(run.results(todo, CPU, torch.float32, 1, 60.0))
+    assert [case for case, _ in twice] == todo * 2
+
+
+def test_first_workloads_come_first_and_later_backwards_last() -> None:
+    found = run.cases(["flow_loss", "unpatchify"])
+    order = [(case.op.name, list(case.op.workloads).index(case.workload)) for case in found]
+    assert order == [
+        ("flow_loss", 0),
+        ("unpatchify", 0),
+        ("flow_loss", 0),
+        ("flow_loss", 1),
+        ("unpatchify", 1),
+        ("flow_loss", 1),
+    ]
+    assert [case.training for case in found] == [False, False, True, False, False, True]
+    assert {case.workload for case in run.cases(["flow_loss"], "256")} == {"256 clips of 8 s"}
+
+
+def options(**given: object) -> dict:
+    return {
+        "ops": None,
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "only": "",
+        "json_path": None,
+    } | given
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"ops": ["nix"]}, "bench.run: no op 'nix'; there are "),
+        ({"dtype": "int8"}, "bench.run: --dtype is 'int8', wanted one of bfloat16, "),
+        ({"device": "quantum"}, "bench.run: --device quantum cannot be used: "),
+        ({"ops": ["flow_mix"], "only": "zz"}, "bench.run: no workload of flow_mix has 'zz'"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    given: dict, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        run.main(**options(**given), seconds=1.0, budget=None)
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and said.startswith(message) and said.count("\n") == 1
+
+
+def test_the_command_line_writes_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small("unpatchify", monkeypatch)
+    monkeypatch.setattr(run, "measure", lambda device, dtype: Peaks(1e9, 1e9))
+    monkeypatch.setattr(run, "keep_memory", lambda: True)
+    path = tmp_path / "deep" / "r.json"
+    with pytest.raises(SystemExit) as error:
+        run.main(**options(ops=["unpatchify"], json_path=path), seconds=SHORT, budget=None)
+    assert error.value.code == 0
+    (row,) = json.loads(path.read_text())
+    assert row["op"] == "unpatchify" and row["dtype"] == "bfloat16" and row["commit"]
+    assert "1 rows: 0 failed, 0 skipped" in capsys.readouterr().out
+
+
+def test_peers_compute_what_the_op_computes() -> None:
+    for name in ("rope_attention", "conv_swiglu", "conv1d"):
+        if name not in REGISTRY:
+            continue
+        op = REGISTRY[name]
+        sample = op.samples(CPU, torch.float32, 0)[0]
+        wanted = op.reference(*sample.args)
+        wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+        calls = peers.PEERS[name](*sample.args)
+        assert calls
+        for peer, call in calls.items():
+            torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=1e-4, msg=f"{name}, {peer}")
+
+
+def test_freed_memory_is_kept_where_glibc_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    libc = SimpleNamespace(mallopt=lambda *pair: asked.append(pair) or 1)
+    monkeypatch.setattr(harness.ctypes, "CDLL", lambda name: libc)
+    assert harness.keep_memory()
+    assert asked == [(-4, 0), (-1, 2**31 - 1)]
+    monkeypatch.setattr(harness.ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert not harness.keep_memory()
+
+
+def test_free_memory_is_plausible() -> None:
+    assert 10**7 < harness.free_memory(CPU) < 10**14
+
+
+def rows() -> list[dict]:
+    about = {"device": "machine", "torch": "2", "dtype": "bfloat16", "direction": "forward"}
+    seconds = {"cpp": 1e-4, "reference": 4e-4, "compile": 5e-5, "copy": 1e-4, "randn": 2e-4}
+    timed = {name: {"median": value} for name, value in seconds.items()}
+    first = {"op": "flow_mix", "workload": "8 clips", "runs_as": "cpp", "seconds": timed}
+    skipped = {"op": "flow_mix", "workload": "9 clips", "skipped": "no memory"}
+    return [first | about | {"of_copy_peak": 0.8}, skipped | about]
+
+
+def test_a_picture_is_drawn_from_the_rows_that_were_timed(tmp_path: Path) -> None:
+    assert plot.speedups(rows()[0]) == pytest.approx({"reference": 4, "compile": 0.5, "best": 2})
+    assert plot.peak(rows()[0]) == ("of_copy_peak", 0.8)
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(rows()))
+    plot.main(path, None)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", "[1]", '[{"skipped": "all"}]'])
+def test_a_picture_of_nothing_is_refused_in_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    for wrong in (path, tmp_path / "missing.json"):
+        with pytest.raises(SystemExit) as error:
+            plot.main(wrong, None)
+        assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# make gpu
+
+
+def stage(name: str, code: str, limit: float = 60, **more: object) -> gpu.Stage:
+    return gpu.Stage(name, [sys.executable, "-c", code], limit, **more)
+
+
+def test_stages_run_in_turn_and_each_ends_as_it_should(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[str] = []
+    endless = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '600'])"
+    start = time.monotonic()
+    outcomes = gpu.run_stages(
+        [
+            stage("fine", "print('one'); print('two')", then=lambda: ended.append("fine")),
+            stage(
+                "broken", "print('why'); raise SystemExit(3)", then=lambda: ended.append("broken")
+            ),
+            stage("follows", "print('never')", needs="broken"),
+            stage("endless", endless, limit=2),
+            stage("unwanted", "print('never')", unless="matplotlib is not installed"),
+            stage("independent", "print('last')", needs="fine"),
+        ],
+        tmp_path / "work",
+        dict(os.environ),
+        600,
+    )
+    assert time.monotonic() - start < 60
+    assert {o.name: o.result for o in outcomes} == {
+        "fine": "ok",
+        "broken": "failed",
+        "follows": "skipped",
+        "endless": "stopped",
+        "unwanted": "skipped",
+        "independent": "ok",
+    }
+    notes = {o.name: o.note for o in outcomes}
+    assert notes["fine"] == "two" and notes["broken"].startswith("exit code 3: why")
+    assert notes["follows"] == "broken did not succeed"
+    assert notes["unwanted"] == "matplotlib is not installed"
+    assert "not done after 2 s" in notes["endless"]
+    assert (tmp_path / "work" / "endless.log").read_text() == "begun\n"
+    assert (tmp_path / "work" / "fine.log").read_text() == "one\ntwo\n"
+    assert ended == ["fine", "broken"]
+    assert "two\n" in capfd.readouterr().out
+    assert len(gpu.summary(outcomes).splitlines()) == 6
+    assert gpu.exit_code(outcomes) == 1
+    assert gpu.exit_code([o for o in outcomes if o.result in ("ok", "skipped")]) == 0
+
+
+def test_stages_for_which_the_time_is_up_are_skipped(tmp_path: Path) -> None:
+    (outcome,) = gpu.run_stages([stage("late", "pass")], tmp_path, dict(os.environ), 1)
+    assert (outcome.result, outcome.note) == ("skipped", "the 1 s were up")
+
+
+def test_the_plan_fits_and_its_stages_exist() -> None:
+    stages = gpu.plan((9, 0), "NVIDIA H100 80GB HBM3", workers=8)
+    assert [s.name for s in stages] == [
+        "build", "report", "test", "test-large", "tune", "bench", "plot",
+    ]  # fmt: skip
+    assert gpu.TOTAL_SECONDS < 540
+    assert all(s.needs in {"", *(other.name for other in stages)} for s in stages)
+    bench = next(s for s in stages if s.name == "bench")
+    assert str(bench.command[-1]).endswith("results/nvidia-h100-80gb-hbm3.json")
+
+
+@pytest.mark.parametrize(
+    "capability, wanted", [((8, 0), "80-real"), ((9, 0), "90a-real"), ((10, 0), "100-real")]
+)
+def test_architectures(capability: tuple[int, int], wanted: str) -> None:
+    assert gpu.architecture(capability) == wanted
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_machine_without_a_gpu_is_told_so_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "find_nvcc", lambda: None)
+    assert gpu.main() == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "a CUDA device (torch" in said and "nvcc (not on PATH" in said
