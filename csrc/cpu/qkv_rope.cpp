@@ -125,8 +125,8 @@ WF_HD void run_block(const QkvRopeArgs& a, const QkvRopeBlock& block, int64_t qu
   A room[3 * (D ? D : 1)];  // q or nothing, k, room
   A* parts = D ? room : scratch;
   A* k_part = parts + (J - 2) * d;
-  for (int64_t h = 0; h < a.heads; ++h) {
-    for (int64_t n = block.begin; n < block.end; ++n) {
+  for (int64_t n = block.begin; n < block.end; ++n) {
+    for (int64_t h = 0; h < a.heads; ++h) {
       const int64_t at = block.offset + n;
       const int64_t group = block.item * a.heads + h;
       const T* x = static_cast<const T*>(s.x) + block.item * s.batch_stride + n * s.token_stride + h * d * J;
