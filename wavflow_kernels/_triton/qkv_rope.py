@@ -3,8 +3,9 @@
 Streams differ in width and in whether they supply queries, so that one launch for all would carry
 every stream's pointers through a selection; fused blocks have one stream anyway.
 
-A group is 8 channels of one head of one token: 8 x parts contiguous elements, loaded as `parts`
-vectors of 8 and sorted into parts inside a thread's registers by splits and joins.
+A group is 8 channels of one head of one token: 8 x parts contiguous elements, loaded 16 bytes at a
+time by one thread and sorted into parts by splits and joins, which only rename its registers. Loads
+of another width than a thread's share of a tensor would send every split through shared memory.
 """
 
 from __future__ import annotations
@@ -67,94 +68,139 @@ def _vector8(x0, x1, x2, x3, x4, x5, x6, x7):
 
 
 @triton.jit
-def _sort3(a, b, c):
-    """Elements 0-7, 8-15, 16-23 of (channel, {q, k, v}) to q, k, v by even and odd channels."""
-    a0, a1, a2, a3, a4, a5, a6, a7 = _elements8(a)
-    b0, b1, b2, b3, b4, b5, b6, b7 = _elements8(b)
-    c0, c1, c2, c3, c4, c5, c6, c7 = _elements8(c)
-    return (
-        _vector4(a0, a6, b4, c2),
-        _vector4(a3, b1, b7, c5),
-        _vector4(a1, a7, b5, c3),
-        _vector4(a4, b2, c0, c6),
-        _vector4(a2, b0, b6, c4),
-        _vector4(a5, b3, c1, c7),
-    )
+def _load8(x, row, at, inside, LIMIT: tl.constexpr, FULL: tl.constexpr):
+    """8 x (t g): elements at .. at + 7 of each row, 0 from LIMIT on; 16 bytes a load."""
+    if x.dtype.element_ty.primitive_bitwidth == 16:
+        i = at + tl.arange(0, 8)[None, None, :]
+        mask = inside if FULL else inside & (i < LIMIT)
+        return _elements8(tl.load(x + row + i, mask=mask, other=0.0))
+    else:
+        i = at + tl.arange(0, 4)[None, None, :]
+        mask = inside if FULL else inside & (i < LIMIT)
+        x0, x1, x2, x3 = _elements4(tl.load(x + row + i, mask=mask, other=0.0))
+        mask = inside if FULL else inside & (i + 4 < LIMIT)
+        x4, x5, x6, x7 = _elements4(tl.load(x + row + i + 4, mask=mask, other=0.0))
+        return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
-def _unsort3(q_even, q_odd, k_even, k_odd, v_even, v_odd):
-    """The way back from _sort3."""
-    q0, q2, q4, q6 = _elements4(q_even)
-    q1, q3, q5, q7 = _elements4(q_odd)
-    k0, k2, k4, k6 = _elements4(k_even)
-    k1, k3, k5, k7 = _elements4(k_odd)
-    v0, v2, v4, v6 = _elements4(v_even)
-    v1, v3, v5, v7 = _elements4(v_odd)
-    return (
-        _vector8(q0, k0, v0, q1, k1, v1, q2, k2),
-        _vector8(v2, q3, k3, v3, q4, k4, v4, q5),
-        _vector8(k5, v5, q6, k6, v6, q7, k7, v7),
-    )
+def _store8(
+    x, row, at, inside, LIMIT: tl.constexpr, FULL: tl.constexpr, x0, x1, x2, x3, x4, x5, x6, x7
+):
+    """The way back from _load8, in the element type of x."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    if dtype.primitive_bitwidth == 16:
+        i = at + tl.arange(0, 8)[None, None, :]
+        mask = inside if FULL else inside & (i < LIMIT)
+        tl.store(x + row + i, _vector8(x0, x1, x2, x3, x4, x5, x6, x7).to(dtype), mask=mask)
+    else:
+        i = at + tl.arange(0, 4)[None, None, :]
+        mask = inside if FULL else inside & (i < LIMIT)
+        tl.store(x + row + i, _vector4(x0, x1, x2, x3).to(dtype), mask=mask)
+        mask = inside if FULL else inside & (i + 4 < LIMIT)
+        tl.store(x + row + i + 4, _vector4(x4, x5, x6, x7).to(dtype), mask=mask)
 
 
 @triton.jit
-def _sort2(a, b):
-    """Elements 0-7, 8-15 of (channel, {k, v}) to k, v by even and odd channels."""
-    a0, a1, a2, a3, a4, a5, a6, a7 = _elements8(a)
-    b0, b1, b2, b3, b4, b5, b6, b7 = _elements8(b)
-    return (
-        _vector4(a0, a4, b0, b4),
-        _vector4(a2, a6, b2, b6),
-        _vector4(a1, a5, b1, b5),
-        _vector4(a3, a7, b3, b7),
-    )
+def _load_pairs(x, row, at, inside, D: tl.constexpr, FULL: tl.constexpr):
+    """Even and odd channels of a group, (t g 4) each."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = _load8(x, row, at, inside, D, FULL)
+    return _vector4(x0, x2, x4, x6), _vector4(x1, x3, x5, x7)
 
 
 @triton.jit
-def _unsort2(k_even, k_odd, v_even, v_odd):
-    """The way back from _sort2."""
-    k0, k2, k4, k6 = _elements4(k_even)
-    k1, k3, k5, k7 = _elements4(k_odd)
-    v0, v2, v4, v6 = _elements4(v_even)
-    v1, v3, v5, v7 = _elements4(v_odd)
-    return (
-        _vector8(k0, v0, k1, v1, k2, v2, k3, v3),
-        _vector8(k4, v4, k5, v5, k6, v6, k7, v7),
-    )
+def _store_pairs(x, row, at, inside, D: tl.constexpr, FULL: tl.constexpr, even, odd):
+    """The way back from _load_pairs."""
+    x0, x2, x4, x6 = _elements4(even)
+    x1, x3, x5, x7 = _elements4(odd)
+    _store8(x, row, at, inside, D, FULL, x0, x1, x2, x3, x4, x5, x6, x7)
 
 
 @triton.jit
-def _inverse_rms(even, odd, D: tl.constexpr, EPS: tl.constexpr):
-    """(t 1 1) from a head's channels, float32."""
-    squares = tl.sum(tl.sum(even * even + odd * odd, 2), 1)
-    return tl.math.rsqrt(squares / D + EPS)[:, None, None]
-
-
-@triton.jit
-def _load_sorted(x, at, mask2, mask1, mask0, PARTS: tl.constexpr):
-    """A head's parts by even and odd channels; those of k again for q where there is no q."""
+def _load_parts(x, row, group, inside, D: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr):
+    """A head's q, k, v, each by even and odd channels; without queries, k twice."""
+    at = group * (8 * PARTS)
+    a0, a1, a2, a3, a4, a5, a6, a7 = _load8(x, row, at, inside, PARTS * D, FULL)
+    b0, b1, b2, b3, b4, b5, b6, b7 = _load8(x, row, at + 8, inside, PARTS * D, FULL)
     if PARTS == 3:
-        a = tl.load(x + at, mask=mask0, other=0.0)
-        b = tl.load(x + at + 8, mask=mask1, other=0.0)
-        c = tl.load(x + at + 16, mask=mask2, other=0.0)
-        q_even, q_odd, k_even, k_odd, v_even, v_odd = _sort3(a, b, c)
+        c0, c1, c2, c3, c4, c5, c6, c7 = _load8(x, row, at + 16, inside, PARTS * D, FULL)
+        q_even, q_odd = _vector4(a0, a6, b4, c2), _vector4(a3, b1, b7, c5)
+        k_even, k_odd = _vector4(a1, a7, b5, c3), _vector4(a4, b2, c0, c6)
+        v_even, v_odd = _vector4(a2, b0, b6, c4), _vector4(a5, b3, c1, c7)
         return q_even, q_odd, k_even, k_odd, v_even, v_odd
     else:
-        a = tl.load(x + at, mask=mask0, other=0.0)
-        b = tl.load(x + at + 8, mask=mask1, other=0.0)
-        k_even, k_odd, v_even, v_odd = _sort2(a, b)
+        k_even, k_odd = _vector4(a0, a4, b0, b4), _vector4(a2, a6, b2, b6)
+        v_even, v_odd = _vector4(a1, a5, b1, b5), _vector4(a3, a7, b3, b7)
         return k_even, k_odd, k_even, k_odd, v_even, v_odd
 
 
 @triton.jit
+def _store_parts(
+    x,
+    row,
+    group,
+    inside,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    FULL: tl.constexpr,
+    q_even,
+    q_odd,
+    k_even,
+    k_odd,
+    v_even,
+    v_odd,
+):
+    """The way back from _load_parts."""
+    at = group * (8 * PARTS)
+    k0, k2, k4, k6 = _elements4(k_even)
+    k1, k3, k5, k7 = _elements4(k_odd)
+    v0, v2, v4, v6 = _elements4(v_even)
+    v1, v3, v5, v7 = _elements4(v_odd)
+    if PARTS == 3:
+        q0, q2, q4, q6 = _elements4(q_even)
+        q1, q3, q5, q7 = _elements4(q_odd)
+        _store8(x, row, at, inside, PARTS * D, FULL, q0, k0, v0, q1, k1, v1, q2, k2)
+        _store8(x, row, at + 8, inside, PARTS * D, FULL, v2, q3, k3, v3, q4, k4, v4, q5)
+        _store8(x, row, at + 16, inside, PARTS * D, FULL, k5, v5, q6, k6, v6, q7, k7, v7)
+    else:
+        _store8(x, row, at, inside, PARTS * D, FULL, k0, v0, k1, v1, k2, v2, k3, v3)
+        _store8(x, row, at + 8, inside, PARTS * D, FULL, k4, v4, k5, v5, k6, v6, k7, v7)
+
+
+@triton.jit
+def _sum_channels(x):
+    """(t g 4) -> (t 1 1)."""
+    return tl.sum(tl.sum(x, 2), 1)[:, None, None]
+
+
+@triton.jit
 def _rotated(even, odd, w_even, w_odd, cos, sin, D: tl.constexpr, EPS: tl.constexpr):
-    """Norm and rotation of a head: (t g 8) float32."""
+    """A head's channels, normalised and rotated."""
     even, odd = even.to(tl.float32), odd.to(tl.float32)
-    inverse = _inverse_rms(even, odd, D, EPS)
+    inverse = tl.math.rsqrt(_sum_channels(even * even + odd * odd) / D + EPS)
     even = even * inverse * w_even
     odd = odd * inverse * w_odd
-    return _interleave(even * cos - odd * sin, even * sin + odd * cos)
+    return even * cos - odd * sin, even * sin + odd * cos
+
+
+@triton.jit
+def _unrotated(
+    g_even, g_odd, even, odd, w_even, w_odd, cos, sin, D: tl.constexpr, EPS: tl.constexpr
+):
+    """Gradients of a head's channels, and of the weight by token."""
+    even, odd = even.to(tl.float32), odd.to(tl.float32)
+    g_even, g_odd = g_even.to(tl.float32), g_odd.to(tl.float32)
+    inverse = tl.math.rsqrt(_sum_channels(even * even + odd * odd) / D + EPS)
+    even = even * inverse
+    odd = odd * inverse
+    u_even = g_even * cos + g_odd * sin
+    u_odd = g_odd * cos - g_even * sin
+    dw_even = u_even * even
+    dw_odd = u_odd * odd
+    mean = _sum_channels(dw_even * w_even + dw_odd * w_odd) / D
+    d_even = inverse * (u_even * w_even - even * mean)
+    d_odd = inverse * (u_odd * w_odd - odd * mean)
+    return d_even, d_odd, dw_even, dw_odd
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -181,57 +227,30 @@ def _forward(
     PER_PROGRAM: tl.constexpr,
 ):
     """Heads [PER_PROGRAM i, ...) of TOKENS tokens of one item."""
+    FULL: tl.constexpr = D == 8 * GROUPS
     item = tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
     group = tl.arange(0, GROUPS)[None, :, None]
-    lane = tl.arange(0, 8)[None, None, :]
-    channel = group * 8 + lane
+    channel = group * 8
     inside = token < tokens
-    if D == 8 * GROUPS:
-        whole = inside
-        mask0, mask1, mask2 = inside, inside, inside
-    else:
-        whole = inside & (channel < D)
-        first = group * (8 * PARTS) + lane
-        mask0 = inside & (first < PARTS * D)
-        mask1 = inside & (first + 8 < PARTS * D)
-        mask2 = inside & (first + 16 < PARTS * D)
-    row = item * stride_b + token.to(tl.int64) * stride_n + group * (8 * PARTS) + lane
-    cos, sin = _halves(tl.load(rope + (offset + token) * D + channel, mask=whole, other=0.0))
-    k_even, k_odd = _halves(tl.load(k_weight + channel, mask=channel < D, other=0.0))
-    q_even, q_odd = _halves(tl.load(q_weight + channel, mask=channel < D, other=0.0))
+    always = group < GROUPS
+    row = item * stride_b + token.to(tl.int64) * stride_n
+    cos, sin = _load_pairs(rope, (offset + token) * D, channel, inside, D, FULL)
+    kw_even, kw_odd = _load_pairs(k_weight, 0, channel, always, D, FULL)
+    qw_even, qw_odd = _load_pairs(q_weight, 0, channel, always, D, FULL)
     for i in tl.static_range(PER_PROGRAM):
         head = tl.program_id(0) * PER_PROGRAM + i
-        xq_even, xq_odd, xk_even, xk_odd, v_even, v_odd = _load_sorted(
-            x, row + head * (PARTS * D), mask2, mask1, mask0, PARTS
+        q_even, q_odd, k_even, k_odd, v_even, v_odd = _load_parts(
+            x, row + head * (PARTS * D), group, inside, D, PARTS, FULL
         )
-        joint = item * HEADS + head
-        at = (joint * n + offset + token) * D + channel
-        tl.store(v + at, _interleave(v_even, v_odd), mask=whole)
-        out = _rotated(xk_even, xk_odd, k_even, k_odd, cos, sin, D, EPS)
-        tl.store(k + at, out.to(k.dtype.element_ty), mask=whole)
+        at = ((item * HEADS + head) * n + offset + token) * D
+        _store_pairs(v, at, channel, inside, D, FULL, v_even, v_odd)
+        k_even, k_odd = _rotated(k_even, k_odd, kw_even, kw_odd, cos, sin, D, EPS)
+        _store_pairs(k, at, channel, inside, D, FULL, k_even, k_odd)
         if PARTS == 3:
-            out = _rotated(xq_even, xq_odd, q_even, q_odd, cos, sin, D, EPS)
-            at = (joint * nq + offset + token) * D + channel
-            tl.store(q + at, out.to(q.dtype.element_ty), mask=whole)
-
-
-@triton.jit
-def _unrotated(grad, even, odd, w_even, w_odd, cos, sin, D: tl.constexpr, EPS: tl.constexpr):
-    """Gradients of a head's channels, even and odd, and of the weight by token."""
-    even, odd = even.to(tl.float32), odd.to(tl.float32)
-    g_even, g_odd = _halves(grad.to(tl.float32))
-    inverse = _inverse_rms(even, odd, D, EPS)
-    even = even * inverse
-    odd = odd * inverse
-    u_even = g_even * cos + g_odd * sin
-    u_odd = g_odd * cos - g_even * sin
-    dw_even = u_even * even
-    dw_odd = u_odd * odd
-    mean = tl.sum(tl.sum(dw_even * w_even + dw_odd * w_odd, 2), 1)[:, None, None] / D
-    d_even = inverse * (u_even * w_even - even * mean)
-    d_odd = inverse * (u_odd * w_odd - odd * mean)
-    return d_even, d_odd, dw_even, dw_odd
+            at = ((item * HEADS + head) * nq + offset + token) * D
+            q_even, q_odd = _rotated(q_even, q_odd, qw_even, qw_odd, cos, sin, D, EPS)
+            _store_pairs(q, at, channel, inside, D, FULL, q_even, q_odd)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -260,76 +279,65 @@ def _backward(
     PER_PROGRAM: tl.constexpr,
 ):
     """As _forward; q, k, v are the outputs' gradients, partial takes (program, parts - 1, d)."""
+    FULL: tl.constexpr = D == 8 * GROUPS
     item = tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
     group = tl.arange(0, GROUPS)[None, :, None]
-    lane = tl.arange(0, 8)[None, None, :]
-    channel = group * 8 + lane
-    first = group * (8 * PARTS) + lane
+    channel = group * 8
     inside = token < tokens
-    if D == 8 * GROUPS:
-        whole = inside
-        mask0, mask1, mask2 = inside, inside, inside
-    else:
-        whole = inside & (channel < D)
-        mask0 = inside & (first < PARTS * D)
-        mask1 = inside & (first + 8 < PARTS * D)
-        mask2 = inside & (first + 16 < PARTS * D)
-    row = item * stride_b + token.to(tl.int64) * stride_n + first
-    d_row = (item * tokens + token) * (HEADS * PARTS * D) + first
-    cos, sin = _halves(tl.load(rope + (offset + token) * D + channel, mask=whole, other=0.0))
-    k_even, k_odd = _halves(tl.load(k_weight + channel, mask=channel < D, other=0.0))
-    q_even, q_odd = _halves(tl.load(q_weight + channel, mask=channel < D, other=0.0))
-    sum_k_even = tl.zeros_like(cos)
-    sum_k_odd = tl.zeros_like(cos)
-    sum_q_even = tl.zeros_like(cos)
-    sum_q_odd = tl.zeros_like(cos)
+    always = group < GROUPS
+    row = item * stride_b + token.to(tl.int64) * stride_n
+    d_row = (item * tokens + token) * (HEADS * PARTS * D)
+    cos, sin = _load_pairs(rope, (offset + token) * D, channel, inside, D, FULL)
+    kw_even, kw_odd = _load_pairs(k_weight, 0, channel, always, D, FULL)
+    qw_even, qw_odd = _load_pairs(q_weight, 0, channel, always, D, FULL)
+    dkw_even, dkw_odd = tl.zeros_like(cos), tl.zeros_like(cos)
+    dqw_even, dqw_odd = tl.zeros_like(cos), tl.zeros_like(cos)
+    dtype: tl.constexpr = x.dtype.element_ty
     for i in tl.static_range(PER_PROGRAM):
         head = tl.program_id(0) * PER_PROGRAM + i
-        xq_even, xq_odd, xk_even, xk_odd, v_even, v_odd = _load_sorted(
-            x, row + head * (PARTS * D), mask2, mask1, mask0, PARTS
+        q_even, q_odd, k_even, k_odd, _, _ = _load_parts(
+            x, row + head * (PARTS * D), group, inside, D, PARTS, FULL
         )
-        joint = item * HEADS + head
-        at = (joint * n + offset + token) * D + channel
-        gv_even, gv_odd = _halves(tl.load(v + at, mask=whole, other=0.0))
-        grad = tl.load(k + at, mask=whole, other=0.0)
-        dk_even, dk_odd, dw_even, dw_odd = _unrotated(
-            grad, xk_even, xk_odd, k_even, k_odd, cos, sin, D, EPS
+        at = ((item * HEADS + head) * n + offset + token) * D
+        gv_even, gv_odd = _load_pairs(v, at, channel, inside, D, FULL)
+        g_even, g_odd = _load_pairs(k, at, channel, inside, D, FULL)
+        dk_even, dk_odd, even, odd = _unrotated(
+            g_even, g_odd, k_even, k_odd, kw_even, kw_odd, cos, sin, D, EPS
         )
-        sum_k_even += dw_even
-        sum_k_odd += dw_odd
-        out = d_x + d_row + head * (PARTS * D)
-        dtype: tl.constexpr = d_x.dtype.element_ty
+        dkw_even += even
+        dkw_odd += odd
+        dq_even, dq_odd = dk_even, dk_odd
         if PARTS == 3:
-            at = (joint * nq + offset + token) * D + channel
-            grad = tl.load(q + at, mask=whole, other=0.0)
-            dq_even, dq_odd, dw_even, dw_odd = _unrotated(
-                grad, xq_even, xq_odd, q_even, q_odd, cos, sin, D, EPS
+            at = ((item * HEADS + head) * nq + offset + token) * D
+            g_even, g_odd = _load_pairs(q, at, channel, inside, D, FULL)
+            dq_even, dq_odd, even, odd = _unrotated(
+                g_even, g_odd, q_even, q_odd, qw_even, qw_odd, cos, sin, D, EPS
             )
-            sum_q_even += dw_even
-            sum_q_odd += dw_odd
-            a, b, c = _unsort3(
-                dq_even.to(dtype),
-                dq_odd.to(dtype),
-                dk_even.to(dtype),
-                dk_odd.to(dtype),
-                gv_even,
-                gv_odd,
-            )
-            tl.store(out, a, mask=mask0)
-            tl.store(out + 8, b, mask=mask1)
-            tl.store(out + 16, c, mask=mask2)
-        else:
-            a, b = _unsort2(dk_even.to(dtype), dk_odd.to(dtype), gv_even, gv_odd)
-            tl.store(out, a, mask=mask0)
-            tl.store(out + 8, b, mask=mask1)
+            dqw_even += even
+            dqw_odd += odd
+        _store_parts(
+            d_x,
+            d_row + head * (PARTS * D),
+            group,
+            inside,
+            D,
+            PARTS,
+            FULL,
+            dq_even.to(dtype),
+            dq_odd.to(dtype),
+            dk_even.to(dtype),
+            dk_odd.to(dtype),
+            gv_even,
+            gv_odd,
+        )
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
-    sums = partial + (program + tl.program_id(0)) * ((PARTS - 1) * D) + channel
+    at = (program + tl.program_id(0)) * ((PARTS - 1) * D)
+    even, odd = tl.sum(dkw_even, 0, keep_dims=True), tl.sum(dkw_odd, 0, keep_dims=True)
+    _store_pairs(partial, at + (PARTS - 2) * D, channel, always, D, FULL, even, odd)
     if PARTS == 3:
-        total = tl.sum(_interleave(sum_q_even, sum_q_odd), 0)
-        tl.store(sums, total[None, :, :], mask=channel < D)
-    total = tl.sum(_interleave(sum_k_even, sum_k_odd), 0)
-    tl.store(sums + (PARTS - 2) * D, total[None, :, :], mask=channel < D)
+        even, odd = tl.sum(dqw_even, 0, keep_dims=True), tl.sum(dqw_odd, 0, keep_dims=True)
+        _store_pairs(partial, at, channel, always, D, FULL, even, odd)
 
 
 def _each_stream(
