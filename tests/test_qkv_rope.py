@@ -35,7 +35,10 @@ def test_property_streams_are_joined_in_order(
     """Values are copied; each stream's queries and keys are what the stream gives alone."""
     heads, with_queries = 2, data.draw(st.integers(1, len(tokens)))
     parts = [3 if i < with_queries else 2 for i in range(len(tokens))]
-    x = [normal(b, n, heads * d * p, seed=n + p, dtype=dtype) for n, p in zip(tokens, parts)]
+    x = [
+        normal(b, n, heads * d * p, seed=n + p, dtype=dtype)
+        for n, p in zip(tokens, parts, strict=True)
+    ]
     wq, wk_ = weights(len(x), d, 1, dtype), weights(len(x), d, 9, dtype)
     rope = wk.rope_table(sum(tokens), d, dtype=wq[0].dtype)
     with wk.use_backend(backend):
@@ -63,7 +66,7 @@ def test_property_heads_get_norm_sqrt_d(n: int, d: int, scale: float, backend: s
         q, k, _ = wk.qkv_rope([x], one, one, wk.rope_table(n, d, step=0.7), heads=3)
     mean = x.double().unflatten(2, (3, d, 3)).square().mean(3).movedim(-1, 0).transpose(2, 3)
     wanted = (mean / (mean + torch.finfo(torch.float32).eps)).sqrt()
-    for out, rms in zip((q, k), wanted):
+    for out, rms in zip((q, k), wanted[:2], strict=True):
         torch.testing.assert_close(out.double().square().mean(-1).sqrt(), rms, rtol=1e-5, atol=0)
 
 
@@ -121,7 +124,7 @@ def test_property_gradient_is_orthogonal_to_the_input(
         grads = [normal(*o.shape, seed=7 + i, dtype=dtype) for i, o in enumerate(out)]
         d_x = torch.autograd.grad(out, x, grads)
     eps = torch.finfo(dtype).eps
-    for i, (a, g) in enumerate(zip(x, d_x)):
+    for i, (a, g) in enumerate(zip(x, d_x, strict=True)):
         a, g = (t.detach().unflatten(2, (2, d, 3)) for t in (a, g))
         assert torch.equal(g[..., 2], grads[2].split(tokens, dim=2)[i].transpose(1, 2))
         a, g = a[..., :2].double(), g[..., :2].double()
@@ -133,7 +136,10 @@ def test_property_gradient_is_orthogonal_to_the_input(
 @pytest.mark.parametrize("d", [64, 10])
 def test_property_thread_count_changes_no_bit_of_the_gradients(d: int) -> None:
     tokens, threads = [70, 33], torch.get_num_threads()
-    x = [normal(3, n, p * 2 * d, seed=n).requires_grad_() for n, p in zip(tokens, (3, 2))]
+    x = [
+        normal(3, n, p * 2 * d, seed=n).requires_grad_()
+        for n, p in zip(tokens, (3, 2), strict=True)
+    ]
     w = [t.requires_grad_() for t in (*weights(2, d, 1), *weights(2, d, 5))]
     rope, results = wk.rope_table(sum(tokens), d), []
     try:
