@@ -146,7 +146,6 @@ WF_HD void run_block(const QkvRopeArgs& a, const QkvRopeBlock& block, int64_t qu
   for (int64_t n = block.begin; n < block.end; ++n) {
     const int64_t at = block.offset + n;
     const T* x = static_cast<const T*>(s.x) + block.item * s.batch_stride + n * s.token_stride;
-    T* d_x = static_cast<T*>(s.d_x) + (block.item * s.tokens + n) * row;
     head.turn(static_cast<const A*>(a.rope) + at * d, a.backward ? A(-1) : A(1), cosine, sine);
     for (int64_t h = 0; h < a.heads; ++h) {
       const int64_t group = block.item * a.heads + h;
@@ -160,7 +159,8 @@ WF_HD void run_block(const QkvRopeArgs& a, const QkvRopeBlock& block, int64_t qu
       } else {
         if (J == 3) head.backward(q, parts, q_weight, cosine, sine, partial, g);
         head.backward(k, k_part, k_weight, cosine, sine, partial + d, g);
-        head.template merge<J>(parts, v, d_x + h * d * J);
+        const int64_t out = (block.item * s.tokens + n) * row + h * d * J;
+        head.template merge<J>(parts, v, static_cast<T*>(s.d_x) + out);
       }
     }
   }
