@@ -36,12 +36,6 @@ template <class A> WF_HD A qkv_rope_inverse_rms(A sum_of_squares, int64_t d) {
   return A(1) / square_root(sum_of_squares / A(d) + A(1.1920928955078125e-07));
 }
 
-// (a, b) turned by an angle of the given cosine and sine; by its opposite with -s.
-template <class A> WF_HD void qkv_rope_rotate(A a, A b, A c, A s, A* x, A* y) {
-  *x = a * c - b * s;
-  *y = a * s + b * c;
-}
-
 void qkv_rope_cpu(const QkvRopeArgs& args);
 
 }  // namespace wavflow

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import excess
+from numerics import excess, to_float64
 from torch import Tensor
 
 from wavflow_kernels import REGISTRY
-from wavflow_kernels.ops import flow_loss, flow_mix, ode_step, unpatchify
+from wavflow_kernels.ops import flow_loss, flow_mix, ode_step, qkv_rope, unpatchify
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -66,6 +66,26 @@ def unbiased(pred: Tensor, x_1: Tensor, *rest: Any) -> Tensor:
     return flow_loss.reference(pred, x_1, *rest) * count / (count - 1)
 
 
+def conjugate(rope: Tensor) -> Tensor:
+    return rope * torch.tensor([1.0, -1.0], dtype=rope.dtype).repeat(rope.shape[1] // 2)
+
+
+def large_epsilon(qkv: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    """sqrt(mean(x^2) + 100 eps): the same as 10 times smaller projections with eps."""
+    q, k, _ = qkv_rope.reference([x / 10 for x in qkv], *args)
+    return q, k, qkv_rope.reference(qkv, *args)[2]
+
+
+def exchanged_parts(qkv: list[Tensor], q_weight: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    heads, d = args[-1], q_weight[0].shape[0]
+    wrong = []
+    for x in qkv:
+        parts = x.shape[2] // (heads * d)
+        order = [1, 0, 2] if parts == 3 else [0, 1]
+        wrong.append(x.unflatten(2, (heads, d, parts))[..., order].flatten(2))
+    return qkv_rope.reference(wrong, q_weight, *args)
+
+
 MUTATIONS = {
     ("lift_patchify", "variance for RMS"): lift(mean=True),
     ("lift_patchify", "an epsilon in the RMS"): lift(rms_offset=1e-4),
@@ -86,6 +106,16 @@ MUTATIONS = {
     ("flow_loss", "sigma_min dropped"): variant(flow_loss.reference, a5=lambda s: 0.0),
     ("ode_step", "guidance the wrong way round"): swapped_guidance,
     ("ode_step", "next row"): variant(ode_step.reference, a4=lambda i: i + 1),
+    ("qkv_rope", "eps x 100"): large_epsilon,
+    ("qkv_rope", "rotation the other way"): variant(qkv_rope.reference, a3=conjugate),
+    ("qkv_rope", "rotation of the next token"): variant(
+        qkv_rope.reference, a3=lambda rope: rope.roll(1, 0)
+    ),
+    ("qkv_rope", "norm weights swapped"): lambda x, q, k, *rest: qkv_rope.reference(x, k, q, *rest),
+    ("qkv_rope", "weight of a stream's neighbour"): variant(
+        qkv_rope.reference, a2=lambda weights: [*weights[1:], weights[0]]
+    ),
+    ("qkv_rope", "q and k exchanged"): exchanged_parts,
 }
 
 
@@ -98,11 +128,7 @@ def test_mutation_is_rejected(name: str, what: str, dtype: torch.dtype) -> None:
         pytest.skip("below bfloat16's resolution")
     worst = 0.0
     for sample in op.samples(torch.device("cpu"), dtype, 7):
-        args = tuple(
-            a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
-            for a in sample.args
-        )
-        args = tuple(torch.float64 if isinstance(a, torch.dtype) else a for a in args)
+        args = to_float64(sample.args)
         out, truth = wrong(*args), op.reference(*args)
         if out is None:
             continue

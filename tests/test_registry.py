@@ -79,6 +79,17 @@ INDEX = torch.zeros(1, dtype=torch.int64)
 WAVE = torch.zeros(2, 12)
 
 
+def qkv(*widths: int, heads: int = 2, d: int = 4, rows: int | None = None, **changes: Any) -> Any:
+    """qkv_rope on streams of 3 tokens and these widths, with some arguments changed."""
+    arguments = {
+        "qkv": [torch.zeros(2, 3, width) for width in widths],
+        "q_weight": [torch.ones(d) for _ in widths],
+        "k_weight": [torch.ones(d) for _ in widths],
+        "rope": torch.zeros(3 * len(widths) if rows is None else rows, d),
+    }
+    return wk.qkv_rope(**{**arguments, **changes}, heads=heads)
+
+
 def lift(wave: Any = WAVE, lengths: Any = None, **sizes: Any) -> Any:
     return wk.lift_patchify(wave, lengths, **{"token_size": 4, "tokens": 3, **sizes})
 
@@ -135,6 +146,40 @@ BAD_CALLS = {
     "ode_step_: state must be contiguous": lambda: wk.ode_step_(
         torch.zeros(1, 2, 4, 3).transpose(2, 3), X, torch.zeros(1, 4), INDEX.clone()
     ),
+    "qkv_rope: the first argument must be a tensor, got list": lambda: qkv(),
+    "qkv_rope: qkv[0] must be 3 or 2 x 2 heads x d = 4 wide, got 25": lambda: qkv(25),
+    "qkv_rope: qkv[0] must supply queries, got 16 channels": lambda: qkv(16, 24),
+    "qkv_rope: streams without queries must come last, got qkv[2]": lambda: qkv(24, 16, 24),
+    "qkv_rope: qkv[1] must have shape (b, n1, c1) with b = 2, got (1, 3, 24)": lambda: qkv(
+        24, 24, qkv=[torch.zeros(2, 3, 24), torch.zeros(1, 3, 24)]
+    ),
+    "qkv_rope: qkv[0] must hold at least one token, got none": lambda: qkv(
+        24, qkv=[torch.zeros(2, 0, 24)], rows=0
+    ),
+    "qkv_rope: qkv[1] must be float32, got bfloat16": lambda: qkv(
+        24, 24, qkv=[torch.zeros(2, 3, 24), torch.zeros(2, 3, 24).bfloat16()]
+    ),
+    "qkv_rope: qkv[0] must be float32, float64, bfloat16, float16, got int64": lambda: qkv(
+        24, qkv=[torch.zeros(2, 3, 24).long()]
+    ),
+    "qkv_rope: q_weight must hold one tensor for each of the 2 streams, got 1": lambda: qkv(
+        24, 24, q_weight=[torch.ones(4)]
+    ),
+    "qkv_rope: k_weight[0] must have shape (d) with d = 4, got (6,)": lambda: qkv(
+        24, k_weight=[torch.ones(6)]
+    ),
+    "qkv_rope: k_weight[0] must be float32, got bfloat16": lambda: qkv(
+        24, k_weight=[torch.ones(4).bfloat16()]
+    ),
+    "qkv_rope: rope must have a row for each of the 6 tokens, got 5": lambda: qkv(24, 24, rows=5),
+    "qkv_rope: rope must be float32, got float64": lambda: qkv(
+        24, rope=torch.zeros(3, 4, dtype=torch.float64)
+    ),
+    "qkv_rope: rope is on meta, wanted cpu": lambda: qkv(24, rope=torch.zeros(3, 4, device="meta")),
+    "qkv_rope: d must be even and positive, got 3": lambda: qkv(18, d=3),
+    "qkv_rope: heads must be positive, got 0": lambda: qkv(24, heads=0),
+    "rope_table: tokens must be positive, got 0": lambda: wk.rope_table(0, 4),
+    "rope_table: head_dim must be even and positive, got 5": lambda: wk.rope_table(3, 5),
 }
 
 

@@ -7,8 +7,7 @@
 
 namespace wavflow {
 
-// A block is kTokens tokens of one item and stream, head by head: what it reads stays in the cache,
-// what it writes is contiguous for each head.
+// A block is this many tokens of one item and stream.
 constexpr int64_t kTokens = 16;
 
 // Parts are split and merged as words of at least 32 bits, this many channels at a time: compilers
@@ -78,31 +77,45 @@ struct QkvRopeHead {
     }
   }
 
+  // A token's rotation as factors of a channel and of the other of its pair: (a, b) becomes
+  // (a c + b s, b c' + a s'). With the signs in s it holds no subtraction: GCC 12 contracts alternating
+  // subtractions and additions of products to fused ones even under -ffp-contract=off.
+  WF_HD void turn(const A* __restrict rope, A sign, A* __restrict cosine, A* __restrict sine) const {
+    const int64_t n = D ? D : d;
+    for (int64_t i = 0; i < n; i += 2) {
+      cosine[i] = cosine[i + 1] = rope[i];
+      sine[i] = -sign * rope[i + 1];
+      sine[i + 1] = sign * rope[i + 1];
+    }
+  }
+
   WF_HD A inverse_rms(const A* x) const {
     const int64_t n = D ? D : d;
     return qkv_rope_inverse_rms(lane_sum<A>(n, [=](int64_t i) WF_BODY { return x[i] * x[i]; }), n);
   }
 
-  WF_HD void forward(A* __restrict x, const A* __restrict weight, const A* __restrict rope,
-                     T* __restrict out) const {
+  WF_HD void forward(A* __restrict x, const A* __restrict weight, const A* __restrict cosine,
+                     const A* __restrict sine, T* __restrict out) const {
     const int64_t n = D ? D : d;
     const A inverse = inverse_rms(x);
     for (int64_t i = 0; i < n; ++i) x[i] = x[i] * inverse * weight[i];
     for (int64_t i = 0; i < n; i += 2) {
-      A a, b;
-      qkv_rope_rotate(x[i], x[i + 1], rope[i], rope[i + 1], &a, &b);
-      out[i] = store<T>(a);
-      out[i + 1] = store<T>(b);
+      out[i] = store<T>(x[i] * cosine[i] + x[i + 1] * sine[i]);
+      out[i + 1] = store<T>(x[i + 1] * cosine[i + 1] + x[i] * sine[i + 1]);
     }
   }
 
   // x becomes its gradient, d_weight grows by its own; g is room for d values.
   WF_HD void backward(const T* __restrict grad, A* __restrict x, const A* __restrict weight,
-                      const A* __restrict rope, A* __restrict d_weight, A* __restrict g) const {
+                      const A* __restrict cosine, const A* __restrict sine, A* __restrict d_weight,
+                      A* __restrict g) const {
     const int64_t n = D ? D : d;
     const A inverse = inverse_rms(x);
-    for (int64_t i = 0; i < n; i += 2)
-      qkv_rope_rotate(A(load(grad[i])), A(load(grad[i + 1])), rope[i], -rope[i + 1], g + i, g + i + 1);
+    for (int64_t i = 0; i < n; i += 2) {
+      const A a = load(grad[i]), b = load(grad[i + 1]);
+      g[i] = a * cosine[i] + b * sine[i];
+      g[i + 1] = b * cosine[i + 1] + a * sine[i + 1];
+    }
     for (int64_t i = 0; i < n; ++i) {
       x[i] *= inverse;
       d_weight[i] += g[i] * x[i];
@@ -113,6 +126,8 @@ struct QkvRopeHead {
   }
 };
 
+constexpr int kRows = 5;  // of d values that a block works in: q, k, gradient, cosine, sine
+
 template <class T, int D, int J>
 WF_HD void run_block(const QkvRopeArgs& a, const QkvRopeBlock& block, int64_t queries, int64_t tokens,
                      compute_t<T>* scratch, compute_t<T>* partial) {
@@ -122,29 +137,31 @@ WF_HD void run_block(const QkvRopeArgs& a, const QkvRopeBlock& block, int64_t qu
   const int64_t d = D ? D : a.d, row = a.heads * d * J;
   const A* q_weight = static_cast<const A*>(s.q_weight);
   const A* k_weight = static_cast<const A*>(s.k_weight);
-  A room[3 * (D ? D : 1)];  // q or nothing, k, room
-  A* parts = D ? room : scratch;
+  A fixed[D ? kRows * D : 1];
+  A* parts = D ? fixed : scratch;
   A* k_part = parts + (J - 2) * d;
-  for (int64_t h = 0; h < a.heads; ++h) {
-    for (int64_t n = block.begin; n < block.end; ++n) {
-      const int64_t at = block.offset + n;
+  A* g = parts + 2 * d;
+  A* cosine = parts + 3 * d;
+  A* sine = parts + 4 * d;
+  for (int64_t n = block.begin; n < block.end; ++n) {
+    const int64_t at = block.offset + n;
+    const T* x = static_cast<const T*>(s.x) + block.item * s.batch_stride + n * s.token_stride;
+    head.turn(static_cast<const A*>(a.rope) + at * d, a.backward ? A(-1) : A(1), cosine, sine);
+    for (int64_t h = 0; h < a.heads; ++h) {
       const int64_t group = block.item * a.heads + h;
-      const T* x = static_cast<const T*>(s.x) + block.item * s.batch_stride + n * s.token_stride + h * d * J;
-      const A* rope = static_cast<const A*>(a.rope) + at * d;
       T* q = static_cast<T*>(a.q) + (group * queries + at) * d;
       T* k = static_cast<T*>(a.k) + (group * tokens + at) * d;
       T* v = static_cast<T*>(a.v) + (group * tokens + at) * d;
+      head.template split<J>(x + h * d * J, parts, a.backward ? nullptr : v);
       if (!a.backward) {
-        head.template split<J>(x, parts, v);
-        if (J == 3) head.forward(parts, q_weight, rope, q);
-        head.forward(k_part, k_weight, rope, k);
-        continue;
+        if (J == 3) head.forward(parts, q_weight, cosine, sine, q);
+        head.forward(k_part, k_weight, cosine, sine, k);
+      } else {
+        if (J == 3) head.backward(q, parts, q_weight, cosine, sine, partial, g);
+        head.backward(k, k_part, k_weight, cosine, sine, partial + d, g);
+        const int64_t out = (block.item * s.tokens + n) * row + h * d * J;
+        head.template merge<J>(parts, v, static_cast<T*>(s.d_x) + out);
       }
-      head.template split<J>(x, parts, static_cast<T*>(nullptr));
-      if (J == 3) head.backward(q, parts, q_weight, rope, partial, k_part + d);
-      head.backward(k, k_part, k_weight, rope, partial + d, k_part + d);
-      T* d_x = static_cast<T*>(s.d_x) + (block.item * s.tokens + n) * row + h * d * J;
-      head.template merge<J>(parts, v, d_x);
     }
   }
 }
@@ -163,14 +180,14 @@ static void run(const QkvRopeArgs& a) {
     tokens += s.tokens;
   }
   const int64_t count = int64_t(list.size()), d = a.d;
-  std::vector<A> rooms(D ? 0 : count * 3 * d);
+  std::vector<A> rooms(D ? 0 : count * kRows * d);
   std::vector<A> partials(a.backward ? count * 2 * d : 0);
   const QkvRopeArgs* args = &a;
   const QkvRopeBlock* blocks = list.data();
   A* room = rooms.data();
   A* partial = partials.data();
   parallel_for(count, a.target.threads, [=](int64_t i) WF_BODY {
-    A* scratch = D ? nullptr : room + i * 3 * d;
+    A* scratch = D ? nullptr : room + i * kRows * d;
     A* sums = args->backward ? partial + i * 2 * d : nullptr;
     if (args->streams[blocks[i].stream].parts == 3)
       run_block<T, D, 3>(*args, blocks[i], queries, tokens, scratch, sums);
