@@ -1,8 +1,8 @@
 """Triton kernels of adaln; with GATED they serve gated_residual_adaln.
 
-A row of channels lives in the registers of one program, about 16 to 32 channels a thread: sums over it
-are shuffles within few warps, and every tensor is read once. Rows of shift, scale and gate that
-neighbouring tokens share come from the first-level cache, since one program takes those tokens.
+A row of channels lives in the registers of one program: sums over it are shuffles within a few
+warps, and every tensor is read once. Rows of shift, scale and gate that neighbouring tokens share
+come from the first-level cache, since one program takes those tokens.
 """
 
 from __future__ import annotations
@@ -313,10 +313,10 @@ def launch_backward(
 ) -> None:
     """Fills the five gradients; d_y, d_gate, grad_new, y and gate are None in adaln.
 
-    Programs follow the rows of shift and scale, or those of the gate where shift and scale have but
-    one. A tensor whose rows they follow gets its gradient from one program or a few, one that has one
-    row for all tokens from all programs of an item. What is left, a gate with rows of its own
-    beside those of shift and scale, is summed by a second kernel.
+    Programs follow the rows of shift and scale, or those of the gate where shift and scale have
+    but one. A tensor whose rows they follow gets its gradient from one program or a few, one that
+    has one row for all tokens from all programs of an item. What is left, a gate with rows of its
+    own beside those of shift and scale, is summed by a second kernel.
     """
     if not x.numel():
         return
