@@ -11,7 +11,7 @@
 namespace wavflow {
 
 constexpr int64_t kMaxChannels = 8192;  // MAX_CHANNELS in wavflow_kernels/ops/adaln.py
-constexpr int64_t kTokens = 16;         // tokens of one unit of work
+constexpr int64_t kTokens = 16;         // tokens of one unit of work, about
 
 // A table (batch, rows, channels) with contiguous channels: shift, scale or gate.
 struct RowTensor {
@@ -80,6 +80,17 @@ WF_HD const T* row_of(const RowTensor& table, int64_t item, int64_t row) {
   return element<const T>(table.data, item * table.batch_stride + row * table.row_stride);
 }
 
+// Asks for the row after token t's when t is the first of its row in a unit: rows of a strided table lie
+// where no hardware prefetcher looks.
+template <class T>
+WF_HD void prefetch_next(const RowTensor& table, const TokenRows& rows, int64_t item, int64_t t,
+                         int64_t unit_begin, int64_t channels) {
+  const int64_t row = rows.row(t);
+  if (row + 1 >= rows.rows || (t > unit_begin && rows.row(t - 1) == row)) return;
+  const char* next = reinterpret_cast<const char*>(row_of<T>(table, item, row + 1));
+  for (int64_t j = 0; j < channels * int64_t(sizeof(T)); j += 64) __builtin_prefetch(next + j);
+}
+
 // values[0 .. count) = x (+ gate * y), their mean and 1 / standard deviation. `values` has room for
 // whole vectors.
 template <bool kGated, class T, class A>
@@ -111,6 +122,9 @@ void adaln_forward(const AdalnArgs& a) {
     A values[kMaxChannels];
     for (int64_t t = begin; t < end; ++t) {
       const int64_t at = (item * a.tokens + t) * c, row = a.rows.row(t);
+      prefetch_next<T>(a.shift, a.rows, item, t, begin, c);
+      prefetch_next<T>(a.scale, a.rows, item, t, begin, c);
+      if constexpr (kGated) prefetch_next<T>(a.gate, a.gate_rows, item, t, begin, c);
       const T* shift = row_of<T>(a.shift, item, row);
       const T* scale = row_of<T>(a.scale, item, row);
       const T* gate = row_of<T>(a.gate, item, a.gate_rows.row(t));
@@ -128,6 +142,25 @@ void adaln_forward(const AdalnArgs& a) {
   });
 }
 
+// The units of work of one item in the backward: kTokens tokens each, save that a row of at most as
+// many tokens belongs to one unit as a whole.
+struct Units {
+  TokenRows rows;
+  int64_t tokens;
+
+  WF_HD int64_t count() const { return (tokens + kTokens - 1) / kTokens; }
+  WF_HD int64_t begin(int64_t unit) const {
+    const int64_t at = unit * kTokens;
+    if (at >= tokens) return tokens;
+    const int64_t row = rows.row(at), first = rows.begin(row), end = rows.end(row, tokens);
+    return first == at || end - first > kTokens ? at : end;
+  }
+  WF_HD int64_t of(int64_t token) const {
+    const int64_t unit = token / kTokens;
+    return token < begin(unit) ? unit - 1 : unit;
+  }
+};
+
 // The gradient of one RowTensor. A unit of work sums over its own tokens of a row. Where it holds all
 // of them, that is the gradient; else the sum goes to `edges`: slot 0 for a row that holds the unit's
 // first token, slot 1 for one that starts later and goes on in the next unit.
@@ -135,23 +168,27 @@ template <class T>
 struct RowGradient {
   using A = compute_t<T>;
   TokenRows rows;
+  Units units;
   T* out;    // (batch, rows, channels)
   A* edges;  // (batch, units, 2, channels)
-  int64_t tokens, channels, per_item;
+  int64_t channels;
 
   WF_HD A* edge(int64_t item, int64_t unit, bool starts_inside) const {
-    return edges + ((item * per_item + unit) * 2 + starts_inside) * channels;
+    return edges + ((item * units.count() + unit) * 2 + starts_inside) * channels;
+  }
+  WF_HD void write(int64_t item, int64_t row, const A* sum) const {
+    T* to = out + (item * rows.rows + row) * channels;
+    for_lanes(channels, [&](int64_t j, auto lanes) WF_BODY { lanes.store(to + j, lanes.load(sum + j)); });
   }
 
-  // Adds part[0 .. channels) of token t to the sum of its row, and writes that down at the row's end.
-  WF_HD void finish_token(int64_t item, int64_t t, A* __restrict sum) const {
-    const int64_t row = rows.row(t), unit = t / kTokens, first = unit * kTokens;
-    const int64_t limit = first + kTokens < tokens ? first + kTokens : tokens;
-    const int64_t begin = rows.begin(row), end = rows.end(row, tokens);
+  // After token t of the unit [first, limit): where its row or the unit ends, writes the sum down and
+  // clears it.
+  WF_HD void finish_token(int64_t item, int64_t unit, int64_t first, int64_t limit, int64_t t,
+                          A* __restrict sum) const {
+    const int64_t row = rows.row(t), begin = rows.begin(row), end = rows.end(row, units.tokens);
     if (t + 1 < limit && t + 1 < end) return;
     if (begin >= first && end <= limit) {
-      T* to = out + (item * rows.rows + row) * channels;
-      for_lanes(channels, [&](int64_t j, auto lanes) WF_BODY { lanes.store(to + j, load_lanes(sum + j)); });
+      write(item, row, sum);
     } else {
       A* __restrict to = edge(item, unit, begin > first);
       for (int64_t j = 0; j < channels; ++j) to[j] = sum[j];
@@ -161,16 +198,15 @@ struct RowGradient {
 
   // Adds the sums of the units that share a row; rows without tokens become zero.
   WF_HD void finish_row(int64_t item, int64_t row, A* __restrict sum) const {
-    const int64_t begin = rows.begin(row), end = rows.end(row, tokens);
-    const int64_t first = begin / kTokens, last = (end - 1) / kTokens;
-    if (begin < end && first == last) return;
+    const int64_t begin = rows.begin(row), end = rows.end(row, units.tokens);
+    const int64_t first = begin < end ? units.of(begin) : 0, last = begin < end ? units.of(end - 1) : -1;
+    if (first == last) return;
     for (int64_t j = 0; j < channels; ++j) sum[j] = A(0);
-    for (int64_t unit = first; begin < end && unit <= last; ++unit) {
-      const A* __restrict part = edge(item, unit, begin > unit * kTokens);
+    for (int64_t unit = first; unit <= last; ++unit) {
+      const A* __restrict part = edge(item, unit, begin > units.begin(unit));
       for (int64_t j = 0; j < channels; ++j) sum[j] += part[j];
     }
-    T* __restrict to = out + (item * rows.rows + row) * channels;
-    for (int64_t j = 0; j < channels; ++j) to[j] = store<T>(sum[j]);
+    write(item, row, sum);
   }
 };
 
@@ -179,19 +215,19 @@ void adaln_backward(const AdalnArgs& a) {
   using A = compute_t<T>;
   a.rows.check(a.op, a.tokens);
   a.gate_rows.check(a.op, a.tokens);
-  const int64_t per_item = (a.tokens + kTokens - 1) / kTokens, c = a.channels;
-  const int64_t edges = a.batch * per_item * 2 * c;
-  // new without (): the sums are written before they are read.
+  const Units units{a.rows.index_address ? a.rows : a.gate_rows, a.tokens};
+  const int64_t per_item = units.count(), c = a.channels, edges = a.batch * per_item * 2 * c;
+  // Not cleared: a sum is written before it is read, and pages never touched cost nothing.
   const std::unique_ptr<A[]> scratch(new A[edges * (kGated ? 3 : 2)]);
   const auto gradient = [&](const TokenRows& rows, uintptr_t out, int which) {
-    return RowGradient<T>{rows, reinterpret_cast<T*>(out), scratch.get() + which * edges, a.tokens, c, per_item};
+    return RowGradient<T>{rows, units, reinterpret_cast<T*>(out), scratch.get() + which * edges, c};
   };
   const RowGradient<T> shift_gradient = gradient(a.rows, a.d_shift, 0);
   const RowGradient<T> scale_gradient = gradient(a.rows, a.d_scale, 1);
   const RowGradient<T> gate_gradient = gradient(a.gate_rows, a.d_gate, kGated ? 2 : 0);
-  parallel_for(a.batch * per_item, a.target.threads, [=](int64_t unit) WF_BODY {
-    const int64_t item = unit / per_item, begin = unit % per_item * kTokens;
-    const int64_t end = begin + kTokens < a.tokens ? begin + kTokens : a.tokens;
+  parallel_for(a.batch * per_item, a.target.threads, [=](int64_t i) WF_BODY {
+    const int64_t item = i / per_item, unit = i % per_item;
+    const int64_t begin = units.begin(unit), end = units.begin(unit + 1);
     A normed[kMaxChannels], modulated[kMaxChannels];
     A shift_sum[kMaxChannels], scale_sum[kMaxChannels], gate_sum[kGated ? kMaxChannels : 1];
     for (int64_t j = 0; j < c; ++j) shift_sum[j] = scale_sum[j] = A(0);
@@ -199,6 +235,8 @@ void adaln_backward(const AdalnArgs& a) {
       for (int64_t j = 0; j < c; ++j) gate_sum[j] = A(0);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t at = (item * a.tokens + t) * c;
+      prefetch_next<T>(a.scale, a.rows, item, t, begin, c);
+      if constexpr (kGated) prefetch_next<T>(a.gate, a.gate_rows, item, t, begin, c);
       const T* y = element<const T>(a.y, at);
       const T* grad = element<const T>(a.grad, at);
       const T* grad_sum = element<const T>(a.grad_sum, at);
@@ -229,9 +267,9 @@ void adaln_backward(const AdalnArgs& a) {
         }
         lanes.store(d_x + j, d);
       });
-      shift_gradient.finish_token(item, t, shift_sum);
-      scale_gradient.finish_token(item, t, scale_sum);
-      if constexpr (kGated) gate_gradient.finish_token(item, t, gate_sum);
+      shift_gradient.finish_token(item, unit, begin, end, t, shift_sum);
+      scale_gradient.finish_token(item, unit, begin, end, t, scale_sum);
+      if constexpr (kGated) gate_gradient.finish_token(item, unit, begin, end, t, gate_sum);
     }
   });
   const auto finish = [&](const RowGradient<T>& gradient) {

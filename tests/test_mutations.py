@@ -13,6 +13,14 @@ from torch import Tensor
 
 from wavflow_kernels import REGISTRY
 from wavflow_kernels.ops import flow_loss, flow_mix, ode_step, qkv_rope, unpatchify
+from wavflow_kernels.ops import (
+    adaln,
+    flow_loss,
+    flow_mix,
+    gated_residual_adaln,
+    ode_step,
+    unpatchify,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -84,6 +92,49 @@ def exchanged_parts(qkv: list[Tensor], q_weight: list[Tensor], *args: Any) -> tu
         order = [1, 0, 2] if parts == 3 else [0, 1]
         wrong.append(x.unflatten(2, (heads, d, parts))[..., order].flatten(2))
     return qkv_rope.reference(wrong, q_weight, *args)
+def modulated(unbiased: bool = False, one: float = 1.0, shifted: float = 1.0) -> Any:
+    """adaln with parts of it changed."""
+
+    def wrong(x: Tensor, shift: Tensor, scale: Tensor, index: Any, _: Any, eps: float) -> Any:
+        c = x.shape[-1]
+        variance = x.var(-1, correction=0, keepdim=True) * (c / max(c - 1, 1) if unbiased else 1)
+        normed = (x - x.mean(-1, keepdim=True)) / (variance + eps).sqrt()
+        shift, scale = (adaln.of_tokens(t, index, x.dtype) for t in (shift, scale))
+        return normed * (one + scale) + shifted * shift
+
+    return wrong
+
+
+def next_row_early(index: Any) -> Any:
+    """Every row starts one token early."""
+    return None if index is None else torch.cat((index[1:], index[-1:]))
+
+
+def norm_of_x(x: Tensor, y: Tensor, gate: Tensor, *rest: Any) -> Any:
+    new, _ = gated_residual_adaln.reference(x, y, gate, *rest)
+    return new, adaln.reference(x, *rest[2:])
+
+
+def norm_of_rounded(x: Tensor, y: Tensor, gate: Tensor, *rest: Any) -> Any:
+    new, _ = gated_residual_adaln.reference(x, y, gate, *rest)
+    return new, adaln.reference(new.bfloat16().double(), *rest[2:])
+
+
+def without_mean_of_gradient(grad: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> Any:
+    """LayerNorm's backward that forgets that the mean depends on x."""
+    d_x, *others = adaln.BACKWARD.reference(grad, x, scale, *rest)
+    index, _, eps = rest
+    _, inverse = adaln.layer_norm(x, eps)
+    modulated = grad * (1 + adaln.of_tokens(scale, index, x.dtype))
+    return d_x + inverse * modulated.mean(-1, keepdim=True), *others
+
+
+def last_token_dropped(*args: Any) -> Any:
+    """The shift's gradient without each item's last token."""
+    *start, d_shift, d_scale = gated_residual_adaln.BACKWARD.reference(*args)
+    grad, index = args[1].clone(), args[8]
+    grad[:, -1] = 0
+    return *start, adaln.segment_sums(grad, index, d_shift.shape[1]), d_scale
 
 
 MUTATIONS = {
@@ -116,6 +167,34 @@ MUTATIONS = {
         qkv_rope.reference, a2=lambda weights: [*weights[1:], weights[0]]
     ),
     ("qkv_rope", "q and k exchanged"): exchanged_parts,
+    ("adaln", "unbiased variance"): modulated(unbiased=True),
+    ("adaln", "eps x 100"): variant(adaln.reference, a5=lambda eps: eps * 100),
+    ("adaln", "shift dropped"): modulated(shifted=0.0),
+    ("adaln", "scale without the 1"): modulated(one=0.0),
+    ("adaln", "rows one token early"): variant(adaln.reference, a3=next_row_early),
+    ("adaln_backward", "mean held constant"): without_mean_of_gradient,
+    ("adaln_backward", "eps x 100"): variant(adaln.BACKWARD.reference, a5=lambda eps: eps * 100),
+    ("adaln_backward", "rows one token early"): variant(
+        adaln.BACKWARD.reference, a3=next_row_early
+    ),
+    ("gated_residual_adaln", "norm of x"): norm_of_x,
+    ("gated_residual_adaln", "norm of the rounded sum"): norm_of_rounded,
+    ("gated_residual_adaln", "gate dropped"): variant(
+        gated_residual_adaln.reference, a2=torch.ones_like
+    ),
+    ("gated_residual_adaln", "gate's rows one token early"): variant(
+        gated_residual_adaln.reference, a3=next_row_early
+    ),
+    ("gated_residual_adaln", "rows one token early"): variant(
+        gated_residual_adaln.reference, a7=next_row_early
+    ),
+    ("gated_residual_adaln_backward", "last token dropped"): last_token_dropped,
+    ("gated_residual_adaln_backward", "the sum's gradient dropped"): variant(
+        gated_residual_adaln.BACKWARD.reference, a0=torch.zeros_like
+    ),
+    ("gated_residual_adaln_backward", "gate's rows one token early"): variant(
+        gated_residual_adaln.BACKWARD.reference, a5=next_row_early
+    ),
 }
 
 

@@ -78,6 +78,12 @@ T = torch.zeros(2)
 INDEX = torch.zeros(1, dtype=torch.int64)
 WAVE = torch.zeros(2, 12)
 
+ROW = torch.zeros(2, 1, 4)
+
+
+def rows(*index: int) -> wk.TokenRows:
+    return wk.token_rows(torch.tensor(index, dtype=torch.int64), 3)
+
 
 def qkv(*widths: int, heads: int = 2, d: int = 4, rows: int | None = None, **changes: Any) -> Any:
     """qkv_rope on streams of 3 tokens and these widths, with some arguments changed."""
@@ -180,6 +186,51 @@ BAD_CALLS = {
     "qkv_rope: heads must be positive, got 0": lambda: qkv(24, heads=0),
     "rope_table: tokens must be positive, got 0": lambda: wk.rope_table(0, 4),
     "rope_table: head_dim must be even and positive, got 5": lambda: wk.rope_table(3, 5),
+    "token_rows: index[2] is 3, wanted a row in [0, 3)": lambda: rows(0, 1, 3),
+    "token_rows: index[0] is -1, wanted a row in [0, 3)": lambda: rows(-1, 1, 1),
+    "token_rows: index must not decrease, got 0 at 2 after 1": lambda: rows(0, 1, 0),
+    "token_rows: index must be int32, int64, got float32": lambda: wk.token_rows(T, 3),
+    "token_rows: index must have shape (n), got (2, 3, 4)": lambda: wk.token_rows(X.long(), 3),
+    "token_rows: index must hold at least one token": lambda: rows(),
+    "token_rows: rows must be positive, got 0": lambda: wk.token_rows(INDEX, 0),
+    "adaln: x must have shape (b, n, c), got (2,)": lambda: wk.adaln(T, X, X),
+    "adaln: x must be float32": lambda: wk.adaln(X.long(), X, X),
+    "adaln: x must hold at least one token": lambda: wk.adaln(X[:, :0], ROW, ROW),
+    "adaln: x must have 1 to 8192 channels, got 8193": lambda: wk.adaln(
+        *(torch.zeros(1, 1, 8193),) * 3
+    ),
+    "adaln: x must have 1 to 8192 channels, got 0": lambda: wk.adaln(
+        X[..., :0], ROW[..., :0], ROW[..., :0]
+    ),
+    "adaln: eps must be positive, got -1.0": lambda: wk.adaln(X, ROW, ROW, eps=-1.0),
+    "adaln: shift must have shape (b, r, c) with b = 2, got (1, 1, 4)": (
+        lambda: wk.adaln(X, ROW[:1], ROW)
+    ),
+    "adaln: scale must have shape (b, r, c) with r = 1": lambda: wk.adaln(X, ROW, X),
+    "adaln: scale must be float32, got float64": lambda: wk.adaln(X, ROW, ROW.double()),
+    "adaln: shift is on meta, wanted cpu": lambda: wk.adaln(X, ROW.to("meta"), ROW),
+    "adaln: without rows there must be one row for all tokens, got 3": lambda: wk.adaln(X, X, X),
+    "adaln: rows.index must have shape (n) with n = 3, got (2,)": (
+        lambda: wk.adaln(X, X, X, rows(0, 1))
+    ),
+    "adaln: rows.offsets must have 2 elements for 1 rows, got 4": (
+        lambda: wk.adaln(X, ROW, ROW, rows(0, 1, 2))
+    ),
+    "adaln: rows.index must be int32, got int64": lambda: wk.adaln(
+        X, X, X, wk.TokenRows(rows(0, 1, 2).index.long(), rows(0, 1, 2).offsets)
+    ),
+    "gated_residual_adaln: y must have shape (b, n, c) with n = 3": (
+        lambda: wk.gated_residual_adaln(X, X[:, :2], ROW, None, ROW, ROW)
+    ),
+    "gated_residual_adaln: gate must be float32, got bfloat16": (
+        lambda: wk.gated_residual_adaln(X, X, ROW.bfloat16(), None, ROW, ROW)
+    ),
+    "gated_residual_adaln: without gate_rows there must be one row for all tokens, got 3": (
+        lambda: wk.gated_residual_adaln(X, X, X, None, ROW, ROW)
+    ),
+    "gated_residual_adaln: gate_rows.offsets must have 2 elements for 1 rows, got 4": (
+        lambda: wk.gated_residual_adaln(X, X, ROW, rows(0, 1, 2), ROW, ROW)
+    ),
 }
 
 

@@ -97,14 +97,16 @@ WF_HD void for_lanes(int64_t count, const Body& body) {
   if (j < count) body(j, FirstLanes{count - j});
 }
 
-// The sum of a vector's lanes, as a fixed tree.
+// The sum of a vector's lanes, as a fixed tree of halves.
 template <class A>
 WF_HD A total(Lanes<A> x) {
-  A lane[kLanes];
-  std::memcpy(lane, &x, sizeof(x));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
-  return lane[0];
+  typedef A Eight __attribute__((vector_size(8 * sizeof(A))));
+  typedef A Four __attribute__((vector_size(4 * sizeof(A))));
+  const char* lanes = reinterpret_cast<const char*>(&x);
+  const Eight eight = read<Eight>(lanes) + read<Eight>(lanes + sizeof(Eight));
+  lanes = reinterpret_cast<const char*>(&eight);
+  const Four four = read<Four>(lanes) + read<Four>(lanes + sizeof(Four));
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // Sum of all lanes of f(j, lanes), in four running vectors: one would wait for its own additions.
