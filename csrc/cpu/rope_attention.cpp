@@ -231,7 +231,7 @@ struct Attention {
   // The online softmax of kRows rows of scores (kRows, columns): weights from them, and top, factor
   // (what earlier sums are to be multiplied by) and sums brought up to date.
   static WF_HD void soften(const Forward& at, A* top, A* sums, int64_t columns,
-                            const A& scale) {
+                            const typename S::Exp2& exp2) {
     for (int64_t r = 0; r < kRows; ++r) {
       const A* scores = at.scores + r * kKeys;
       V most = S::spread(top[r]);
@@ -240,11 +240,11 @@ struct Attention {
       const A now = S::largest(most);
       // A row that has seen no key yet has a top of minus infinity, and weights of exp(-inf).
       const A start = now == -A(INFINITY) ? A(0) : now;
-      const V base = S::spread(start), factor = S::exp2(S::spread(top[r]) - base, scale);
+      const V base = S::spread(start), factor = exp2(S::spread(top[r]) - base);
       V sum = S::template load<V>(sums + r * lanes) * factor;
       F* weights = reinterpret_cast<F*>(at.weights + r * kKeys / pair);
       for (int64_t c = 0; c < columns; c += lanes) {
-        const V weight = S::exp2(S::template load<V>(scores + c) - base, scale);
+        const V weight = exp2(S::template load<V>(scores + c) - base);
         sum += weight;
         S::store(weights + c, S::factors(weight));
       }
@@ -268,6 +268,7 @@ struct Attention {
     std::fill(at.sums, at.sums + rows * lanes, A(0));
     std::fill(at.top, at.top + rows, -A(INFINITY));
     const A root = A(1) / square_root(A(d)), scale = root * A(1.4426950408889634);
+    const typename S::Exp2 exp2(scale);
     const Ranges ranges = seen(begin, end, a.n, a.mask, kTile);
     for (int part = 0; part < 2; ++part)
       for (int64_t j = ranges.begin[part]; j < ranges.end[part]; j += kKeys) {
@@ -278,7 +279,7 @@ struct Attention {
             for (int64_t c = a.n - j; c < columns; ++c) at.scores[i * kKeys + c] = -INFINITY;
             hide(at.scores + i * kKeys, begin + r + i, j, j + columns, a.mask);
           }
-          soften(at, at.top + r, at.sums + r * lanes, columns, scale);
+          soften(at, at.top + r, at.sums + r * lanes, columns, exp2);
           add(at.out + r * width, width, at.factor, at.weights, kKeys / pair, 1,
               values + j / pair * width, columns / pair);
         }
@@ -339,6 +340,189 @@ struct Attention {
       });
     }
   }
+
+  // Scratch of one worker in the backward. Rows are keys, columns are queries.
+  struct Backward {
+    A *wide, *d_k, *d_v, *scores, *d_weights;
+    F* row;
+    U *keys, *values, *key_depth, *weights, *d_scores, *crossed;
+    Backward(Arena& arena, int64_t d, int64_t width)
+        : wide(arena.take<A>(d)), d_k(arena.take<A>(kBackKeys * width)),
+          d_v(arena.take<A>(kBackKeys * width)), scores(arena.take<A>(kRows * kBackQueries)),
+          d_weights(arena.take<A>(kRows * kBackQueries)), row(arena.take<F>(d)),
+          keys(arena.take<U>(kBackKeys * d / pair)), values(arena.take<U>(kBackKeys * d / pair)),
+          key_depth(arena.take<U>(kBackKeys * width / pair)),
+          weights(arena.take<U>(kRows * kBackQueries / pair)),
+          d_scores(arena.take<U>(kRows * kBackQueries / pair)),
+          crossed(arena.take<U>(kBackKeys * kBackQueries / pair)) {}
+  };
+
+  // One head's queries and gradients as factors, and the sums of their gradients.
+  struct Packed {
+    U *queries, *grads, *query_depth, *grad_depth;
+    A *base, *delta, *d_q;
+    Packed(Arena& arena, int64_t nq, int64_t d, int64_t width, int64_t splits)
+        : queries(arena.take<U>(nq * d / pair)), grads(arena.take<U>(nq * d / pair)),
+          query_depth(arena.take<U>(nq * width / pair)),
+          grad_depth(arena.take<U>(nq * width / pair)), base(arena.take<A>(nq)),
+          delta(arena.take<A>(nq)), d_q(arena.take<A>(splits * (nq + kRows) * width)) {}
+  };
+
+  static WF_HD const T* head(const Heads& x, int64_t b, int64_t h) {
+    return static_cast<const T*>(x.data) + b * x.b + h * x.h;
+  }
+
+  static WF_HD void pack_queries(const RopeAttentionBackwardArgs& a, int64_t b, int64_t h,
+                                 int64_t begin, int64_t width, const Packed& to,
+                                 const Backward& at) {
+    const int64_t end = std::min(begin + kTile, a.nq), d = a.d;
+    const T *q = head(a.q, b, h), *grad = head(a.grad, b, h), *out = head(a.out, b, h);
+    const int64_t column = begin * d / pair, depth = begin * width / pair;
+    pack_columns(q, a.q.n, begin, end, d, {}, at.wide, at.row, to.queries + column);
+    pack_columns(grad, a.grad.n, begin, end, d, {}, at.wide, at.row, to.grads + column);
+    pack_depth(q, a.q.n, begin, end, kTile, d, width, at.wide, at.row, to.query_depth + depth);
+    pack_depth(grad, a.grad.n, begin, end, kTile, d, width, at.wide, at.row, to.grad_depth + depth);
+    const A* lse = static_cast<const A*>(a.lse) + (b * a.h + h) * a.nq;
+    for (int64_t i = begin; i < begin + kTile; ++i) {
+      // Queries past the last have weights of exp(-inf).
+      to.base[i] = i < end ? lse[i] * square_root(A(d)) : A(INFINITY);
+      const T *g = grad + i * a.grad.n, *o = out + i * a.out.n;
+      to.delta[i] = i < end ? lane_sum<A>(d, [=](int64_t c) WF_BODY {
+        return A(wavflow::load(g[c])) * A(wavflow::load(o[c]));
+      }) : A(0);
+    }
+  }
+
+  // From scores and d_weights of kRows keys: weights and the scores' gradients without their scale,
+  // as left factors of keys (weights, d_scores) and of queries (crossed).
+  static WF_HD void differentiate(const Backward& at, U* d_scores, U* crossed, const A* base,
+                                  const A* delta, int64_t columns,
+                                  const typename S::Exp2& exp2) {
+    for (int64_t r = 0; r < kRows; r += pair)
+      for (int64_t c = 0; c < columns; c += lanes) {
+        decltype(S::factors(V{})) rounded[pair];
+        for (int64_t i = 0; i < pair; ++i) {
+          const int64_t row = (r + i) * kBackQueries;
+          const V score = S::template load<V>(at.scores + row + c);
+          const V weight = exp2(score - S::template load<V>(base + c));
+          const V d_weight = S::template load<V>(at.d_weights + row + c);
+          rounded[i] = S::factors(weight * (d_weight - S::template load<V>(delta + c)));
+          S::store(reinterpret_cast<F*>(at.weights) + row + c, S::factors(weight));
+          S::store(reinterpret_cast<F*>(d_scores) + row + c, rounded[i]);
+        }
+        if constexpr (pair == 2)
+          S::store(crossed + r / pair * kBackQueries + c, S::interleaved(rounded[0], rounded[1]));
+      }
+  }
+
+  // Gradients of keys [begin, end) of one head and their part of the queries' gradients.
+  static WF_HD void retreat(const RopeAttentionBackwardArgs& a, int64_t b, int64_t h, int64_t begin,
+                            int64_t end, int64_t width, const Packed& from, A* d_q,
+                            const Backward& at) {
+    const int64_t d = a.d, depth = d / pair, rows = round_up(end - begin, kRows);
+    pack_rows(head(a.k, b, h), a.k.n, begin, end, d, {}, at.wide, at.row, at.keys);
+    pack_rows(head(a.v, b, h), a.v.n, begin, end, d, {}, at.wide, at.row, at.values);
+    pack_depth(head(a.k, b, h), a.k.n, begin, end, rows, d, width, at.wide, at.row, at.key_depth);
+    std::fill(at.d_k, at.d_k + rows * width, A(0));
+    std::fill(at.d_v, at.d_v + rows * width, A(0));
+    const A root = A(1) / square_root(A(d)), scale = root * A(1.4426950408889634);
+    const typename S::Exp2 exp2(scale);
+    const Ranges ranges = seen(begin, end, a.nq, a.mask, kTile);
+    for (int part = 0; part < 2; ++part)
+      for (int64_t i = ranges.begin[part]; i < ranges.end[part]; i += kBackQueries) {
+        const int64_t columns = std::min(kBackQueries, ranges.end[part] - i);
+        for (int64_t r = 0; r < rows; r += kRows) {
+          score(at.scores, kBackQueries, at.keys + r * depth, from.queries + i * depth, columns, depth);
+          score(at.d_weights, kBackQueries, at.values + r * depth, from.grads + i * depth, columns, depth);
+          for (int64_t j = 0; j < kRows; ++j) {
+            A* scores = at.scores + j * kBackQueries;
+            if (begin + r + j >= end) std::fill(scores, scores + columns, -A(INFINITY));
+            hide(scores, begin + r + j, i, i + columns, a.mask);
+          }
+          U* crossed = at.crossed + r / pair * kBackQueries;
+          U* d_scores = pair == 1 ? crossed : at.d_scores;
+          differentiate(at, d_scores, crossed, from.base + i, from.delta + i, columns, exp2);
+          add(at.d_v + r * width, width, nullptr, at.weights, kBackQueries / pair, 1,
+              from.grad_depth + i / pair * width, columns / pair);
+          add(at.d_k + r * width, width, nullptr, d_scores, kBackQueries / pair, 1,
+              from.query_depth + i / pair * width, columns / pair);
+        }
+        // Whole register blocks of queries: those past the last column add nothing.
+        for (int64_t j = 0; j < rows / pair; ++j)
+          for (int64_t c = columns; c < round_up(columns, kRows); ++c)
+            at.crossed[j * kBackQueries + c] = U(0);
+        for (int64_t c = 0; c < columns; c += kRows)
+          add(d_q + (i + c) * width, width, nullptr, at.crossed + c, 1, kBackQueries, at.key_depth,
+              rows / pair);
+      }
+    const int64_t first = ((b * a.h + h) * a.n + begin) * d;
+    for (int64_t j = 0; j < end - begin; ++j)
+      for (int64_t c = 0; c < d; ++c) {
+        static_cast<T*>(a.d_k)[first + j * d + c] = wavflow::store<T>(at.d_k[j * width + c] * root);
+        static_cast<T*>(a.d_v)[first + j * d + c] = wavflow::store<T>(at.d_v[j * width + c]);
+      }
+  }
+
+  // A head's keys are cut into a number of parts that depends on the sizes alone. Each part adds up
+  // its own gradients of the queries; their sum is taken in order.
+  static void backward(const RopeAttentionBackwardArgs& a) {
+    const int64_t workers = std::max(a.target.threads, 1), heads = a.b * a.h;
+    const int64_t width = round_up(a.d, lanes), nq = round_up(a.nq, kTile), tiles = nq / kTile;
+    const int64_t blocks = (a.n + kBackKeys - 1) / kBackKeys;
+    const int64_t splits = std::clamp<int64_t>(64 / std::max<int64_t>(heads, 1), 1, (blocks + 3) / 4);
+    const int64_t per_split = (blocks + splits - 1) / splits;
+    const int64_t together = std::min(4 * workers, heads);
+    Arena counted(nullptr);
+    Packed(counted, nq, a.d, width, splits);
+    const int64_t per_head = counted.used();
+    Backward(counted, a.d, width);
+    const int64_t per_worker = counted.used() - per_head;
+    const Buffer buffer = allocate(together * per_head + workers * per_worker);
+    char *packs = buffer.get(), *scratches = packs + together * per_head;
+    auto pack = [=](int64_t i) {
+      Arena arena(packs + i * per_head);
+      return Packed(arena, nq, a.d, width, splits);
+    };
+    auto scratch = [=](int64_t w) {
+      Arena arena(scratches + w * per_worker);
+      return Backward(arena, a.d, width);
+    };
+    for (int64_t first = 0; first < heads; first += together) {
+      const int64_t count = std::min(together, heads - first);
+      parallel_for(I{}, workers, a.target.threads, [=](int64_t w) WF_BODY {
+        const Backward at = scratch(w);
+        for (int64_t i = w; i < count * tiles; i += workers) {
+          const int64_t at_head = first + i / tiles;
+          pack_queries(a, at_head / a.h, at_head % a.h, i % tiles * kTile, width, pack(i / tiles), at);
+        }
+      });
+      parallel_for(I{}, workers, a.target.threads, [=](int64_t w) WF_BODY {
+        const Backward at = scratch(w);
+        for (int64_t i = w; i < count * splits; i += workers) {
+          const int64_t at_head = first + i / splits, split = i % splits;
+          const Packed from = pack(i / splits);
+          A* d_q = from.d_q + split * (nq + kRows) * width;
+          std::fill(d_q, d_q + (nq + kRows) * width, A(0));
+          for (int64_t block = split * per_split; block < std::min((split + 1) * per_split, blocks);
+               ++block)
+            retreat(a, at_head / a.h, at_head % a.h, block * kBackKeys,
+                    std::min((block + 1) * kBackKeys, a.n), width, from, d_q, at);
+        }
+      });
+      parallel_for(I{}, workers, a.target.threads, [=](int64_t w) WF_BODY {
+        const A root = A(1) / square_root(A(a.d));
+        for (int64_t i = w; i < count * a.nq; i += workers) {
+          const A* d_q = pack(i / a.nq).d_q + i % a.nq * width;
+          T* to = static_cast<T*>(a.d_q) + (first * a.nq + i) * a.d;
+          for (int64_t c = 0; c < a.d; ++c) {
+            A sum = d_q[c];
+            for (int64_t s = 1; s < splits; ++s) sum += d_q[s * (nq + kRows) * width + c];
+            to[c] = wavflow::store<T>(sum * root);
+          }
+        }
+      });
+    }
+  }
 };
 
 // Calls f(Type<T>{}, I{}) for the element type and the instruction set in use.
@@ -362,6 +546,12 @@ void rope_attention_cpu(const RopeAttentionArgs& a) {
   });
 }
 
+void rope_attention_backward_cpu(const RopeAttentionBackwardArgs& a) {
+  dispatch_attention(a.dtype, [&](auto type, auto isa) {
+    Attention<typename decltype(type)::type, decltype(isa)>::backward(a);
+  });
+}
+
 WAVFLOW_BIND(m) {
   using Strides = std::array<int64_t, 3>;
   auto heads = [](uintptr_t data, Strides s) { return Heads{pointer<void>(data), s[0], s[1], s[2]}; };
@@ -375,6 +565,19 @@ WAVFLOW_BIND(m) {
                             heads(v, v_strides), pointer<void>(q_weight), pointer<void>(k_weight),
                             pointer<void>(rope), pointer<void>(out), pointer<void>(lse), sizes[0],
                             sizes[1], sizes[2], sizes[3], sizes[4], {window, local}});
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def(
+      "rope_attention_backward",
+      [=](Target target, int dtype, uintptr_t grad, Strides grad_strides, uintptr_t q,
+          Strides q_strides, uintptr_t k, Strides k_strides, uintptr_t v, Strides v_strides,
+          uintptr_t out, Strides out_strides, uintptr_t lse, uintptr_t d_q, uintptr_t d_k,
+          uintptr_t d_v, std::array<int64_t, 5> sizes, int64_t window, int64_t local) {
+        rope_attention_backward_cpu(
+            {target, DType(dtype), heads(grad, grad_strides), heads(q, q_strides),
+             heads(k, k_strides), heads(v, v_strides), heads(out, out_strides), pointer<void>(lse),
+             pointer<void>(d_q), pointer<void>(d_k), pointer<void>(d_v), sizes[0], sizes[1],
+             sizes[2], sizes[3], sizes[4], {window, local}});
       },
       pybind11::call_guard<pybind11::gil_scoped_release>());
 }

@@ -16,18 +16,21 @@ template <class A, int bytes> struct Vector {
   typedef A type __attribute__((vector_size(bytes)));
 };
 
-// 2^x: bits of the mantissa, bias of the exponent, and p with 2^f = 1 + f p(f) on [-1/2, 1/2]
-// (interpolated at Chebyshev nodes; relative error 5e-9 and 8e-18).
-template <class A> struct Exp2;
-template <> struct Exp2<float> {
+// exp2: bits of the mantissa, bias of the exponent, what rounds a number added to it to an integer and
+// leaves that plus the bias in its low bits, and p with 2^f = 1 + f p(f) on [-1/2, 1/2] (interpolated
+// at Chebyshev nodes; relative error 5e-9 and 8e-18).
+template <class A> struct Exp2Table;
+template <> struct Exp2Table<float> {
   using Bits = int32_t;
-  static constexpr int mantissa = 23, bias = 127;
-  static constexpr float p[] = {0.693147188f,     0.240226508f,     0.0555035711f,
-                                0.00961808256f,   0.00133908634f,   0.000154531629f};
+  static constexpr int mantissa = 23;
+  static constexpr float smallest = -126, magic = 0x1.8p23f + 127, one = 1;
+  static constexpr float p[] = {0.693147188f,   0.240226508f,   0.0555035711f,
+                                0.00961808256f, 0.00133908634f, 0.000154531629f};
 };
-template <> struct Exp2<double> {
+template <> struct Exp2Table<double> {
   using Bits = int64_t;
-  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr int mantissa = 52;
+  static constexpr double smallest = -1022, magic = 0x1.8p52 + 1023, one = 1;
   static constexpr double p[] = {0.69314718055994530942,     0.2402265069591009822,
                                  0.055504108664821594339,    0.0096181291076068885273,
                                  0.001333355814641693531,    0.00015403530441736050155,
@@ -51,9 +54,7 @@ template <class I, class F> struct Simd {
     return x;
   }
   template <class X> static WF_HD void store(void* to, X x) { __builtin_memcpy(to, &x, sizeof(x)); }
-  // x in every lane: of a constant, and of something in memory. (GCC fills a vector whose width the
-  // function's own target lacks lane by lane.)
-  static WF_HD V all(A x) { return x - V{}; }
+  // x in every lane. (GCC would fill it lane by lane where the instruction set is not the file's own.)
   template <class X> static WF_HD auto spread(const X& x) {
     using XV = typename Vector<X, I::bytes>::type;
 #if WF_X86
@@ -103,26 +104,41 @@ template <class I, class F> struct Simd {
     }
   }
 
-  // exp2(x c) for x c <= 0 to 2 ulp; 0 below the smallest normal number. The exponent comes out of
-  // the low bits of x c + 1.5 2^mantissa + bias; multiplying by it keeps NaN.
-  static WF_HD V exp2(V x, const A& c) {
-    using E = Exp2<A>;
-    using Bits = typename Vector<typename E::Bits, I::bytes>::type;
-    const V magic = all(A(int64_t(3) << (E::mantissa - 1)) + A(E::bias));
-    const V factor = spread(c), shifted = fma(x, factor, magic);
-    const V whole = shifted - magic;
-    const V f = fma(x, factor, -whole);
-    constexpr int degree = sizeof(E::p) / sizeof(E::p[0]);
-    V p = all(E::p[degree - 1]);
-    for (int i = degree - 2; i >= 0; --i) p = fma(p, f, all(E::p[i]));
-    p = fma(p, f, all(A(1)));
-    Bits bits;
-    __builtin_memcpy(&bits, &shifted, sizeof(bits));
-    bits <<= E::mantissa;
-    V power;
-    __builtin_memcpy(&power, &bits, sizeof(power));
-    return whole < all(A(1 - E::bias)) ? V{} : p * power;
+  // One vector of pairs (first, second) of two vectors of factors.
+  template <class H> static WF_HD UV interleaved(H first, H second) {
+    UV low{}, high{};
+#if WF_X86
+    asm("vpmovzxwd %1, %0" : "=v"(low) : "v"(first));
+    asm("vpmovzxwd %1, %0" : "=v"(high) : "v"(second));
+#endif
+    return low | high << 16;
   }
+
+  // 2^(c x) for c x <= 0 to 2 ulp; 0 below the smallest normal number; NaN of NaN.
+  class Exp2 {
+   public:
+    WF_HD explicit Exp2(const A& c)
+        : c_(spread(c)), magic_(spread(E::magic)), smallest_(spread(E::smallest)),
+          one_(spread(E::one)) {
+#pragma GCC unroll 16
+      for (int i = 0; i < degree; ++i) p_[i] = spread(E::p[i]);
+    }
+    WF_HD V operator()(V x) const {
+      const V shifted = fma(x, c_, magic_), whole = shifted - magic_, f = fma(x, c_, -whole);
+      V p = p_[degree - 1];
+#pragma GCC unroll 16
+      for (int i = degree - 2; i >= 0; --i) p = fma(p, f, p_[i]);
+      p = fma(p, f, one_);
+      const V power = bit_cast<V>(bit_cast<Bits>(shifted) << E::mantissa);
+      return whole < smallest_ ? V{} : p * power;
+    }
+
+   private:
+    using E = Exp2Table<A>;
+    using Bits = typename Vector<typename E::Bits, I::bytes>::type;
+    static constexpr int degree = sizeof(E::p) / sizeof(A);
+    V c_, magic_, smallest_, one_, p_[degree];
+  };
 
   // The larger one; y where x is NaN.
   static WF_HD V larger(V x, V y) { return x > y ? x : y; }

@@ -210,6 +210,35 @@ def _outputs_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) ->
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
+def _launch_backward(
+    outputs: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    local: int,
+) -> None:
+    grad, q, k, v, out = (_side_by_side(x) for x in (grad, q, k, v, out))
+    grad, out = (x.unflatten(-1, (q.shape[1], -1)).transpose(1, 2) for x in (grad, out))
+    lse = lse.contiguous()
+    C.rope_attention_backward(
+        target(q),
+        DTYPE_CODE[q.dtype],
+        *_heads(grad),
+        *_heads(q),
+        *_heads(k),
+        *_heads(v),
+        *_heads(out),
+        *(address(x) for x in (lse, *outputs)),
+        [*q.shape[:3], *k.shape[2:]],
+        window,
+        local,
+    )
+
+
 def _reference_backward(
     grad: Tensor,  # b nq h*d
     q: Tensor,  # b h nq d
@@ -344,8 +373,8 @@ BACKWARD = Op(
     reference=_reference_backward,
     check=_check_backward,
     outputs=_outputs_backward,
-    launch={"triton": triton_launch("rope_attention", "backward")},
-    supported={"triton": _GPU},
+    launch={"cpp": _launch_backward, "triton": triton_launch("rope_attention", "backward")},
+    supported={"cpp": {"cpu": frozenset(FLOATS)}, "triton": _GPU},
     samples=_samples_backward,
     bytes=lambda grad, q, k, v, *_: 4 * q.nbytes + 4 * k.nbytes,
     flops=lambda grad, *args: 5 * _flops(*args) // 2,
