@@ -9,6 +9,7 @@ Source: FlashAttention-2 (arXiv 2307.08691).
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -321,29 +322,113 @@ SHARED = {
     (10, 0): 227 << 10,
     (10, 3): 227 << 10,
 }
-# {generation: {(bytes an item, columns): (block_m, block_n, num_warps, num_stages)}}
-FORWARD: dict[int, dict[tuple[int, int], tuple[int, int, int, int]]] = {
-    8: {(2, 32): (128, 64, 4, 4), (2, 64): (128, 64, 4, 3), (2, 128): (128, 64, 8, 2)},
-    9: {(2, 32): (128, 128, 8, 3), (2, 64): (128, 128, 8, 3), (2, 128): (128, 128, 8, 2)},
-    10: {(2, 32): (128, 64, 4, 4), (2, 64): (128, 64, 4, 3), (2, 128): (128, 64, 8, 3)},
+# {generation: {(bytes an item, columns): (block_m, block_n, num_warps, num_stages)}}: tiles that
+# fit the registers. Three products stand for one of float32, and its tiles are small.
+Table = dict[int, dict[tuple[int, int], tuple[int, int, int, int]]]
+FORWARD: Table = {
+    8: {
+        (2, 32): (128, 64, 4, 4),
+        (2, 64): (128, 32, 4, 3),
+        (2, 128): (128, 64, 8, 2),
+        (4, 32): (32, 32, 8, 2),
+        (4, 64): (32, 32, 8, 2),
+        (4, 128): (16, 32, 8, 1),
+    },
+    9: {
+        (2, 32): (128, 128, 8, 3),
+        (2, 64): (128, 128, 8, 3),
+        (2, 128): (128, 64, 8, 3),
+        (4, 32): (64, 32, 4, 2),
+        (4, 64): (64, 32, 4, 2),
+        (4, 128): (16, 32, 8, 1),
+    },
+    10: {
+        (2, 32): (128, 64, 4, 4),
+        (2, 64): (128, 64, 8, 3),
+        (2, 128): (128, 64, 8, 3),
+        (4, 32): (64, 32, 8, 2),
+        (4, 64): (64, 32, 8, 2),
+        (4, 128): (16, 32, 8, 1),
+    },
 }
-BACKWARD: dict[int, dict[tuple[int, int], tuple[int, int, int, int]]] = {
-    8: {(2, 32): (128, 64, 8, 3), (2, 64): (128, 64, 8, 2), (2, 128): (64, 32, 4, 2)},
-    9: {(2, 32): (128, 64, 8, 3), (2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2)},
-    10: {(2, 32): (128, 64, 8, 2), (2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2)},
+BACKWARD: Table = {
+    8: {
+        (2, 32): (128, 64, 8, 3),
+        (2, 64): (128, 64, 8, 2),
+        (2, 128): (64, 64, 8, 2),
+        (4, 32): (32, 32, 8, 2),
+        (4, 64): (32, 32, 8, 1),
+        (4, 128): (16, 32, 8, 1),
+    },
+    9: {
+        (2, 32): (128, 64, 8, 3),
+        (2, 64): (128, 64, 8, 2),
+        (2, 128): (128, 32, 8, 2),
+        (4, 32): (32, 32, 8, 2),
+        (4, 64): (32, 32, 8, 1),
+        (4, 128): (16, 32, 8, 1),
+    },
+    10: {
+        (2, 32): (128, 64, 8, 2),
+        (2, 64): (128, 64, 8, 2),
+        (2, 128): (128, 64, 8, 2),
+        (4, 32): (64, 32, 8, 2),
+        (4, 64): (64, 32, 8, 2),
+        (4, 128): (16, 32, 8, 1),
+    },
 }
 
 
-def _config(op: str, q: Tensor, key: str, cols: int) -> Config:
+def _columns(q: Tensor) -> int:
+    """Columns of a tile: the head width, up to a power of two that the tensor cores take."""
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"rope_attention: the Triton kernels hold heads of d <= {MAX_HEAD_DIM}, "
+            f"got {q.shape[3]}"
+        )
+    return max(16, _tuned.up_to_power_of_two(q.shape[3]))
+
+
+def _config(op: str, table: Table, q: Tensor, key: str) -> Config:
     """The measured configuration of a call, else the table's."""
-    config = _tuned.lookup(op, q.device, key).get("config")
-    if config is not None:
-        return config
-    table = FORWARD if op == "rope_attention" else BACKWARD
+    measured = _tuned.lookup(op, q.device, key).get("config")
+    if measured is not None:
+        return measured
     generation = min(max(capability(q.device)[0], 8), 10)
-    wide = (64, 32, 4, 2) if cols <= 128 else (32, 32, 4, 1)
-    m, n, warps, stages = table[generation].get((q.element_size(), cols), wide)
+    size = q.element_size(), max(32, _columns(q))
+    m, n, warps, stages = table[generation].get(size, (16, 16, 8, 1))
     return {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+
+
+def _candidates(q: Tensor, tiles: int, extra: int) -> list[Config]:
+    """Configurations whose accumulators fit the registers and whose tiles fit shared memory.
+
+    tiles: how many (block_m, columns) tiles a program keeps, as operands and as accumulators
+    alike, with as many (block_m, block_n) ones of scores; extra: streamed bytes a row beside k, v.
+    """
+    half, cols = q.element_size() == 2, _columns(q)
+    shared = SHARED.get(capability(q.device), 99 << 10)
+    configs = []
+    for m, n, warps, stages in itertools.product(
+        (64, 128) if half else (16, 32, 64), (32, 64, 128) if half else (16, 32), (4, 8), (1, 2, 3)
+    ):
+        registers = tiles * m * (cols + n) // (32 * warps)
+        row = cols * q.element_size()
+        used = tiles * m * row + stages * n * (2 * row + extra)
+        if registers <= (160 if half else 48) and used <= shared and stages > half:
+            configs.append({"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages})
+    return configs
+
+
+def candidates(*args: Any) -> list[Config]:
+    """What the tuner tries for a call of rope_attention."""
+    q, rope = args[0], args[5]
+    return _candidates(q, 1, 0 if rope is None else 4 * _columns(q))
+
+
+def backward_candidates(*args: Any) -> list[Config]:
+    """What the tuner tries for a call of rope_attention_backward."""
+    return _candidates(args[1], 2, 8)
 
 
 def _constants(q: Tensor, window: int, config: Config) -> dict[str, Any]:
@@ -357,16 +442,6 @@ def _constants(q: Tensor, window: int, config: Config) -> dict[str, Any]:
         "num_warps": config["num_warps"],
         "num_stages": config["num_stages"],
     }
-
-
-def _columns(q: Tensor) -> int:
-    """Columns of a tile: the head width, up to a power of two that the tensor cores take."""
-    if q.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(
-            f"rope_attention: the Triton kernels hold heads of d <= {MAX_HEAD_DIM}, "
-            f"got {q.shape[3]}"
-        )
-    return max(16, _tuned.up_to_power_of_two(q.shape[3]))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -391,7 +466,7 @@ def forward(
     b, h, nq, _ = q.shape
     n = k.shape[2]
     key = tuning_key(q, k, q_weight, window)
-    config = _config("rope_attention", q, key, _columns(q))
+    config = _config("rope_attention", FORWARD, q, key)
     q, k, v = _rows(q), _rows(k), _rows(v)
     launch(
         _forward,
@@ -424,7 +499,7 @@ def backward(
     b, h, nq, _ = q.shape
     n = k.shape[2]
     key = tuning_key(q, k, None, window)
-    config = _config("rope_attention_backward", q, key, _columns(q))
+    config = _config("rope_attention_backward", BACKWARD, q, key)
     grad, q, k, v = _rows(grad), _rows(q), _rows(k), _rows(v)
     out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
@@ -442,3 +517,6 @@ def backward(
         *(grad, q, k, v, lse, delta, dk, dv, *strides, *sizes),
         **constants,
     )
+    if n == 1:  # the one weight is 1 whatever q and k are; the difference above is rounding alone
+        dq.zero_()
+        dk.zero_()
