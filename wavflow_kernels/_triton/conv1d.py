@@ -27,7 +27,7 @@ Config = dict[str, int]
 @triton.jit
 def tile(rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """First row and first column of this program's tile: GROUP row tiles share their columns."""
-    GROUP: tl.constexpr = 8
+    GROUP: tl.constexpr = 16
     tiles_n: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     first = program // (GROUP * tiles_n) * GROUP
@@ -188,8 +188,11 @@ DEFAULTS = {
     9: _configs(
         (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)
     ),
+    # tcgen05 multiplies 128 rows at a time; 64 take as long.
+    10: _configs(
+        (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4)
+    ),
 }
-DEFAULTS[10] = DEFAULTS[9]
 CANDIDATES = {
     8: DEFAULTS[8]
     + _configs(
@@ -222,8 +225,20 @@ CANDIDATES = {
         (128, 64, 64, 4, 4),
         (64, 64, 128, 4, 3),
     ),
+    10: DEFAULTS[10]
+    + _configs(
+        (128, 256, 64, 8, 4),
+        (256, 128, 64, 8, 3),
+        (256, 128, 64, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 4, 4),
+        (128, 128, 128, 8, 3),
+        (128, 64, 64, 4, 3),
+        (128, 64, 128, 4, 3),
+        (128, 32, 64, 4, 4),
+        (64, 128, 64, 8, 4),
+    ),
 }
-CANDIDATES[10] = CANDIDATES[9]
 # float32 multiplies without tensor cores: they truncate their sums, and TF32 its factors.
 DEFAULTS_FLOAT32 = _configs((128, 64, 16, 8, 3), (64, 64, 16, 4, 3))
 CANDIDATES_FLOAT32 = DEFAULTS_FLOAT32 + _configs((128, 64, 16, 8, 4), (64, 64, 32, 4, 3))
