@@ -54,7 +54,8 @@ class Build:
         return " ".join(f"{names[path[0]]}={value}" for path, value in values)
 
     def __str__(self) -> str:
-        return f"{self.source.fn.__name__} [{self.constants}] of {several(map(str, self.calls))}"
+        how = f"{self.constants} warps={self.options.num_warps} stages={self.options.num_stages}"
+        return f"{self.source.fn.__name__} [{how}] of {several(map(str, self.calls))}"
 
 
 @dataclass(eq=False)
@@ -96,8 +97,10 @@ def several(names: Iterable[str]) -> str:
     return f"{first} and {len(rest)} more" if rest else first
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+def _brief(error: BaseException) -> str:
+    """One line: compilers say what is wrong in the first and the last line of many."""
+    lines = [line.strip(" :") for line in str(error).splitlines() if line.strip(" :")]
+    return ": ".join(dict.fromkeys([type(error).__name__, *lines[:1], *lines[-1:]]))
 
 
 def collect(op: Op, number: int, builds: dict[str, Build]) -> Iterator[Call | str]:
@@ -118,7 +121,7 @@ def collect(op: Op, number: int, builds: dict[str, Build]) -> Iterator[Call | st
                 for launch in launches:
                     _add(call, launch, operands, builds)
             except Exception as error:
-                yield f"{call}: {_first_line(error)}"
+                yield f"{call}: {_brief(error)}"
             else:
                 yield call
 
@@ -233,7 +236,7 @@ def _compile(index: int) -> Examined | str:
             file.flush()
             code = _sass.read(cuobjdump(), Path(file.name))[0]
     except Exception as error:
-        return _first_line(error)
+        return _brief(error)
     return Examined(
         code,
         code.shared + compiled.metadata.shared,

@@ -13,8 +13,9 @@ from pathlib import Path
 # The matrix instruction of each generation of tensor cores.
 TENSOR = ("HMMA", "HGMMA", "UTCHMMA")
 
-_CODE = re.compile(r"(?:code for|arch =) (sm_\w+)")
-_FUNCTION = re.compile(r"^\s*Function\s*:?\s+([^\s:]+)")
+_CODE = re.compile(r"code for (sm_\w+)")
+_FUNCTION = re.compile(r"\s*Function : (\S+)")
+_USED = re.compile(r"\s*Function (\S+):$")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]\s+)?([A-Z][\w.]*)")
 _FP64 = re.compile(r"D(ADD|FMA|MUL|SETP|MNMX|MMA)\b|\w+\.([\w.]*\.)?F64\b|MUFU\.\w+64H")
@@ -74,29 +75,30 @@ def read(cuobjdump: str, path: Path) -> list[Code]:
 
     Raises RuntimeError with cuobjdump's message where it fails.
     """
-    codes: dict[tuple[str, str], Code] = {}
-    for option in ("-res-usage", "-sass"):
-        done = subprocess.run([cuobjdump, option, str(path)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{cuobjdump} {option} {path}: {done.stderr.strip()}")
-        _parse(done.stdout, codes)
-    return list(codes.values())
+    command = [cuobjdump, "-res-usage", "-sass", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return parse(done.stdout)
 
 
-def _parse(text: str, codes: dict[tuple[str, str], Code]) -> None:
-    """Add what one run of cuobjdump printed to `codes`, by (architecture, name)."""
-    architecture, code = "", None
+def parse(text: str) -> list[Code]:
+    """The kernels in cuobjdump's output: for every file in it first the usage, then the code."""
+    codes: list[Code] = []
+    architecture = name = ""
+    usage: dict[str, tuple[int, ...]] = {}
     for line in text.splitlines():
         if match := _INSTRUCTION.match(line):
-            if code is not None:
-                code.opcodes[match[1]] += 1
+            codes[-1].opcodes[match[1]] += 1
         elif match := _CODE.search(line):
-            architecture, code = match[1], None
+            architecture = match[1]
+        elif match := _USED.match(line):
+            name = match[1]
+        elif match := _USAGE.search(line):
+            usage[name] = tuple(map(int, match.groups()))
         elif match := _FUNCTION.match(line):
-            key = (architecture, match[1])
-            code = codes.setdefault(key, Code(match[1], architecture))
-        elif code is not None and (match := _USAGE.search(line)):
-            code.registers, code.stack, code.shared = map(int, match.groups())
+            codes.append(Code(match[1], architecture, *usage[match[1]]))
+    return codes
 
 
 def demangled(name: str) -> str:
