@@ -138,7 +138,7 @@ def shift(out: Tensor, x: Tensor, w: Tensor) -> None:
 
 
 def tall_grid(out: Tensor, x: Tensor, w: Tensor) -> None:
-    launch(centre, lambda given: (1, x.numel() // given["BLOCK"] * 16), x, out, BLOCK=1024)
+    launch(centre, lambda given: (1, x.numel() // given["BLOCK"] * 64), x, out, BLOCK=1024)
 
 
 def raises(out: Tensor, x: Tensor, w: Tensor) -> None:
