@@ -19,6 +19,15 @@ struct Target {
   uintptr_t stream;  // CUDA only
 };
 
+// A real number among the arguments, rounded on the host so that no float kernel converts a double.
+struct Real {
+  double wide;
+  float narrow;
+  Real(double x) : wide(x), narrow(float(x)) {}
+  WF_HD explicit operator double() const { return wide; }
+  WF_HD explicit operator float() const { return narrow; }
+};
+
 template <class T> struct Type { using type = T; };
 
 // Calls f(Type<T>{}) for the element type.

@@ -21,7 +21,7 @@ struct FlowLossArgs {
   void* out_residual;  // backward: gradient of the residual (batch, count), computed type, or null
   void* partials;      // CUDA forward: batch * blocks computed elements
   int64_t batch, count;
-  double sigma_min;
+  Real sigma_min;
 };
 
 // Per item: residual = a * pred - x_1 + b * other, loss = mean((w * residual)^2).

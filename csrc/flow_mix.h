@@ -15,7 +15,7 @@ struct FlowMixArgs {
   void* x_t;             // (batch, count)
   void* x_0;             // (batch, count), computed type; null when noise is given
   int64_t batch, count;
-  double sigma_min, noise_scale;
+  Real sigma_min, noise_scale;
 };
 
 template <class A>

@@ -13,7 +13,7 @@ struct LiftArgs {
   void* tokens;            // (batch, kept)
   void* partials;          // CUDA: batch * blocks * 2 computed elements
   int64_t batch, samples, kept;
-  double target_rms, audio_scale;
+  Real target_rms, audio_scale;
 };
 
 // y = clamp(x * gain / divisor, -1, 1) * scale

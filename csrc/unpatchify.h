@@ -12,7 +12,7 @@ struct UnpatchifyArgs {
   const void* window;  // (tokens_per_window) weights in the computed type, or null: weight 1
   void* wave;          // (batch, samples)
   int64_t batch, windows, window_tokens, token_size, hop, samples;
-  double audio_scale;
+  Real audio_scale;
 };
 
 // Sample `p` of one item: the weighted mean of the windows that hold it, divided by the scale.

@@ -19,10 +19,14 @@ __global__ void __launch_bounds__(kThreads) mix(FlowMixArgs a) {
     if (kVector) {
       x_1 = *reinterpret_cast<const Vec<T, 4>*>(static_cast<const T*>(a.x_1) + at);
     } else {
-      for (int k = 0; k < n; ++k) x_1.at[k] = static_cast<const T*>(a.x_1)[at + k];
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (k < n) x_1.at[k] = static_cast<const T*>(a.x_1)[at + k];
     }
     if (a.noise != nullptr) {
-      for (int k = 0; k < n; ++k) x_0.at[k] = static_cast<const A*>(a.noise)[at + k];
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (kVector || k < n) x_0.at[k] = static_cast<const A*>(a.noise)[at + k];
     } else {
       float z[4];
       normal4(uint64_t(a.seeds[b]), uint64_t(quad), z);
@@ -36,9 +40,10 @@ __global__ void __launch_bounds__(kThreads) mix(FlowMixArgs a) {
       *reinterpret_cast<Vec<T, 4>*>(static_cast<T*>(a.x_t) + at) = x_t;
       if (a.x_0 != nullptr) *reinterpret_cast<Vec<A, 4>*>(static_cast<A*>(a.x_0) + at) = x_0;
     } else {
-      for (int k = 0; k < n; ++k) {
-        static_cast<T*>(a.x_t)[at + k] = x_t.at[k];
-        if (a.x_0 != nullptr) static_cast<A*>(a.x_0)[at + k] = x_0.at[k];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (k < n) static_cast<T*>(a.x_t)[at + k] = x_t.at[k];
+        if (k < n && a.x_0 != nullptr) static_cast<A*>(a.x_0)[at + k] = x_0.at[k];
       }
     }
   }

@@ -21,10 +21,10 @@ __device__ __forceinline__ A block_max(A value, A* shared) {
 }
 
 template <class In, int V>
-__global__ void __launch_bounds__(kThreads) reduce(LiftArgs a, int64_t per_row) {
+__global__ void __launch_bounds__(kThreads) reduce(LiftArgs a, unsigned per_row) {
   using A = compute_t<In>;
   __shared__ A sums[kThreads / 32], peaks[kThreads / 32];
-  const int64_t b = blockIdx.x / per_row, begin = blockIdx.x % per_row * kChunk;
+  const int64_t b = blockIdx.x / per_row, begin = int64_t(blockIdx.x % per_row) * kChunk;
   const int64_t n = a.lengths ? a.lengths[b] : a.samples;
   const int64_t count = n - begin < kChunk ? n - begin : kChunk;
   const In* x = static_cast<const In*>(a.wave) + b * a.samples + begin;
@@ -54,15 +54,15 @@ __global__ void __launch_bounds__(kThreads) reduce(LiftArgs a, int64_t per_row) 
 }
 
 template <class In, class Out, int V>
-__global__ void __launch_bounds__(kThreads) write(LiftArgs a, int64_t per_row, int64_t per_out_row) {
+__global__ void __launch_bounds__(kThreads) write(LiftArgs a, unsigned per_row, unsigned per_out_row) {
   using A = compute_t<In>;
   __shared__ A sums[kThreads / 32], peaks[kThreads / 32];
   __shared__ Lift<A> lift_of_item;
-  const int64_t b = blockIdx.x / per_out_row, begin = blockIdx.x % per_out_row * kChunk;
+  const int64_t b = blockIdx.x / per_out_row, begin = int64_t(blockIdx.x % per_out_row) * kChunk;
   const int64_t n = a.lengths ? a.lengths[b] : a.samples;
-  const A* partials = static_cast<const A*>(a.partials) + 2 * b * per_row;
+  const A* partials = static_cast<const A*>(a.partials) + 2 * b * int64_t(per_row);
   A sum = 0, peak = 0;
-  for (int64_t i = threadIdx.x; i < per_row; i += kThreads) {
+  for (unsigned i = threadIdx.x; i < per_row; i += kThreads) {
     sum += partials[2 * i];
     peak = maximum(partials[2 * i + 1], peak);
   }
@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(kThreads) write(LiftArgs a, int64_t per_row, i
 template <class In, class Out, int V>
 static void launch(const LiftArgs& a) {
   const DeviceScope scope(a.target, "lift_patchify");
-  const int64_t per_row = (a.samples + kChunk - 1) / kChunk, per_out_row = (a.kept + kChunk - 1) / kChunk;
+  const auto per_row = unsigned((a.samples + kChunk - 1) / kChunk);
+  const auto per_out_row = unsigned((a.kept + kChunk - 1) / kChunk);
   const cudaStream_t stream = stream_of(a.target);
   reduce<In, V><<<unsigned(a.batch * per_row), kThreads, 0, stream>>>(a, per_row);
   scope.check_launch();

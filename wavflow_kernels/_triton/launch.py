@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+Grid = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -21,8 +23,8 @@ class Launch:
     kernel: Any
     args: tuple[Any, ...]
     constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, Any]
+    grid: Grid
 
 
 @dataclass
@@ -54,14 +56,18 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def launch(
     kernel: Any,
-    grid: tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]],
+    grid: Grid | Callable[[dict[str, Any]], Grid],
     *args: Any,
     num_warps: int = 4,
     num_stages: int = 2,
     **constants: Any,
 ) -> None:
     """``kernel[grid](*args, **constants)``; `constants` are its ``tl.constexpr`` parameters."""
-    if _recorder is not None:
-        _recorder.launches.append(Launch(kernel, args, constants, num_warps, num_stages))
+    # Triton 3.10 will stop fusing a * b + c by default.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if _recorder is None:
+        kernel[grid](*args, **options, **constants)
         return
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+    if callable(grid):
+        grid = grid({**dict(zip(kernel.arg_names, args, strict=False)), **constants})
+    _recorder.launches.append(Launch(kernel, args, constants, options, grid))
