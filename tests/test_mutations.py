@@ -12,13 +12,13 @@ from numerics import excess, to_float64
 from torch import Tensor
 
 from wavflow_kernels import REGISTRY
-from wavflow_kernels.ops import flow_loss, flow_mix, ode_step, qkv_rope, unpatchify
 from wavflow_kernels.ops import (
     adaln,
     flow_loss,
     flow_mix,
     gated_residual_adaln,
     ode_step,
+    qkv_rope,
     unpatchify,
 )
 
@@ -92,6 +92,8 @@ def exchanged_parts(qkv: list[Tensor], q_weight: list[Tensor], *args: Any) -> tu
         order = [1, 0, 2] if parts == 3 else [0, 1]
         wrong.append(x.unflatten(2, (heads, d, parts))[..., order].flatten(2))
     return qkv_rope.reference(wrong, q_weight, *args)
+
+
 def modulated(unbiased: bool = False, one: float = 1.0, shifted: float = 1.0) -> Any:
     """adaln with parts of it changed."""
 

@@ -14,8 +14,8 @@ from .ops.flow_mix import flow_mix, philox_normal
 from .ops.gated_residual_adaln import gated_residual_adaln
 from .ops.lift_patchify import lift_patchify
 from .ops.ode_step import ode_step, ode_step_
-from .ops.qkv_rope import qkv_rope, rope_table
 from .ops.prepared_conv import PreparedConv, prepare_conv
+from .ops.qkv_rope import qkv_rope, rope_table
 from .ops.rope_attention import rope_attention
 from .ops.swiglu import swiglu
 from .ops.unpatchify import unpatchify
@@ -23,9 +23,9 @@ from .ops.unpatchify import unpatchify
 __all__ = [
     "REGISTRY",
     "BackendError",
+    "PreparedConv",
     "TokenRows",
     "adaln",
-    "PreparedConv",
     "conv1d",
     "conv_swiglu",
     "flow_loss",
@@ -35,13 +35,12 @@ __all__ = [
     "ode_step",
     "ode_step_",
     "philox_normal",
+    "prepare_conv",
     "qkv_rope",
     "rope_attention",
     "rope_table",
-    "token_rows",
-    "prepare_conv",
-    "rope_attention",
     "swiglu",
+    "token_rows",
     "unpatchify",
     "use_backend",
 ]
