@@ -108,7 +108,7 @@ def test_rope_table_is_the_formula() -> None:
 
 @given(
     tokens=TOKENS,
-    d=HEAD_DIM,
+    d=st.sampled_from([32, 64, 66]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     backend=BACKEND,
 )
