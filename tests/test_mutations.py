@@ -99,8 +99,9 @@ def modulated(unbiased: bool = False, one: float = 1.0, shifted: float = 1.0) ->
 
     def wrong(x: Tensor, shift: Tensor, scale: Tensor, index: Any, _: Any, eps: float) -> Any:
         c = x.shape[-1]
-        variance = x.var(-1, correction=0, keepdim=True) * (c / max(c - 1, 1) if unbiased else 1)
-        normed = (x - x.mean(-1, keepdim=True)) / (variance + eps).sqrt()
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.square().sum(-1, keepdim=True) / (max(c - 1, 1) if unbiased else c)
+        normed = centred / (variance + eps).sqrt()
         shift, scale = (adaln.of_tokens(t, index, x.dtype) for t in (shift, scale))
         return normed * (one + scale) + shifted * shift
 

@@ -2,8 +2,8 @@ r"""LayerNorm without weights, then a shift and a scale that many tokens share.
 
 :math:`\mathrm{out}_n = \frac{x_n - \mu_n}{\sqrt{\sigma_n^2 + \epsilon}}\,(1 + \mathrm{scale}_r)
 + \mathrm{shift}_r`, where mean and (biased) variance run over the channels and the row r that token
-n reads never decreases with n. A row's tokens are thus one range, and the gradient of a row is a sum
-over that range.
+n reads never decreases with n. A row's tokens are thus one range, and the gradient of a row is a
+sum over that range.
 """
 
 from __future__ import annotations
