@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .launch import launch
 
-_BLOCK = 1024  # channels a program; 4 warps load 16 bytes a thread in half precision, twice
+_BLOCK = 1024  # channels a program: 16 bytes a thread of 4 warps in half precision
 
 
 @triton.jit(do_not_specialize=["tokens"])
