@@ -210,6 +210,8 @@ def test_prepared_weights_run_under_autocast() -> None:
     half = wk.prepare_conv(weight, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(wk.conv1d(x, half), wk.conv1d(x.bfloat16(), half))
+    with pytest.raises(TypeError, match="prepared for bfloat16, x is computed in float32"):
+        wk.conv1d(x, half)
 
 
 def test_backward_without_kept_activations_recomputes() -> None:

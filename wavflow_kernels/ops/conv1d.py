@@ -200,6 +200,9 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of :func:`convolve` in x, weight and bias, by torch's libraries; None unneeded."""
     o, c, k = weight.shape
+    if x.device.type == "cpu" and x.dtype == torch.float16:
+        wide = convolve_backward(grad.float(), x.float(), weight.float(), needs)
+        return tuple(None if d is None else d.to(x.dtype) for d in wide)
     if k == 1:
         # Both are Linears, of rows as channels for the weight.
         d_x = d_weight = d_bias = None

@@ -226,16 +226,19 @@ def without_gradient(op: str, x: Tensor, prepared: PreparedConv) -> tuple[Tensor
 
 
 def call(op: str, x: Tensor, prepared: PreparedConv, bias: Tensor | None) -> Tensor:
-    """Run the public function `op` with packed weights."""
+    """Run the public function `op` with packed weights.
+
+    Past the dispatcher always: torch.compile cannot look into oneDNN's layouts.
+    """
     weights = list(without_gradient(op, x, prepared))
+    wanted = getattr(x, "dtype", None)
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         wanted = torch.get_autocast_dtype(x.device.type)
-    else:
-        wanted = getattr(x, "dtype", None)
+        x, bias = (None if t is None else t.to(wanted) for t in (x, bias))
     if isinstance(x, Tensor) and weights[0].dtype != wanted:
         found, wanted = (str(t).removeprefix("torch.") for t in (weights[0].dtype, wanted))
         raise TypeError(f"{op}: the weights were prepared for {found}, x is computed in {wanted}")
-    return OP(x, weights, bias, prepared.gated)
+    return OP.torch_op(x, weights, bias, prepared.gated)
 
 
 def prepare_conv(
