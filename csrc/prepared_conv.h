@@ -14,10 +14,9 @@ namespace wavflow {
 struct WinogradInputArgs {
   Target target;
   DType dtype;
-  const void* x;  // (batch, tokens, channels), rows contiguous
+  const void* x;  // (batch, tokens, channels)
   void* out;      // (4, batch, (tokens + 1) / 2, channels)
   int64_t batch, tokens, channels;
-  int64_t stride_batch, stride_token;  // of x, in elements
 };
 
 struct WinogradOutputArgs {

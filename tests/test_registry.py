@@ -15,6 +15,7 @@ import torch
 import wavflow_kernels as wk
 from wavflow_kernels import REGISTRY, _backend
 from wavflow_kernels.__main__ import report
+from wavflow_kernels.ops import conv1d
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = sorted(name for name, op in REGISTRY.items() if not op.internal)
@@ -77,6 +78,8 @@ X = torch.zeros(2, 3, 4)
 T = torch.zeros(2)
 INDEX = torch.zeros(1, dtype=torch.int64)
 WAVE = torch.zeros(2, 12)
+W = torch.zeros(5, 4, 3)
+Y = torch.zeros(2, 3, 5)
 
 ROW = torch.zeros(2, 1, 4)
 
@@ -231,6 +234,61 @@ BAD_CALLS = {
     "gated_residual_adaln: gate_rows.offsets must have 2 elements for 1 rows, got 4": (
         lambda: wk.gated_residual_adaln(X, X, ROW, rows(0, 1, 2), ROW, ROW)
     ),
+    "conv1d: x must have shape (b, n, c), got (2, 12)": lambda: wk.conv1d(WAVE, W),
+    "conv1d: weight must have shape (o, c, k) with c = 4, got (5, 3, 3)": lambda: wk.conv1d(
+        X, W[:, :3]
+    ),
+    "conv1d: weight must be float32, got bfloat16": lambda: wk.conv1d(X, W.bfloat16()),
+    "conv1d: weight is on meta, wanted cpu": lambda: wk.conv1d(X, W.to("meta")),
+    "conv1d: weight must be a tensor, got list": lambda: wk.conv1d(X, [W]),
+    "conv1d: the width of the weight must be odd, got 2": lambda: wk.conv1d(X, W[..., :2]),
+    "conv1d: there must be at least one of the tokens, got none": lambda: wk.conv1d(X[:, :0], W),
+    "conv1d: bias must have shape (o) with o = 5, got (2,)": lambda: wk.conv1d(X, W, T),
+    "conv1d: activation must be None or 'selu', got 'relu'": lambda: wk.conv1d(
+        X, W, activation="relu"
+    ),
+    "conv1d: residual must have shape (b, n, o) with o = 5, got (2, 3, 4)": lambda: wk.conv1d(
+        X, W, residual=X
+    ),
+    "conv1d: an activation and a residual exclude each other": lambda: wk.conv1d(
+        X, W, activation="selu", residual=Y
+    ),
+    "conv1d: a gate needs a residual": lambda: wk.conv1d(X, W, gate=Y),
+    "conv1d: gate must have one row where no gate_rows are given, got 3": lambda: wk.conv1d(
+        X, W, residual=Y, gate=Y
+    ),
+    "conv1d: gate_rows must be TokenRows, got Tensor": lambda: wk.conv1d(
+        X, W, residual=Y, gate=Y, gate_rows=INDEX
+    ),
+    "conv1d: gate_index must be int32, got int64": lambda: conv1d.OP(
+        X, W, None, False, Y, Y, torch.arange(3)
+    ),
+    "conv1d: weight was prepared for conv_swiglu": lambda: wk.conv1d(X, wk.prepare_conv([W, W])),
+    "conv_swiglu: w3 must have shape (o, c, k) with k = 3, got (5, 4, 1)": lambda: wk.conv_swiglu(
+        X, W, W[..., :1]
+    ),
+    "conv_swiglu: w3 must be float32, got float64": lambda: wk.conv_swiglu(X, W, W.double()),
+    "conv_swiglu: there must be at least one of the tokens": lambda: wk.conv_swiglu(X[:, :0], W, W),
+    "conv_swiglu: [w1, w3] must be prepared together": lambda: wk.conv_swiglu(
+        X, wk.prepare_conv(W), W
+    ),
+    "prepare_conv: Winograd needs width 3, got 1": lambda: wk.prepare_conv(
+        W[..., :1], winograd=True
+    ),
+    "prepare_conv: weight must be one tensor or [w1, w3], got 3": lambda: wk.prepare_conv([W] * 3),
+    "prepare_conv: the width of the weight must be odd, got 2": lambda: wk.prepare_conv(W[..., :2]),
+    "prepare_conv: dtype must be a float dtype, got torch.int64": lambda: wk.prepare_conv(
+        W, dtype=torch.int64
+    ),
+    "prepare_conv: w3 must have shape (o, c, k) with o = 5, got (4, 4, 3)": lambda: wk.prepare_conv(
+        [W, W[:4]]
+    ),
+    "swiglu: b must have shape (b, n, i) with n = 3, got (2, 2, 4)": lambda: wk.swiglu(X, X[:, :2]),
+    "swiglu: b must be float32, got float16": lambda: wk.swiglu(X, X.half()),
+    "swiglu: a must be float32, float64, bfloat16, float16, got int64": lambda: wk.swiglu(
+        X.long(), X
+    ),
+    "swiglu: there must be at least one of the channels": lambda: wk.swiglu(X[..., :0], X[..., :0]),
 }
 
 

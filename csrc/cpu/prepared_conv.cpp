@@ -17,14 +17,14 @@ static void input(const WinogradInputArgs& a) {
   parallel_for(a.batch * per_item, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t b = i / per_item, first = i % per_item * kPairs;
     const int64_t last = first + kPairs < pairs ? first + kPairs : pairs;
-    const T* x = static_cast<const T*>(a.x) + b * a.stride_batch;
+    const T* x = static_cast<const T*>(a.x) + b * a.tokens * a.channels;
     for (int64_t t = first; t < last; ++t) {
       const int64_t n = 2 * t;
       const bool before = n > 0, next = n + 1 < a.tokens, after = n + 2 < a.tokens;
-      const T* __restrict d1 = x + n * a.stride_token;
-      const T* __restrict d0 = before ? d1 - a.stride_token : d1;
-      const T* __restrict d2 = next ? d1 + a.stride_token : d1;
-      const T* __restrict d3 = after ? d1 + 2 * a.stride_token : d1;
+      const T* __restrict d1 = x + n * a.channels;
+      const T* __restrict d0 = before ? d1 - a.channels : d1;
+      const T* __restrict d2 = next ? d1 + a.channels : d1;
+      const T* __restrict d3 = after ? d1 + 2 * a.channels : d1;
       T* __restrict out = static_cast<T*>(a.out) + (b * pairs + t) * a.channels;
       for (int64_t j = 0; j < a.channels; ++j) {
         A u[4];
@@ -90,9 +90,9 @@ WAVFLOW_BIND(m) {
   m.def(
       "winograd_input",
       [](Target target, int dtype, uintptr_t x, uintptr_t out, int64_t batch, int64_t tokens,
-         int64_t channels, int64_t stride_batch, int64_t stride_token) {
+         int64_t channels) {
         winograd_input_cpu({target, DType(dtype), pointer<void>(x), pointer<void>(out), batch,
-                            tokens, channels, stride_batch, stride_token});
+                            tokens, channels});
       },
       pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def(

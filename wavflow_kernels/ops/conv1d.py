@@ -1,8 +1,8 @@
 r"""Convolution over tokens with zero padding that keeps their number, channels last.
 
-:math:`z_{n,o} = \beta_o + \sum_{j,c} w_{o,c,j}\, x_{n + j - \lfloor k/2 \rfloor,\, c}`; the result is
-:math:`z`, :math:`\mathrm{selu}(z)`, or :math:`r_n + g_{i(n)} z_n` with a residual r and gate rows g
-that an index i gathers. Width 1 is a Linear.
+:math:`z_{n,o} = \beta_o + \sum_{j,c} w_{o,c,j}\, x_{n + j - \lfloor k/2 \rfloor,\, c}`;
+the result is :math:`z`, :math:`\mathrm{selu}(z)`, or :math:`r_n + g_{i(n)} z_n` with a residual r
+and gate rows g that an index i gathers. Width 1 is a Linear.
 """
 
 from __future__ import annotations
@@ -116,7 +116,11 @@ def _finish(
         return F.selu(z)
     if residual is None:
         return z
-    return residual + z if gate is None else residual.addcmul(_gate_rows(gate, gate_index), z)
+    wide = compute_dtype(z.dtype)
+    out = z.to(wide)
+    if gate is not None:
+        out = out * _gate_rows(gate.to(wide), gate_index)
+    return (residual.to(wide) + out).to(z.dtype)
 
 
 def reference(
@@ -128,10 +132,7 @@ def reference(
     gate: Tensor | None,  # b r o
     gate_index: Tensor | None,  # n
 ) -> Tensor:  # b n o
-    wide = compute_dtype(x.dtype)
-    z = plain(x, weight, bias).to(wide)
-    residual, gate = (None if t is None else t.to(wide) for t in (residual, gate))
-    return _finish(z, selu, residual, gate, gate_index).to(x.dtype).contiguous()
+    return _finish(plain(x, weight, bias), selu, residual, gate, gate_index).contiguous()
 
 
 class _Linear(torch.autograd.Function):
@@ -199,6 +200,9 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of :func:`convolve` in x, weight and bias, by torch's libraries; None unneeded."""
     o, c, k = weight.shape
+    if x.device.type == "cpu" and x.dtype == torch.float16:
+        wide = convolve_backward(grad.float(), x.float(), weight.float(), needs)
+        return tuple(None if d is None else d.to(x.dtype) for d in wide)
     if k == 1:
         # Both are Linears, of rows as channels for the weight.
         d_x = d_weight = d_bias = None
@@ -442,7 +446,7 @@ def conv1d(
     if isinstance(weight, PreparedConv):
         require(not weight.gated, "conv1d: weight was prepared for conv_swiglu")
         if weight.packed:
-            z = prepared_conv.OP(x, list(weight.weights), bias, False)
+            z = prepared_conv.call("conv1d", x, weight, bias)
             check_finish(z, selu, residual, gate, index)
             return _finish(z, selu, residual, gate, index)
         weight = prepared_conv.without_gradient("conv1d", x, weight)[0]

@@ -22,6 +22,7 @@ from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import DTYPE_CODE, Op, Sample, address, target
 from . import swiglu
 
+_ONEDNN = torch.backends.mkldnn.is_available()
 _HINT = 512  # tokens that oneDNN is told to lay weights out for; any number works
 
 
@@ -94,11 +95,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _winograd(
     out: Tensor, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: bool
 ) -> None:
-    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
     b, n, c = x.shape
     code, where = DTYPE_CODE[x.dtype], target(x)
     inputs = x.new_empty(4, b * ((n + 1) // 2), c)
-    C.winograd_input(where, code, address(x), address(inputs), b, n, c, *x.stride()[:2])
+    C.winograd_input(where, code, address(x), address(inputs), b, n, c)
     products = [_linear(u, w).contiguous() for u, w in zip(inputs.unbind(), weights, strict=True)]
     C.winograd_output(
         where,
@@ -118,6 +118,9 @@ def _launch(
 ) -> None:
     if not out.numel():
         return
+    # oneDNN's choice of a kernel, and with it the last bits, would follow the strides.
+    x = x.contiguous()
+    weights = [w if w.layout == torch._mkldnn else w.contiguous() for w in weights]
     if len(weights) == 4:
         return _winograd(out, x, weights, bias, gated)
     if weights[0].dim() == 2:
@@ -191,18 +194,14 @@ OP = Op(
         2 * x[..., 0].numel() * sum(w.numel() for w in weights) // (2 if len(weights) == 4 else 1)
     ),
     tolerance="matrix",
-    autocast=("x", "bias"),
+    autocast=("x", "weights", "bias"),
     internal=True,
 )
 
 
 def fast(x: Tensor) -> bool:
     """Whether oneDNN's own entry points run here for x's device and dtype."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and not _backend.unavailable(OP, "cpp", x.device, x.dtype)
-        and x.numel() > 0
-    )
+    return _ONEDNN and not _backend.unavailable(OP, "cpp", x.device, x.dtype) and x.numel() > 0
 
 
 class PreparedConv(NamedTuple):
@@ -224,6 +223,22 @@ def without_gradient(op: str, x: Tensor, prepared: PreparedConv) -> tuple[Tensor
             f"{op}: prepared weights have no gradient: call it under torch.no_grad()"
         )
     return prepared.weights
+
+
+def call(op: str, x: Tensor, prepared: PreparedConv, bias: Tensor | None) -> Tensor:
+    """Run the public function `op` with packed weights.
+
+    Past the dispatcher always: torch.compile cannot look into oneDNN's layouts.
+    """
+    weights = list(without_gradient(op, x, prepared))
+    wanted = getattr(x, "dtype", None)
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        wanted = torch.get_autocast_dtype(x.device.type)
+        x, bias = (None if t is None else t.to(wanted) for t in (x, bias))
+    if isinstance(x, Tensor) and weights[0].dtype != wanted:
+        found, wanted = (str(t).removeprefix("torch.") for t in (weights[0].dtype, wanted))
+        raise TypeError(f"{op}: the weights were prepared for {found}, x is computed in {wanted}")
+    return OP.torch_op(x, weights, bias, prepared.gated)
 
 
 def prepare_conv(
