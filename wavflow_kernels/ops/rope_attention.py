@@ -320,8 +320,9 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
         Sample((*arguments(1, 1, 40, 47, 32, norm=True, rope=True), 0, 30), fused, "window 0"),
         Sample((*packed, *weights, None, -1, 0), fused, "strided"),
         Sample((*large, -1, 0), (), "one key wins"),
-        Sample((*arguments(2, 1, 1, 1, 32), -1, 0), plain, "one token"),
-        Sample((*arguments(1, 2, 7, 7, 6), -1, 0), plain, "narrow heads"),
+        # The gradients of its q and k are exactly 0: no yardstick for rounding errors.
+        Sample((*arguments(2, 1, 1, 1, 32), -1, 0), (2,), "one token"),
+        Sample((*arguments(1, 2, 29, 29, 6), -1, 0), plain, "narrow heads"),
         Sample((*arguments(0, 2, 3, 4, 32), -1, 0), (), "empty batch"),
     ]
 
@@ -329,7 +330,8 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
 def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
     samples = []
     for s in _samples(device, dtype, seed):
-        if s.args[3] is None:
+        # Where one key wins the gradients of q and k are rounding errors of those of v.
+        if s.args[3] is None and (s.differentiable == (0, 1, 2) or not len(s.args[0])):
             out, lse = reference(*s.args)
             grad = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(dtype)
             samples.append(Sample((grad, *s.args[:3], out, lse, *s.args[6:]), (), s.name))
