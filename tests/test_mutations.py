@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import excess
+from numerics import excess, excess_over_peer
 from torch import Tensor
 
 from wavflow_kernels import REGISTRY
-from wavflow_kernels.ops import flow_loss, flow_mix, ode_step, unpatchify
+from wavflow_kernels.ops import flow_loss, flow_mix, ode_step, rope_attention, unpatchify
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -66,6 +66,24 @@ def unbiased(pred: Tensor, x_1: Tensor, *rest: Any) -> Tensor:
     return flow_loss.reference(pred, x_1, *rest) * count / (count - 1)
 
 
+def conjugate_rotation(rope: Tensor | None) -> Tensor | None:
+    """The rotation the other way."""
+    if rope is None:
+        return None
+    return rope * torch.tensor([1.0, -1.0], dtype=rope.dtype).repeat(rope.shape[1] // 2)
+
+
+def attention_epsilon(q: Tensor, k: Tensor, v: Tensor, q_weight: Any, *rest: Any) -> Any:
+    """sqrt(mean(x^2) + 100 eps): the same as 10 times smaller queries and keys with eps."""
+    if q_weight is None:
+        return None
+    return rope_attention.reference(q / 10, k / 10, v, q_weight, *rest)
+
+
+def exchanged_norms(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    return rope_attention.reference(q, k, v, rest[1], rest[0], *rest[2:])
+
+
 MUTATIONS = {
     ("lift_patchify", "variance for RMS"): lift(mean=True),
     ("lift_patchify", "an epsilon in the RMS"): lift(rms_offset=1e-4),
@@ -86,6 +104,29 @@ MUTATIONS = {
     ("flow_loss", "sigma_min dropped"): variant(flow_loss.reference, a5=lambda s: 0.0),
     ("ode_step", "guidance the wrong way round"): swapped_guidance,
     ("ode_step", "next row"): variant(ode_step.reference, a4=lambda i: i + 1),
+    ("rope_attention", "scale off by 1 %"): variant(
+        rope_attention.reference, a0=lambda q: q * 1.01
+    ),
+    ("rope_attention", "window one wider"): variant(
+        rope_attention.reference, a6=lambda w: w + 1 if w >= 0 else w
+    ),
+    ("rope_attention", "one local token fewer"): variant(
+        rope_attention.reference, a7=lambda local: max(local - 1, 0)
+    ),
+    ("rope_attention", "rotation the other way"): variant(
+        rope_attention.reference, a5=conjugate_rotation
+    ),
+    ("rope_attention", "norm weights exchanged"): exchanged_norms,
+    ("rope_attention", "eps x 100"): attention_epsilon,
+    ("rope_attention_backward", "no rowsum(grad * out)"): variant(
+        rope_attention.BACKWARD.reference, a4=torch.zeros_like
+    ),
+    ("rope_attention_backward", "weights off by 1 %"): variant(
+        rope_attention.BACKWARD.reference, a5=lambda lse: lse + 0.01
+    ),
+    ("rope_attention_backward", "window one wider"): variant(
+        rope_attention.BACKWARD.reference, a6=lambda w: w + 1 if w >= 0 else w
+    ),
 }
 
 
@@ -93,7 +134,12 @@ MUTATIONS = {
 @pytest.mark.parametrize("name, what", list(MUTATIONS))
 def test_mutation_is_rejected(name: str, what: str, dtype: torch.dtype) -> None:
     op, wrong = REGISTRY[name], MUTATIONS[name, what]
-    small_effect = what in ("scale off by 1e-5", "an epsilon in the RMS", "1 - t without clamp")
+    small_effect = what in (
+        "scale off by 1e-5",
+        "an epsilon in the RMS",
+        "1 - t without clamp",
+        "eps x 100",
+    )
     if small_effect and dtype == torch.bfloat16:
         pytest.skip("below bfloat16's resolution")
     worst = 0.0
@@ -107,6 +153,12 @@ def test_mutation_is_rejected(name: str, what: str, dtype: torch.dtype) -> None:
         if out is None:
             continue
         out, truth = (x if isinstance(x, tuple) else (x,) for x in (out, truth))
+        if op.tolerance == "matrix":
+            peer = op.reference(*sample.args)
+            peer = peer if isinstance(peer, tuple) else (peer,)
+            for o, t, p in zip(out, truth, peer, strict=True):
+                worst = max(worst, excess_over_peer(o.to(p.dtype), t, p))
+            continue
         for o, t in zip(out, truth, strict=True):
             worst = max(worst, excess(o.to(dtype), t, op.tolerance))
     assert worst > 1, f"{name} with {what} passes: {worst:.3g} of the allowed error"

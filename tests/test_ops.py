@@ -258,7 +258,9 @@ def test_modes_change_nothing(op: Op) -> None:
             if _backend.choose(op, torch.device("cpu"), torch.float32, args) in op.launch:
                 same(plain, op(*args))
             else:
-                assert_close(op(*args), matching(plain, truth_of(op, args)), op.tolerance, peer=plain)
+                assert_close(
+                    op(*args), matching(plain, truth_of(op, args)), op.tolerance, peer=plain
+                )
         # The interpreter has no bfloat16, and float16 is autocast's other dtype.
         half = torch.float16 if _backend.TRITON_INTERPRETS else torch.bfloat16
         cast = run(op, op, op._autocast(sample.args, half))

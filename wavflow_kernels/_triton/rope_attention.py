@@ -1,0 +1,522 @@
+"""Flash attention: online softmax over key blocks; backward by two kernels without atomics.
+
+Every program owns BLOCK_M rows (queries, or keys in the kernel of dK and dV) and visits blocks of
+BLOCK_N rows of the other axis, first those that all its rows see in full, then the edges, masked.
+Logarithms are to base 2 inside, with log2(e) folded into the scale of the scores.
+
+Source: FlashAttention-2 (arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _tuned
+from ..ops.rope_attention import RMS_NORM_EPS, tuning_key
+from .launch import capability, launch
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+PRECISION = tl.constexpr("tf32x3")  # of float32 products
+EPS = tl.constexpr(RMS_NORM_EPS)
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def _load(base, stride, start, size, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+          MASK: tl.constexpr):  # fmt: skip
+    """Rows start .. start + ROWS of a (size D) matrix, zeros beyond D and, with MASK, size."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    at = base + tl.cast(start, tl.int64) * stride + (rows * stride + cols)
+    if MASK:
+        return tl.load(at, mask=(start + rows < size) & (cols < D), other=0.0)
+    elif COLS == D:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=cols < D, other=0.0)
+
+
+@triton.jit
+def _store(base, stride, start, size, x, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    at = base + tl.cast(start, tl.int64) * stride + (rows * stride + cols)
+    tl.store(at, x.to(base.dtype.element_ty), mask=(start + rows < size) & (cols < D))
+
+
+@triton.jit
+def _norm_rope(x, weight, rope, start, size, ROPE: tl.constexpr, D: tl.constexpr,
+               ROWS: tl.constexpr, COLS: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """RMSNorm of the rows of x and rotation of their pairs, rounded to the dtype of x."""
+    cols = tl.arange(0, COLS)
+    wide = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 1) / D + EPS)
+    wide = wide * inverse[:, None] * tl.load(weight + cols, mask=cols < D, other=0.0)[None, :]
+    if ROPE:
+        table = _load(rope, D, start, size, D, ROWS, COLS, MASK)
+        cos, sin = tl.split(tl.reshape(table, (ROWS, COLS // 2, 2)))
+        even, odd = tl.split(tl.reshape(wide, (ROWS, COLS // 2, 2)))
+        wide = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+        wide = tl.reshape(wide, (ROWS, COLS))
+    return wide.to(x.dtype)
+
+
+@triton.jit
+def _visits(first, last, size, window, local, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """Which blocks of the other axis, of `size` rows, the rows first .. last see.
+
+    Returns their bounds, how many are seen in full, and how many in part. With a window they are
+    [near, near_end), in full from `inner` to `inner_end`, and [edge, blocks), in full from `far`
+    to `full`, where `edge` is the block of the first row that the window does not hold for.
+    """
+    blocks = tl.cdiv(size, BLOCK)
+    full = size // BLOCK
+    if not WINDOW:
+        return (full, full, full, full, full, full, full), full, blocks - full
+    inside = last < local
+    outside = first >= local
+    local = tl.minimum(local, size)
+    near = tl.where(inside, tl.minimum(tl.maximum(first - window, 0) // BLOCK, blocks), 0)
+    near_end = tl.minimum(tl.cdiv(last + window + 1, BLOCK), blocks)
+    near_end = tl.where(inside, near_end, tl.where(outside, full, tl.cdiv(local, BLOCK)))
+    near_end = tl.maximum(near_end, near)
+    inner = tl.where(inside, tl.cdiv(tl.maximum(last - window, 0), BLOCK), 0)
+    inner = tl.minimum(tl.maximum(inner, near), near_end)
+    inner_end = tl.minimum((first + window + 1) // BLOCK, full)
+    inner_end = tl.where(inside, inner_end, tl.where(outside, full, 0))
+    inner_end = tl.maximum(tl.minimum(inner_end, near_end), inner)
+    edge = tl.maximum(local // BLOCK, near_end)
+    far = tl.maximum(tl.cdiv(local, BLOCK), near_end)
+    full = tl.maximum(full, far)
+    whole = inner_end - inner + full - far
+    bounds = (near, inner, inner_end, near_end, edge, far, full)
+    return bounds, whole, blocks - near - (edge - near_end) - whole
+
+
+@triton.jit
+def _visit(t, bounds, WINDOW: tl.constexpr, MASK: tl.constexpr):
+    """The t-th of the blocks seen in full or, with MASK, of those seen in part."""
+    near, inner, inner_end, near_end, edge, far, full = bounds
+    if WINDOW:
+        if MASK:
+            at = near + t
+            at += tl.where(at >= inner, inner_end - inner, 0)
+            at += tl.where(at >= near_end, edge - near_end, 0)
+            return at + tl.where(at >= far, full - far, 0)
+        else:
+            at = inner + t
+            return at + tl.where(at >= inner_end, far - inner_end, 0)
+    else:
+        return t + full if MASK else t
+
+
+@triton.jit
+def _seen(rows, cols, window, local):
+    """Whether tokens see each other: inside the window, or either beyond the local ones."""
+    distance = rows[:, None] - cols[None, :]
+    near = (distance <= window) & (distance >= -window)
+    return near | (rows >= local)[:, None] | (cols >= local)[None, :]
+
+
+@triton.jit
+def _attend(t, bounds, q, first, state, keys, values, key_stride, value_stride, k_weight, rope,
+            n, window, local, D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
+            BLOCK_N: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
+            MASK: tl.constexpr):  # fmt: skip
+    """One step of the online softmax: state is (weighted values, sums, maxima) of the rows."""
+    SCALE: tl.constexpr = D**-0.5 * LOG2_E
+    acc, total, top = state
+    start = _visit(t, bounds, WINDOW, MASK) * BLOCK_N
+    k = _load(keys, key_stride, start, n, D, BLOCK_N, COLS, MASK)
+    if NORM:
+        k = _norm_rope(k, k_weight, rope, start, n, ROPE, D, BLOCK_N, COLS, MASK)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASK:
+        cols = start + tl.arange(0, BLOCK_N)
+        seen = (cols < n)[None, :]
+        if WINDOW:
+            seen = seen & _seen(first + tl.arange(0, BLOCK_M), cols, window, local)
+        scores = tl.where(seen, scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
+    # Rows that have seen no key yet: -inf less -inf would be NaN.
+    base = tl.where(new_top == -float("inf"), 0.0, new_top) if WINDOW and MASK else new_top
+    weights = tl.exp2(scores * SCALE - base[:, None])
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(weights, 1)
+    v = _load(values, value_stride, start, n, D, BLOCK_N, COLS, MASK)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return acc, total, new_top
+
+
+@triton.jit(do_not_specialize=["nq", "n", "window", "local"])
+def _forward(q, k, v, q_weight, k_weight, rope, out, lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h,
+             v_n, nq, n, window, local, HEADS: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+             WINDOW: tl.constexpr):  # fmt: skip
+    blocks = tl.cdiv(nq, BLOCK_M)
+    first = tl.program_id(0) % blocks * BLOCK_M
+    item = tl.program_id(0) // blocks
+    b = (item // HEADS).to(tl.int64)
+    h = (item % HEADS).to(tl.int64)
+    keys = k + b * k_b + h * k_h
+    values = v + b * v_b + h * v_h
+    queries = _load(q + b * q_b + h * q_h, q_n, first, nq, D, BLOCK_M, COLS, True)
+    if NORM:
+        queries = _norm_rope(queries, q_weight, rope, first, nq, ROPE, D, BLOCK_M, COLS, True)
+    last = tl.minimum(first + BLOCK_M, nq) - 1
+    bounds, whole, part = _visits(first, last, n, window, local, WINDOW, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, COLS), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for t in tl.range(whole):
+        acc, total, top = _attend(
+            t, bounds, queries, first, (acc, total, top), keys, values, k_n, v_n, k_weight, rope,
+            n, window, local, D, COLS, BLOCK_M, BLOCK_N, NORM, ROPE, WINDOW, False,
+        )  # fmt: skip
+    for t in tl.range(part):
+        acc, total, top = _attend(
+            t, bounds, queries, first, (acc, total, top), keys, values, k_n, v_n, k_weight, rope,
+            n, window, local, D, COLS, BLOCK_M, BLOCK_N, NORM, ROPE, WINDOW, True,
+        )  # fmt: skip
+    heads = out + (b * nq * HEADS + h) * D
+    _store(heads, HEADS * D, first, nq, acc / total[:, None], D, BLOCK_M, COLS)
+    rows = first + tl.arange(0, BLOCK_M)
+    logs = (top + tl.log2(total)) * LN_2
+    tl.store(lse + item.to(tl.int64) * nq + rows, logs, mask=rows < nq)
+
+
+@triton.jit
+def _step_dq(t, bounds, dq, q, grad, lse, delta, first, keys, values, key_stride, value_stride, n,
+             window, local, D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
+             BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    SCALE: tl.constexpr = D**-0.5 * LOG2_E
+    start = _visit(t, bounds, WINDOW, MASK) * BLOCK_N
+    k = _load(keys, key_stride, start, n, D, BLOCK_N, COLS, MASK)
+    v = _load(values, value_stride, start, n, D, BLOCK_N, COLS, MASK)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    weights = tl.exp2(scores * SCALE - lse[:, None])
+    if MASK:
+        cols = start + tl.arange(0, BLOCK_N)
+        seen = (cols < n)[None, :]
+        if WINDOW:
+            seen = seen & _seen(first + tl.arange(0, BLOCK_M), cols, window, local)
+        weights = tl.where(seen, weights, 0.0)
+    d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    d_scores = weights * (d_weights - delta[:, None])
+    return tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["nq", "n", "window", "local"])
+def _backward_q(grad, q, k, v, out, lse, delta, dq, g_b, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b,
+                v_h, v_n, nq, n, window, local, HEADS: tl.constexpr, D: tl.constexpr,
+                COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                WINDOW: tl.constexpr):  # fmt: skip
+    """dQ, and delta = rowsum(grad * out) for the other kernel."""
+    blocks = tl.cdiv(nq, BLOCK_M)
+    first = tl.program_id(0) % blocks * BLOCK_M
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    b = item // HEADS
+    h = item % HEADS
+    heads = (b * nq * HEADS + h) * D
+    outs = _load(out + heads, HEADS * D, first, nq, D, BLOCK_M, COLS, True)
+    grads = _load(grad + b * g_b + h * D, g_n, first, nq, D, BLOCK_M, COLS, True)
+    rows = first + tl.arange(0, BLOCK_M)
+    deltas = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
+    tl.store(delta + item * nq + rows, deltas, mask=rows < nq)
+    logs = tl.load(lse + item * nq + rows, mask=rows < nq, other=float("inf")) * LOG2_E
+    queries = _load(q + b * q_b + h * q_h, q_n, first, nq, D, BLOCK_M, COLS, True)
+    keys = k + b * k_b + h * k_h
+    values = v + b * v_b + h * v_h
+    last = tl.minimum(first + BLOCK_M, nq) - 1
+    bounds, whole, part = _visits(first, last, n, window, local, WINDOW, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, COLS), tl.float32)
+    for t in tl.range(whole):
+        acc = _step_dq(
+            t, bounds, acc, queries, grads, logs, deltas, first, keys, values, k_n, v_n, n,
+            window, local, D, COLS, BLOCK_M, BLOCK_N, WINDOW, False,
+        )  # fmt: skip
+    for t in tl.range(part):
+        acc = _step_dq(
+            t, bounds, acc, queries, grads, logs, deltas, first, keys, values, k_n, v_n, n,
+            window, local, D, COLS, BLOCK_M, BLOCK_N, WINDOW, True,
+        )  # fmt: skip
+    _store(dq + item * nq * D, D, first, nq, acc * D**-0.5, D, BLOCK_M, COLS)
+
+
+@triton.jit
+def _step_dkv(t, bounds, dk, dv, k, v, first, queries, grads, lse, delta, query_stride,
+              grad_stride, nq, window, local, D: tl.constexpr, COLS: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+              MASK: tl.constexpr):  # fmt: skip
+    SCALE: tl.constexpr = D**-0.5 * LOG2_E
+    start = _visit(t, bounds, WINDOW, MASK) * BLOCK_N
+    q = _load(queries, query_stride, start, nq, D, BLOCK_N, COLS, MASK)
+    rows = start + tl.arange(0, BLOCK_N)
+    if MASK:  # queries that do not exist get no weight
+        logs = tl.load(lse + rows, mask=rows < nq, other=float("inf")) * LOG2_E
+        deltas = tl.load(delta + rows, mask=rows < nq, other=0.0)
+    else:
+        logs = tl.load(lse + rows) * LOG2_E
+        deltas = tl.load(delta + rows)
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    weights = tl.exp2(scores * SCALE - logs[None, :])
+    if WINDOW and MASK:
+        seen = _seen(first + tl.arange(0, BLOCK_M), rows, window, local)
+        weights = tl.where(seen, weights, 0.0)
+    grad = _load(grads, grad_stride, start, nq, D, BLOCK_N, COLS, MASK)
+    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
+    d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    d_scores = weights * (d_weights - deltas[None, :])
+    dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["nq", "n", "window", "local"])
+def _backward_kv(grad, q, k, v, lse, delta, dk, dv, g_b, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b,
+                 v_h, v_n, nq, n, window, local, HEADS: tl.constexpr, D: tl.constexpr,
+                 COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 WINDOW: tl.constexpr):  # fmt: skip
+    blocks = tl.cdiv(n, BLOCK_M)
+    first = tl.program_id(0) % blocks * BLOCK_M
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    b = item // HEADS
+    h = item % HEADS
+    keys = _load(k + b * k_b + h * k_h, k_n, first, n, D, BLOCK_M, COLS, True)
+    values = _load(v + b * v_b + h * v_h, v_n, first, n, D, BLOCK_M, COLS, True)
+    queries = q + b * q_b + h * q_h
+    grads = grad + b * g_b + h * D
+    lse += item * nq
+    delta += item * nq
+    last = tl.minimum(first + BLOCK_M, n) - 1
+    bounds, whole, part = _visits(first, last, nq, window, local, WINDOW, BLOCK_N)
+    acc_k = tl.zeros((BLOCK_M, COLS), tl.float32)
+    acc_v = tl.zeros((BLOCK_M, COLS), tl.float32)
+    for t in tl.range(whole):
+        acc_k, acc_v = _step_dkv(
+            t, bounds, acc_k, acc_v, keys, values, first, queries, grads, lse, delta, q_n, g_n, nq,
+            window, local, D, COLS, BLOCK_M, BLOCK_N, WINDOW, False,
+        )  # fmt: skip
+    for t in tl.range(part):
+        acc_k, acc_v = _step_dkv(
+            t, bounds, acc_k, acc_v, keys, values, first, queries, grads, lse, delta, q_n, g_n, nq,
+            window, local, D, COLS, BLOCK_M, BLOCK_N, WINDOW, True,
+        )  # fmt: skip
+    _store(dk + item * n * D, D, first, n, acc_k * D**-0.5, D, BLOCK_M, COLS)
+    _store(dv + item * n * D, D, first, n, acc_v, D, BLOCK_M, COLS)
+
+
+Config = dict[str, int]
+
+# Bytes of shared memory that a program may use, by compute capability; 99 KiB elsewhere.
+SHARED = {
+    (8, 0): 163 << 10,
+    (8, 7): 163 << 10,
+    (9, 0): 227 << 10,
+    (10, 0): 227 << 10,
+    (10, 3): 227 << 10,
+}
+# {generation: {(bytes an item, columns): (block_m, block_n, num_warps, num_stages)}}: tiles that
+# fit the registers. Three products stand for one of float32, and its tiles are small.
+Table = dict[int, dict[tuple[int, int], tuple[int, int, int, int]]]
+FORWARD: Table = {
+    8: {
+        (2, 32): (128, 64, 4, 4),
+        (2, 64): (128, 32, 4, 3),
+        (2, 128): (128, 64, 8, 2),
+        (4, 32): (32, 32, 8, 2),
+        (4, 64): (32, 32, 8, 2),
+        (4, 128): (16, 32, 8, 1),
+    },
+    9: {
+        (2, 32): (128, 128, 8, 3),
+        (2, 64): (128, 128, 8, 3),
+        (2, 128): (128, 64, 8, 3),
+        (4, 32): (64, 32, 4, 2),
+        (4, 64): (64, 32, 4, 2),
+        (4, 128): (16, 32, 8, 1),
+    },
+    10: {
+        (2, 32): (128, 64, 4, 4),
+        (2, 64): (128, 64, 8, 3),
+        (2, 128): (128, 64, 8, 3),
+        (4, 32): (64, 32, 8, 2),
+        (4, 64): (64, 32, 8, 2),
+        (4, 128): (16, 32, 8, 1),
+    },
+}
+BACKWARD: Table = {
+    8: {
+        (2, 32): (128, 64, 8, 3),
+        (2, 64): (128, 64, 8, 2),
+        (2, 128): (64, 64, 8, 2),
+        (4, 32): (32, 32, 8, 2),
+        (4, 64): (32, 32, 8, 1),
+        (4, 128): (16, 32, 8, 1),
+    },
+    9: {
+        (2, 32): (128, 64, 8, 3),
+        (2, 64): (128, 64, 8, 2),
+        (2, 128): (128, 32, 8, 2),
+        (4, 32): (32, 32, 8, 2),
+        (4, 64): (32, 32, 8, 1),
+        (4, 128): (16, 32, 8, 1),
+    },
+    10: {
+        (2, 32): (128, 64, 8, 2),
+        (2, 64): (128, 64, 8, 2),
+        (2, 128): (128, 64, 8, 2),
+        (4, 32): (64, 32, 8, 2),
+        (4, 64): (64, 32, 8, 2),
+        (4, 128): (16, 32, 8, 1),
+    },
+}
+
+
+def _columns(q: Tensor) -> int:
+    """Columns of a tile: the head width, up to a power of two that the tensor cores take."""
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"rope_attention: the Triton kernels hold heads of d <= {MAX_HEAD_DIM}, "
+            f"got {q.shape[3]}"
+        )
+    return max(16, _tuned.up_to_power_of_two(q.shape[3]))
+
+
+def _config(op: str, table: Table, q: Tensor, key: str) -> Config:
+    """The measured configuration of a call, else the table's."""
+    measured = _tuned.lookup(op, q.device, key).get("config")
+    if measured is not None:
+        return measured
+    generation = min(max(capability(q.device)[0], 8), 10)
+    size = q.element_size(), max(32, _columns(q))
+    m, n, warps, stages = table[generation].get(size, (16, 16, 8, 1))
+    return {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+
+
+def _candidates(q: Tensor, tiles: int, extra: int) -> list[Config]:
+    """Configurations whose accumulators fit the registers and whose tiles fit shared memory.
+
+    tiles: how many (block_m, columns) tiles a program keeps, as operands and as accumulators
+    alike, with as many (block_m, block_n) ones of scores; extra: streamed bytes a row beside k, v.
+    """
+    half, cols = q.element_size() == 2, _columns(q)
+    shared = SHARED.get(capability(q.device), 99 << 10)
+    configs = []
+    for m, n, warps, stages in itertools.product(
+        (64, 128) if half else (16, 32, 64), (32, 64, 128) if half else (16, 32), (4, 8), (1, 2, 3)
+    ):
+        registers = tiles * m * (cols + n) // (32 * warps)
+        row = cols * q.element_size()
+        used = tiles * m * row + stages * n * (2 * row + extra)
+        if registers <= (160 if half else 48) and used <= shared and stages > half:
+            configs.append({"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages})
+    return configs
+
+
+def candidates(*args: Any) -> list[Config]:
+    """What the tuner tries for a call of rope_attention."""
+    q, rope = args[0], args[5]
+    return _candidates(q, 1, 0 if rope is None else 4 * _columns(q))
+
+
+def backward_candidates(*args: Any) -> list[Config]:
+    """What the tuner tries for a call of rope_attention_backward."""
+    return _candidates(args[1], 2, 8)
+
+
+def _constants(q: Tensor, window: int, config: Config) -> dict[str, Any]:
+    return {
+        "HEADS": q.shape[1],
+        "D": q.shape[3],
+        "COLS": _columns(q),
+        "BLOCK_M": config["block_m"],
+        "BLOCK_N": config["block_n"],
+        "WINDOW": window >= 0,
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+    }
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with its channels next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward(
+    outputs: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Tensor | None,
+    window: int,
+    local: int,
+) -> None:
+    out, lse = outputs
+    if not out.numel():
+        return
+    b, h, nq, _ = q.shape
+    n = k.shape[2]
+    key = tuning_key(q, k, q_weight, window)
+    config = _config("rope_attention", FORWARD, q, key)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    launch(
+        _forward,
+        (triton.cdiv(nq, config["block_m"]) * b * h,),
+        *(q, k, v),
+        *(None if x is None else x.contiguous() for x in (q_weight, k_weight, rope)),
+        *(out, lse),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        *(nq, n, min(window, n), local),
+        NORM=q_weight is not None,
+        ROPE=rope is not None,
+        **_constants(q, window, config),
+    )
+
+
+def backward(
+    outputs: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    local: int,
+) -> None:
+    dq, dk, dv = outputs
+    if not dk.numel():
+        return
+    b, h, nq, _ = q.shape
+    n = k.shape[2]
+    key = tuning_key(q, k, None, window)
+    config = _config("rope_attention_backward", BACKWARD, q, key)
+    grad, q, k, v = _rows(grad), _rows(q), _rows(k), _rows(v)
+    out, lse = out.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
+    strides = (*grad.stride()[:2], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    sizes, constants = (nq, n, min(window, n), local), _constants(q, window, config)
+    launch(
+        _backward_q,
+        (triton.cdiv(nq, config["block_m"]) * b * h,),
+        *(grad, q, k, v, out, lse, delta, dq, *strides, *sizes),
+        **constants,
+    )
+    launch(
+        _backward_kv,
+        (triton.cdiv(n, config["block_m"]) * b * h,),
+        *(grad, q, k, v, lse, delta, dk, dv, *strides, *sizes),
+        **constants,
+    )
+    if n == 1:  # the one weight is 1 whatever q and k are; the difference above is rounding alone
+        dq.zero_()
+        dk.zero_()
