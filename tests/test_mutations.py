@@ -29,6 +29,11 @@ from wavflow_kernels.ops import (
     swiglu,
     unpatchify,
 )
+from numerics import excess, excess_over_peer
+from torch import Tensor
+
+from wavflow_kernels import REGISTRY
+from wavflow_kernels.ops import flow_loss, flow_mix, ode_step, rope_attention, unpatchify
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -157,6 +162,22 @@ def repeated_edge(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 def elu(x: Tensor, weight: Tensor, bias: Any, selu: bool, *rest: Any) -> Tensor:
     return F.elu(conv1d.plain(x, weight, bias)) if selu else None
+def conjugate_rotation(rope: Tensor | None) -> Tensor | None:
+    """The rotation the other way."""
+    if rope is None:
+        return None
+    return rope * torch.tensor([1.0, -1.0], dtype=rope.dtype).repeat(rope.shape[1] // 2)
+
+
+def attention_epsilon(q: Tensor, k: Tensor, v: Tensor, q_weight: Any, *rest: Any) -> Any:
+    """sqrt(mean(x^2) + 100 eps): the same as 10 times smaller queries and keys with eps."""
+    if q_weight is None:
+        return None
+    return rope_attention.reference(q / 10, k / 10, v, q_weight, *rest)
+
+
+def exchanged_norms(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    return rope_attention.reference(q, k, v, rest[1], rest[0], *rest[2:])
 
 
 MUTATIONS = {
@@ -239,6 +260,29 @@ MUTATIONS = {
     ),
     ("swiglu", "a and b swapped"): lambda a, b: swiglu.reference(b, a),
     ("swiglu", "sigmoid of 1.01 a"): lambda a, b: a * (1.01 * a).sigmoid() * b,
+    ("rope_attention", "scale off by 1 %"): variant(
+        rope_attention.reference, a0=lambda q: q * 1.01
+    ),
+    ("rope_attention", "window one wider"): variant(
+        rope_attention.reference, a6=lambda w: w + 1 if w >= 0 else w
+    ),
+    ("rope_attention", "one local token fewer"): variant(
+        rope_attention.reference, a7=lambda local: max(local - 1, 0)
+    ),
+    ("rope_attention", "rotation the other way"): variant(
+        rope_attention.reference, a5=conjugate_rotation
+    ),
+    ("rope_attention", "norm weights exchanged"): exchanged_norms,
+    ("rope_attention", "eps x 100"): attention_epsilon,
+    ("rope_attention_backward", "no rowsum(grad * out)"): variant(
+        rope_attention.BACKWARD.reference, a4=torch.zeros_like
+    ),
+    ("rope_attention_backward", "weights off by 1 %"): variant(
+        rope_attention.BACKWARD.reference, a5=lambda lse: lse + 0.01
+    ),
+    ("rope_attention_backward", "window one wider"): variant(
+        rope_attention.BACKWARD.reference, a6=lambda w: w + 1 if w >= 0 else w
+    ),
 }
 
 
@@ -246,7 +290,12 @@ MUTATIONS = {
 @pytest.mark.parametrize("name, what", list(MUTATIONS))
 def test_mutation_is_rejected(name: str, what: str, dtype: torch.dtype) -> None:
     op, wrong = REGISTRY[name], MUTATIONS[name, what]
-    small_effect = what in ("scale off by 1e-5", "an epsilon in the RMS", "1 - t without clamp")
+    small_effect = what in (
+        "scale off by 1e-5",
+        "an epsilon in the RMS",
+        "1 - t without clamp",
+        "eps x 100",
+    )
     if small_effect and dtype == torch.bfloat16:
         pytest.skip("below bfloat16's resolution")
     worst = 0.0
@@ -262,4 +311,13 @@ def test_mutation_is_rejected(name: str, what: str, dtype: torch.dtype) -> None:
             matrix = op.tolerance == "matrix"
             ratio = excess_over_peer(o, t, p) if matrix else excess(o, t, op.tolerance)
             worst = max(worst, ratio)
+        out, truth = (x if isinstance(x, tuple) else (x,) for x in (out, truth))
+        if op.tolerance == "matrix":
+            peer = op.reference(*sample.args)
+            peer = peer if isinstance(peer, tuple) else (peer,)
+            for o, t, p in zip(out, truth, peer, strict=True):
+                worst = max(worst, excess_over_peer(o.to(p.dtype), t, p))
+            continue
+        for o, t in zip(out, truth, strict=True):
+            worst = max(worst, excess(o.to(dtype), t, op.tolerance))
     assert worst > 1, f"{name} with {what} passes: {worst:.3g} of the allowed error"

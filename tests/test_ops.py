@@ -191,7 +191,8 @@ def test_double_backward_is_right_or_refused(
             try:
                 right = torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
             except RuntimeError as error:
-                if "double backward not implemented" not in str(error):
+                # Ours, and torch's own for kernels of its libraries.
+                if "not implemented" not in str(error):
                     raise
                 continue
         assert right, sample.name
@@ -232,7 +233,11 @@ def test_inductor(op: Op, backend: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_modes_change_nothing(op: Op) -> None:
-    """inference_mode and non-contiguous inputs give the same bits; autocast casts what it lists."""
+    """inference_mode and non-contiguous inputs give the same bits; autocast casts what it lists.
+
+    Bits across strides are a promise of our own kernels; torch's libraries and eager operations
+    choose among theirs by the layout, so there the results need only be close.
+    """
     if _backend.TRITON_INTERPRETS:
         needs(op, "triton", "cpu", torch.float32)
     sample = samples(op, "cpu", torch.float32)[0]
@@ -249,7 +254,13 @@ def test_modes_change_nothing(op: Op) -> None:
         with torch.inference_mode():
             same(plain, run(op, op, sample.args))
         if not op.mutates:
-            same(plain, op(*(strided(a) for a in sample.args)))
+            args = tuple(strided(a) for a in sample.args)
+            if _backend.choose(op, torch.device("cpu"), torch.float32, args) in op.launch:
+                same(plain, op(*args))
+            else:
+                assert_close(
+                    op(*args), matching(plain, truth_of(op, args)), op.tolerance, peer=plain
+                )
         # The interpreter has no bfloat16, and float16 is autocast's other dtype.
         half = torch.float16 if _backend.TRITON_INTERPRETS else torch.bfloat16
         cast = run(op, op, op._autocast(sample.args, half))

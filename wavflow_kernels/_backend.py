@@ -35,7 +35,7 @@ try:
     C_MISSING = ""
     ISA = C.use_isa(os.environ.get("WAVFLOW_CPU_ISA", ""))
 except ImportError as error:
-    C = None
+    C, ISA = None, ""
     C_MISSING = (
         f"the compiled extension is absent ({error}); "
         "install with a C++ compiler (WAVFLOW_BUILD=cpu pip install .)"

@@ -174,19 +174,17 @@ struct Attention {
   template <int C>
   static WF_HD void add_block(A* out, int64_t width, const A* factor, const U* a, int64_t row,
                               int64_t step, const U* b, int64_t depth) {
-    V acc[kRows][C];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-      for (int j = 0; j < C; ++j) {
-        acc[r][j] = S::template load<V>(out + r * width + j * lanes);
-        if (factor) acc[r][j] *= S::spread(factor[r]);
-      }
+    // Blocks are summed on their own first: the error of a long sum is that of short ones.
+    V acc[kRows][C] = {};
     S::template multiply<kRows, C>(acc, a, row, step, b, width, depth);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < C; ++j) S::store(out + r * width + j * lanes, acc[r][j]);
+      for (int j = 0; j < C; ++j) {
+        A* to = out + r * width + j * lanes;
+        const V before = S::template load<V>(to);
+        S::store(to, factor ? S::fma(before, S::spread(factor[r]), acc[r][j]) : before + acc[r][j]);
+      }
   }
   static WF_HD void add(A* out, int64_t width, const A* factor, const U* a, int64_t row,
                         int64_t step, const U* b, int64_t depth) {

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _tuned
+from .. import _backend, _tuned
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import (
@@ -321,7 +321,8 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
         Sample((*arguments(1, 1, 40, 47, 32, norm=True, rope=True), 0, 30), fused, "window 0"),
         Sample((*packed, *weights, None, -1, 0), fused, "strided"),
         Sample((*large, -1, 0), (), "one key wins"),
-        Sample((*arguments(2, 1, 1, 1, 32), -1, 0), plain, "one token"),
+        # The gradients of its q and k are exactly 0: no yardstick for rounding errors.
+        Sample((*arguments(2, 1, 1, 1, 32), -1, 0), (2,), "one token"),
         Sample((*arguments(1, 2, 37, 37, 22), -1, 0), plain, "padded heads"),
         # So narrow, the rounding of `out` in rowsum(grad * out) outweighs all else in a gradient.
         Sample((*arguments(1, 2, 7, 7, 6), -1, 0), (), "narrow heads"),
@@ -332,7 +333,8 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
 def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
     samples = []
     for s in _samples(device, dtype, seed):
-        if s.args[3] is None:
+        # Where one key wins the gradients of q and k are rounding errors of those of v.
+        if s.args[3] is None and (s.differentiable == (0, 1, 2) or not len(s.args[0])):
             out, lse = reference(*s.args)
             grad = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(dtype)
             samples.append(Sample((grad, *s.args[:3], out, lse, *s.args[6:]), (), s.name))
@@ -404,7 +406,8 @@ def tuning_key(q: Tensor, k: Tensor, q_weight: Tensor | None, window: int) -> st
 
 def _prefer(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
     if q.device.type == "cpu":
-        return None
+        # Vectors of 16 bytes lose to the libraries' own choice of instructions.
+        return "library" if _backend.ISA == "default" else None
     row = _tuned.lookup("rope_attention", q.device, tuning_key(q, k, rest[0], rest[3]))
     return row.get("backend", "library")
 

@@ -1,0 +1,210 @@
+"""Laws of attention, and its block edges against the mathematics in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numerics import relative
+from torch import Tensor
+
+import wavflow_kernels as wk
+from wavflow_kernels import _backend
+from wavflow_kernels.ops import rope_attention as ops
+
+BACKEND = st.sampled_from(["cpp", "reference"] if _backend.C is not None else ["reference"])
+DTYPE = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+HALF_DIM = st.integers(1, 40)
+# Past the blocks of the compiled kernels: 48 queries and 256 keys forward, 96 and 192 backward.
+LENGTH = st.one_of(st.integers(1, 70), st.integers(180, 300))
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+compiled = pytest.mark.skipif(_backend.C is None, reason="no compiled kernels")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def qkv(b: int, h: int, nq: int, n: int, d: int, dtype: torch.dtype) -> list[Tensor]:
+    return [normal(b, h, m, d, dtype=dtype, seed=i) for i, m in enumerate((nq, n, n))]
+
+
+def rotations(n: int, d: int, dtype: torch.dtype, first: int = 0) -> Tensor:
+    angle = torch.arange(first, first + n)[:, None] * 0.6 ** torch.arange(d // 2).double()
+    return torch.stack((angle.cos(), angle.sin()), -1).flatten(1).to(dtype)
+
+
+@given(b=st.integers(0, 2), n=LENGTH, half=HALF_DIM, dtype=DTYPE, backend=BACKEND)
+def test_property_order_of_the_keys_does_not_matter(
+    b: int, n: int, half: int, dtype: torch.dtype, backend: str
+) -> None:
+    q, k, v = qkv(b, 2, n, n, 2 * half, dtype)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    with wk.use_backend(backend):
+        out = wk.rope_attention(q, k, v)
+        same = wk.rope_attention(q, k[:, :, order], v[:, :, order])
+    assert relative(same, out) < TOLERANCE[dtype]
+
+
+@given(n=LENGTH, half=HALF_DIM, dtype=DTYPE, backend=BACKEND, size=st.sampled_from([1.0, 30.0]))
+def test_property_weights_sum_to_one(
+    n: int, half: int, dtype: torch.dtype, backend: str, size: float
+) -> None:
+    q, k, _ = qkv(1, 2, n, n, 2 * half, dtype)
+    v = normal(1, 2, 1, 2 * half, dtype=dtype).expand_as(k)
+    with wk.use_backend(backend):
+        out = wk.rope_attention(q * size, k, v)
+    wanted = v.transpose(1, 2).flatten(2)
+    assert relative(out, wanted) < TOLERANCE[dtype]
+
+
+@given(n=st.integers(1, 60), half=st.integers(2, 33), backend=BACKEND, first=st.integers(1, 50))
+def test_property_norm_forgets_the_level_and_rope_the_start(
+    n: int, half: int, backend: str, first: int
+) -> None:
+    d, dtype = 2 * half, torch.float64
+    q, k, v = qkv(1, 2, n, n, d, dtype)
+    weights = {"q_weight": 1 + 0.1 * normal(d, dtype=dtype), "k_weight": normal(d, dtype=dtype)}
+    with wk.use_backend(backend):
+        out = wk.rope_attention(q, k, v, **weights, rope=rotations(n, d, dtype))
+        louder = wk.rope_attention(q * 8, k * 4, v, **weights, rope=rotations(n, d, dtype))
+        later = wk.rope_attention(q, k, v, **weights, rope=rotations(n, d, dtype, first))
+    assert relative(louder, out) < 1e-4  # eps is 1.2e-7 beside the mean square of few channels
+    assert relative(later, out) < 1e-11
+
+
+@given(n=LENGTH, window=st.integers(0, 300), backend=BACKEND)
+def test_property_a_window_over_nothing_is_none(n: int, window: int, backend: str) -> None:
+    q, k, v = qkv(1, 1, n, n, 8, torch.float32)
+    with wk.use_backend(backend):
+        out = wk.rope_attention(q, k, v)
+        assert torch.equal(wk.rope_attention(q, k, v, window=window, local=0), out)
+        assert relative(wk.rope_attention(q, k, v, window=n), out) < 1e-6
+
+
+def results(backend: str, args: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
+    """Output and gradients of q, k, v and, where there are any, the norm weights."""
+    inputs = [x.detach().clone().requires_grad_() for x in args[:5] if x is not None]
+    with wk.use_backend(backend):
+        out = ops.OP(*inputs[:3], *(inputs[3:] or (None, None)), *args[5:])[0]
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+
+@compiled
+@given(
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    n=LENGTH,
+    fewer=st.integers(0, 299),
+    half=HALF_DIM,
+    window=st.integers(-1, 120),
+    local=st.integers(0, 300),
+    norm=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float64, torch.bfloat16, torch.float32]),
+)
+def test_property_blocks_of_any_size_give_the_mathematics(
+    heads: tuple[int, int],
+    n: int,
+    fewer: int,
+    half: int,
+    window: int,
+    local: int,
+    norm: bool,
+    dtype: torch.dtype,
+) -> None:
+    nq, d = max(n - fewer, 1), 2 * half
+    q, k, v = qkv(*heads, nq, n, d, dtype)
+    wide = ops.compute_dtype(dtype)
+    extra: list[Tensor | None] = [None] * 3
+    if norm:
+        extra = [normal(d, dtype=wide), normal(d, dtype=wide, seed=3), rotations(n, d, wide)]
+    args = (q, k, v, *extra, window, min(local, n))
+    grad = normal(heads[0], nq, heads[1] * d, seed=4, dtype=dtype)
+    exact = tuple(x.double() if isinstance(x, Tensor) else x for x in args)
+    found, truth = results("cpp", args, grad), results("reference", exact, grad)
+    # One key alone, or one that wins, leaves a gradient of rounding errors.
+    floor = max(float(t.norm()) / t.numel() ** 0.5 for t in truth)
+    for i, (a, t) in enumerate(zip(found, truth, strict=True)):
+        error = float((a.double() - t).norm())
+        assert error < TOLERANCE[dtype] * (float(t.norm()) + floor * t.numel() ** 0.5), i
+
+
+@given(dtype=DTYPE, backend=BACKEND)
+def test_property_one_token_has_nothing_to_choose(dtype: torch.dtype, backend: str) -> None:
+    """The output is its value, and the gradients of q and k vanish but for rounding."""
+    q, k, v = qkv(3, 2, 1, 1, 16, dtype)
+    grad = normal(3, 1, 32, seed=4, dtype=dtype)
+    out, d_q, d_k, d_v = results(backend, (q, k, v, None, None, None, -1, 0), grad)
+    assert torch.equal(out, v.transpose(1, 2).flatten(2))
+    assert torch.equal(d_v.transpose(1, 2).flatten(2), grad)
+    for d_x in (d_q, d_k):
+        assert d_x.abs().max() < 32 * torch.finfo(dtype).eps
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    q, k, v = qkv(1, 3, 300, 330, 48, dtype)
+    wide = ops.compute_dtype(dtype)
+    extra = (normal(48, dtype=wide), normal(48, dtype=wide), rotations(330, 48, wide))
+    grad = normal(1, 300, 3 * 48, dtype=dtype, seed=4)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(results("cpp", (q, k, v, None, None, None, 40, 250), grad))
+            with wk.use_backend("cpp"):
+                runs[-1] += ops.OP(q, k, v, *extra, -1, 0)
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@compiled
+def test_an_item_does_not_hear_its_batch() -> None:
+    q, k, v = qkv(5, 2, 60, 60, 32, torch.bfloat16)
+    with wk.use_backend("cpp"):
+        together = wk.rope_attention(q, k, v)
+        alone = wk.rope_attention(q[3:4], k[3:4], v[3:4])
+    assert torch.equal(together[3:4], alone)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_query_spoils_its_own_output(dtype: torch.dtype, bad: float) -> None:
+    q, k, v = qkv(1, 1, 50, 50, 32, dtype)
+    with wk.use_backend("cpp"):
+        clean = wk.rope_attention(q, k, v)
+        q[0, 0, 17] = bad
+        out = wk.rope_attention(q, k, v)
+    rows = torch.arange(50) != 17
+    assert torch.equal(out[:, rows], clean[:, rows])
+    assert out[:, 17].isnan().all()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_any_size(dtype: torch.dtype) -> None:
+    """Scores past exp's range: the largest one takes all the weight."""
+    q, k, v = qkv(1, 2, 20, 300, 64, dtype)
+    with wk.use_backend("cpp"):
+        out = wk.rope_attention(q * 1e4, k * 100, v)
+    best = ((q * 1e4).double() @ (k * 100).double().transpose(-2, -1)).argmax(-1)
+    wanted = v.gather(2, best[..., None].expand(-1, -1, -1, 64)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-2)
+
+
+@compiled
+def test_wide_heads() -> None:
+    q, k, v = qkv(1, 1, 70, 90, 600, torch.float64)
+    args = (q, k, v, None, None, None, -1, 0)
+    grad = normal(1, 70, 600, dtype=torch.float64)
+    for a, t in zip(results("cpp", args, grad), results("reference", args, grad), strict=True):
+        assert relative(a, t) < 1e-12
