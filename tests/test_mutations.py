@@ -8,32 +8,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import excess, to_float64
 from numerics import excess, excess_over_peer, to_float64
 from torch import Tensor
 
 from wavflow_kernels import REGISTRY
 from wavflow_kernels.ops import (
     adaln,
-    flow_loss,
-    flow_mix,
-    gated_residual_adaln,
-    ode_step,
-    qkv_rope,
     conv1d,
     conv_swiglu,
     flow_loss,
     flow_mix,
+    gated_residual_adaln,
     ode_step,
     prepared_conv,
+    qkv_rope,
+    rope_attention,
     swiglu,
     unpatchify,
 )
-from numerics import excess, excess_over_peer
-from torch import Tensor
-
-from wavflow_kernels import REGISTRY
-from wavflow_kernels.ops import flow_loss, flow_mix, ode_step, rope_attention, unpatchify
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -151,6 +143,8 @@ def last_token_dropped(*args: Any) -> Any:
     grad, index = args[1].clone(), args[8]
     grad[:, -1] = 0
     return *start, adaln.segment_sums(grad, index, d_shift.shape[1]), d_scale
+
+
 def repeated_edge(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     k = weight.shape[2]
     if k == 1 or not len(x):
@@ -162,6 +156,8 @@ def repeated_edge(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 def elu(x: Tensor, weight: Tensor, bias: Any, selu: bool, *rest: Any) -> Tensor:
     return F.elu(conv1d.plain(x, weight, bias)) if selu else None
+
+
 def conjugate_rotation(rope: Tensor | None) -> Tensor | None:
     """The rotation the other way."""
     if rope is None:
