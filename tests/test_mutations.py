@@ -307,13 +307,4 @@ def test_mutation_is_rejected(name: str, what: str, dtype: torch.dtype) -> None:
             matrix = op.tolerance == "matrix"
             ratio = excess_over_peer(o, t, p) if matrix else excess(o, t, op.tolerance)
             worst = max(worst, ratio)
-        out, truth = (x if isinstance(x, tuple) else (x,) for x in (out, truth))
-        if op.tolerance == "matrix":
-            peer = op.reference(*sample.args)
-            peer = peer if isinstance(peer, tuple) else (peer,)
-            for o, t, p in zip(out, truth, peer, strict=True):
-                worst = max(worst, excess_over_peer(o.to(p.dtype), t, p))
-            continue
-        for o, t in zip(out, truth, strict=True):
-            worst = max(worst, excess(o.to(dtype), t, op.tolerance))
     assert worst > 1, f"{name} with {what} passes: {worst:.3g} of the allowed error"
