@@ -45,6 +45,9 @@ def _check(
     local: int,
 ) -> None:
     op = "rope_attention"
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor is None:
+            raise TypeError(f"{op}: {name} must be a tensor, got NoneType")
     sizes = check(
         op,
         q=(q, "b h nq d"),
