@@ -344,7 +344,7 @@ FORWARD: Table = {
     },
     10: {
         (2, 32): (128, 64, 4, 4),
-        (2, 64): (128, 64, 8, 3),
+        (2, 64): (128, 64, 8, 2),
         (2, 128): (128, 64, 8, 3),
         (4, 32): (64, 32, 8, 2),
         (4, 64): (64, 32, 8, 2),
@@ -354,9 +354,9 @@ FORWARD: Table = {
 BACKWARD: Table = {
     8: {
         (2, 32): (128, 64, 8, 3),
-        (2, 64): (128, 64, 8, 2),
+        (2, 64): (128, 32, 8, 2),
         (2, 128): (64, 64, 8, 2),
-        (4, 32): (32, 32, 8, 2),
+        (4, 32): (32, 16, 4, 2),
         (4, 64): (32, 32, 8, 1),
         (4, 128): (16, 32, 8, 1),
     },
@@ -364,7 +364,7 @@ BACKWARD: Table = {
         (2, 32): (128, 64, 8, 3),
         (2, 64): (128, 64, 8, 2),
         (2, 128): (128, 32, 8, 2),
-        (4, 32): (32, 32, 8, 2),
+        (4, 32): (64, 32, 4, 2),
         (4, 64): (32, 32, 8, 1),
         (4, 128): (16, 32, 8, 1),
     },
@@ -372,7 +372,7 @@ BACKWARD: Table = {
         (2, 32): (128, 64, 8, 2),
         (2, 64): (128, 64, 8, 2),
         (2, 128): (128, 64, 8, 2),
-        (4, 32): (64, 32, 8, 2),
+        (4, 32): (64, 32, 4, 2),
         (4, 64): (64, 32, 8, 2),
         (4, 128): (16, 32, 8, 1),
     },
@@ -389,46 +389,69 @@ def _columns(q: Tensor) -> int:
     return max(16, _tuned.up_to_power_of_two(q.shape[3]))
 
 
-def _config(op: str, table: Table, q: Tensor, key: str) -> Config:
-    """The measured configuration of a call, else the table's."""
-    measured = _tuned.lookup(op, q.device, key).get("config")
-    if measured is not None:
-        return measured
-    generation = min(max(capability(q.device)[0], 8), 10)
-    size = q.element_size(), max(32, _columns(q))
-    m, n, warps, stages = table[generation].get(size, (16, 16, 8, 1))
+def _make(m: int, n: int, warps: int, stages: int) -> Config:
     return {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
 
 
-def _candidates(q: Tensor, tiles: int, extra: int) -> list[Config]:
-    """Configurations whose accumulators fit the registers and whose tiles fit shared memory.
+def _fits(q: Tensor, config: Config, tiles: int, extra: int) -> bool:
+    """Whether the tiles fit shared memory: `tiles` of a program's own rows, and the streamed two.
 
-    tiles: how many (block_m, columns) tiles a program keeps, as operands and as accumulators
-    alike, with as many (block_m, block_n) ones of scores; extra: streamed bytes a row beside k, v.
+    extra: bytes that are streamed with each of these rows.
     """
-    half, cols = q.element_size() == 2, _columns(q)
-    shared = SHARED.get(capability(q.device), 99 << 10)
+    row = _columns(q) * q.element_size()
+    streamed = config["num_stages"] * config["block_n"] * (2 * row + extra)
+    used = tiles * config["block_m"] * row + streamed
+    return used <= SHARED.get(capability(q.device), 99 << 10)
+
+
+def _config(op: str, table: Table, q: Tensor, key: str, tiles: int, extra: int) -> Config:
+    """The measured configuration of a call, else the table's, streaming less if it must."""
+    measured = _tuned.lookup(op, q.device, key).get("config")
+    if measured is not None:
+        return measured
+    major = capability(q.device)[0]
+    size = q.element_size(), max(32, _columns(q))
+    # Generation 12 has the instructions and the shared memory of 8.6.
+    config = _make(*table[major if major in (9, 10) else 8].get(size, (16, 16, 8, 1)))
+    while config["num_stages"] > 1 and not _fits(q, config, tiles, extra):
+        config["num_stages"] -= 1
+    return config
+
+
+def _candidates(q: Tensor, tiles: int, extra: int) -> list[Config]:
+    """Configurations that fit shared memory and whose accumulators fit the registers.
+
+    A program accumulates as many (block_m, columns) tiles as it keeps, and as many of scores.
+    """
+    half = q.element_size() == 2
+    blocks_m, blocks_n = ((64, 128), (32, 64, 128)) if half else ((16, 32, 64), (16, 32))
     configs = []
-    for m, n, warps, stages in itertools.product(
-        (64, 128) if half else (16, 32, 64), (32, 64, 128) if half else (16, 32), (4, 8), (1, 2, 3)
+    for config in itertools.starmap(
+        _make, itertools.product(blocks_m, blocks_n, (4, 8), (2, 3) if half else (1, 2))
     ):
-        registers = tiles * m * (cols + n) // (32 * warps)
-        row = cols * q.element_size()
-        used = tiles * m * row + stages * n * (2 * row + extra)
-        if registers <= (160 if half else 48) and used <= shared and stages > half:
-            configs.append({"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages})
+        accumulated = tiles * config["block_m"] * (_columns(q) + config["block_n"])
+        registers = accumulated // (32 * config["num_warps"])
+        if registers <= (160 if half else 48) and _fits(q, config, tiles, extra):
+            configs.append(config)
     return configs
+
+
+def _tiles(rope: Tensor | None) -> tuple[int, int]:
+    """What :func:`_fits` asks of the forward: one tile, and rows of the rotations streamed."""
+    return 1, 0 if rope is None else 4 * rope.shape[1]
+
+
+TILES_BACKWARD = (2, 8)  # queries and gradients or keys and values; lse and delta are streamed
 
 
 def candidates(*args: Any) -> list[Config]:
     """What the tuner tries for a call of rope_attention."""
-    q, rope = args[0], args[5]
-    return _candidates(q, 1, 0 if rope is None else 4 * _columns(q))
+    return _candidates(args[0], *_tiles(args[5]))
 
 
 def backward_candidates(*args: Any) -> list[Config]:
     """What the tuner tries for a call of rope_attention_backward."""
-    return _candidates(args[1], 2, 8)
+    return _candidates(args[1], *TILES_BACKWARD)
 
 
 def _constants(q: Tensor, window: int, config: Config) -> dict[str, Any]:
@@ -466,7 +489,7 @@ def forward(
     b, h, nq, _ = q.shape
     n = k.shape[2]
     key = tuning_key(q, k, q_weight, window)
-    config = _config("rope_attention", FORWARD, q, key)
+    config = _config("rope_attention", FORWARD, q, key, *_tiles(rope))
     q, k, v = _rows(q), _rows(k), _rows(v)
     launch(
         _forward,
@@ -499,7 +522,7 @@ def backward(
     b, h, nq, _ = q.shape
     n = k.shape[2]
     key = tuning_key(q, k, None, window)
-    config = _config("rope_attention_backward", BACKWARD, q, key)
+    config = _config("rope_attention_backward", BACKWARD, q, key, *TILES_BACKWARD)
     grad, q, k, v = _rows(grad), _rows(q), _rows(k), _rows(v)
     out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
