@@ -12,7 +12,7 @@ STAGES ?=
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test slow lint sanitize gpu clean
+.PHONY: setup demo test interpret aot slow lint sanitize gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +42,15 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -m "not slow and not gpu"
+	$(MAKE) interpret
+
+# The op tests of the Triton kernels, in Triton's interpreter.
+interpret: setup
+	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  TRITON_INTERPRET=1 $(BIN)/pytest tests/test_ops.py -q -m "not slow and not gpu"; \
+	else \
+	  echo "triton is not installed: its kernels are not tested ($(BIN)/pip install 'triton>=3.6')"; \
+	fi
 
 slow: setup
 	$(BIN)/pytest -m "slow and not gpu"
@@ -49,6 +58,14 @@ slow: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Every Triton kernel compiled without a GPU, by the installed triton and by the oldest supported.
+OLD_TRITON := build/triton36
+aot: setup
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLD_TRITON) $(PIP_ARGS) \
+	  triton==3.6.0
+	$(BIN)/python -m wavflow_kernels.aot --json build/aot.json
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m wavflow_kernels.aot --json build/aot36.json
 
 # The compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize

@@ -83,18 +83,19 @@ def toy(
     dtype: torch.dtype = torch.float16,
     tolerance: str = "single_pass",
     bulk: tuple[str, ...] = ("x",),
+    width: int = SIZE,
 ) -> None:
-    """Register an op (x, w) -> out that `run(out, x, w)` launches; x and out are SIZE^2 x SIZE."""
+    """Register an op (x, w) -> out that `run(out, x, w)` launches; x and out are SIZE^2 x width."""
 
     def workload(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-        x = torch.empty(SIZE * SIZE, SIZE, device=device, dtype=dtype)
+        x = torch.empty(SIZE * SIZE, width, device=device, dtype=dtype)
         return x, torch.empty(SIZE, SIZE, device=device, dtype=dtype)
 
     Op(
         name=f"toy_{name}",
         schema="(Tensor x, Tensor w) -> Tensor",
         reference=lambda x, w: x,
-        check=lambda x, w: check(name, x=(x, "n c"), w=(w, "c c")),
+        check=lambda x, w: check(name, x=(x, "n c"), w=(w, "d d")),
         outputs=lambda x, w: torch.empty_like(x),
         launch={"triton": run},
         supported={"triton": {"cuda": frozenset({dtype})}},
@@ -141,6 +142,11 @@ def tall_grid(out: Tensor, x: Tensor, w: Tensor) -> None:
     launch(centre, lambda given: (1, x.numel() // given["BLOCK"] * 64), x, out, BLOCK=1024)
 
 
+def narrow_copy(out: Tensor, x: Tensor, w: Tensor) -> None:
+    copy = x[:, 1:].contiguous().view(-1)[: x.numel() // 2].view(-1, SIZE)
+    launch(shifted, (copy.numel() // 1024,), copy, out, 16, BLOCK=1024)
+
+
 def raises(out: Tensor, x: Tensor, w: Tensor) -> None:
     raise ValueError("no configuration")
 
@@ -156,6 +162,7 @@ toy("small_tile", multiply(16), **both)
 toy("by_sums", by_sums, tolerance="matrix", bulk=())
 toy("narrow", shift)
 toy("copied", per_block(centre, before=Tensor.clone))
+toy("narrow_copy", narrow_copy, width=SIZE + 1)
 toy("shared_memory", multiply(128, 64, num_stages=9), **both)
 toy("grid", tall_grid)
 toy("broken", per_block(broken))

@@ -53,6 +53,11 @@ FAULTS = {
     "by_sums": ("toy_by_sums (large, float16", "no kernel multiplies matrices (tl.dot)", 3),
     "narrow": ("toy_narrow (large, float16", "shifted loads x 2 bytes at a time", 3),
     "copied": ("toy_copied (large, float16", "no kernel loads x: copied first?", 3),
+    "narrow_copy": (
+        "toy_narrow_copy (large, float16",
+        "shifted loads a tensor made by the launcher 2 bytes at a time",
+        3,
+    ),
     "shared_memory": ("product [N=128 ROWS=128 STEP=64 ", "bytes of shared memory, a block has", 3),
     "grid": ("toy_grid (large, float16", "grid (1, 131072) of centre is beyond", 3),
     "broken": ("broken [BLOCK=1024 ", "Error: ", 3),

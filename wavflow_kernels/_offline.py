@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from . import _sass
-from ._registry import Op
+from . import _sass, _tuned
+from ._registry import Op, tensors
 from ._triton.launch import Launch, recording
 
 META = torch.device("meta")
 BULK_WIDTH = 16  # bytes a thread
+COPY = "a tensor made by the launcher"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Call:
     """One call of an op for sm_`number`, and what its launcher launched.
 
     bulk        {operand of Op.bulk: whether its rows are aligned}
-    launches    (build, {place among the compiled kernel's parameters: operand}, grid)
+    launches    (build, {place among the compiled kernel's parameters: operand or COPY}, grid)
     """
 
     op: Op
@@ -104,26 +105,33 @@ def _brief(error: BaseException) -> str:
 
 
 def collect(op: Op, number: int, builds: dict[str, Build]) -> Iterator[Call | str]:
-    """Run the op's launcher as on sm_`number`: its calls, and problems; fills `builds`."""
+    """Run the op's launcher as on sm_`number`: its calls, and problems; fills `builds`.
+
+    Each call is made as on a GPU that was never tuned, then as on each of the tuning tables.
+    """
+    capability = ARCHITECTURES[number].capability
     for dtype in sorted(op.supported["triton"]["cuda"], key=str):
         for name, args in _arguments(op, dtype):
-            call = Call(op, name, dtype, number, {})
-            try:
-                op.check(*args)
-                with recording(ARCHITECTURES[number].capability) as launches:
-                    op.launch["triton"](op.outputs(*args), *args)
-                operands = _operands(op, args)
-                call.bulk = {
-                    name: _aligned(tensor)
-                    for name, tensor in operands
-                    if name.split("[")[0] in op.bulk and tensor.numel()
-                }
-                for launch in launches:
-                    _add(call, launch, operands, builds)
-            except Exception as error:
-                yield f"{call}: {_brief(error)}"
-            else:
-                yield call
+            for table in [{}, *_tuned.tables(capability)]:
+                call = Call(op, name, dtype, number, {})
+                try:
+                    op.check(*args)
+                    outputs = op.outputs(*args)
+                    with recording(capability) as launches, _tuned.pretending(table):
+                        op.launch["triton"](outputs, *args)
+                    operands = _operands(op, args)
+                    call.bulk = {
+                        name: _aligned(tensor)
+                        for name, tensor in operands
+                        if name.split("[")[0] in op.bulk and tensor.numel()
+                    }
+                    known = operands + [("", tensor) for tensor in tensors([outputs])]
+                    for launch in launches:
+                        _add(call, launch, known, builds)
+                except Exception as error:
+                    yield f"{call}: {_brief(error)}"
+                else:
+                    yield call
 
 
 def _arguments(op: Op, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -157,7 +165,7 @@ def _aligned(tensor: torch.Tensor) -> bool:
 def _add(
     call: Call,
     launch: Launch,
-    operands: Sequence[tuple[str, torch.Tensor]],
+    known: Sequence[tuple[str, torch.Tensor]],
     builds: dict[str, Build],
 ) -> None:
     """Add a launch to its call, and to `builds` what it compiles, as Triton specialises it."""
@@ -179,26 +187,32 @@ def _add(
     key = f"{call.number} {source.hash()} {options.hash()}"
     build = builds.setdefault(key, Build(call.number, source, options))
     build.calls.append(call)
-    places = _places(list(signature.values()), list(bound.values()), operands)
+    places = _places(list(signature.values()), list(bound.values()), known)
     call.launches.append((build, places, launch.grid))
 
 
 def _places(
-    kinds: Sequence[Any], values: Sequence[Any], operands: Sequence[tuple[str, torch.Tensor]]
+    kinds: Sequence[Any], values: Sequence[Any], known: Sequence[tuple[str, torch.Tensor]]
 ) -> dict[int, str]:
-    """{place among the compiled kernel's parameters: the operand whose memory it points to}."""
+    """{place among the compiled kernel's parameters: the operand whose memory it points to}.
+
+    Tensors that the launcher made, with aligned rows and the dtype of the first operand, are COPY.
+    """
     pairs = zip(flat(kinds), flat(values), strict=True)
     parameters = [(kind, value) for kind, value in pairs if kind != "constexpr"]
     if any("tensordesc" in kind for kind, _ in parameters):
         raise TypeError("tensor descriptors made by the host are not supported; make them inside")
     found = {}
     for place, (_, value) in enumerate(parameters):
-        if isinstance(value, torch.Tensor):
-            same = [(n, t) for n, t in operands if _memory(t) == _memory(value)]
-            exact = [n for n, t in same if t.storage_offset() == value.storage_offset()]
-            if same:
-                found[place] = (exact or [same[0][0]])[0]
-    return found
+        if not isinstance(value, torch.Tensor):
+            continue
+        same = [(n, t) for n, t in known if _memory(t) == _memory(value)]
+        exact = [n for n, t in same if t.storage_offset() == value.storage_offset()]
+        if same:
+            found[place] = (exact or [same[0][0]])[0]
+        elif value.dtype == known[0][1].dtype and _aligned(value):
+            found[place] = COPY
+    return {place: name for place, name in found.items() if name}
 
 
 def flat(values: Iterable[Any]) -> Iterator[Any]:

@@ -10,7 +10,8 @@ every kernel. A problem is one line, and makes the exit status 1:
 - a float16 or bfloat16 kernel that multiplies matrices without the tensor-core instruction of its
   architecture, and an op of tolerance "matrix" none of whose kernels multiplies matrices;
 - an operand of ``Op.bulk`` that is loaded less than 16 bytes at a time though its rows are aligned,
-  or that no kernel loads because it is copied first;
+  or that no kernel loads because it is copied first; likewise the launcher's own aligned copy of
+  an operand whose rows are not aligned;
 - more shared memory, tensor memory or blocks than the architecture has.
 """
 
@@ -34,6 +35,7 @@ from . import REGISTRY, _backend, _sass
 from ._offline import (
     ARCHITECTURES,
     BULK_WIDTH,
+    COPY,
     Build,
     Call,
     Examined,
@@ -111,7 +113,7 @@ def judge_call(call: Call, examined: dict[Build, Examined]) -> Iterator[str]:
     if built and call.op.tolerance == "matrix":
         if not any(examined[build].multiplies for build, _, _ in built):
             yield f"{call}: no kernel multiplies matrices (tl.dot)"
-    loaded = set()
+    loads: dict[str, list[tuple[str, list[int]]]] = {}
     for build, places, grid in built:
         kernel = build.source.fn.__name__
         if len(grid) > 3 or any(n > most for n, most in zip(grid, GRID_LIMITS, strict=False)):
@@ -119,12 +121,16 @@ def judge_call(call: Call, examined: dict[Build, Examined]) -> Iterator[str]:
         for place, operand in places.items():
             widths = [x.width for x in examined[build].loads if place in x.parameters]
             if widths or examined[build].code.loads["TMA"]:
-                loaded.add(operand)
-            least = min(widths, default=BULK_WIDTH)
-            if call.bulk.get(operand) and least < BULK_WIDTH:
-                yield f"{call}: {kernel} loads {operand} {least} bytes at a time"
-    if built and (missed := [name for name in call.bulk if name not in loaded]):
-        yield f"{call}: no kernel loads {', '.join(missed)}: copied first?"
+                loads.setdefault(operand, []).append((kernel, widths))
+    unread = [name for name in call.bulk if name not in loads]
+    if built and (copied := [name for name in unread if call.bulk[name]]):
+        yield f"{call}: no kernel loads {', '.join(copied)}: copied first?"
+    # An operand whose rows are not aligned may come to the kernels as an aligned copy.
+    wide = [name for name, aligned in call.bulk.items() if aligned] + [COPY] * bool(unread)
+    for operand in wide:
+        for kernel, widths in loads.get(operand, ()):
+            if min(widths, default=BULK_WIDTH) < BULK_WIDTH:
+                yield f"{call}: {kernel} loads {operand} {min(widths)} bytes at a time"
 
 
 def compiled_kernels(library: Path | None, numbers: Sequence[int]) -> Iterator[tuple[Row, list]]:

@@ -267,6 +267,7 @@ def main(
     path = folder / f"{_tuned.slug(gpu)}.json"
     about = {
         "device": gpu,
+        "capability": list(torch.cuda.get_device_capability(where)),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton"),
     }
