@@ -12,7 +12,7 @@ STAGES ?=
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test interpret aot slow lint sanitize gpu clean
+.PHONY: setup demo test interpret aot isa slow lint sanitize gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -67,6 +67,15 @@ aot: setup
 	$(BIN)/python -m wavflow_kernels.aot --json build/aot.json
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m wavflow_kernels.aot --json build/aot36.json
 
+# What only exercises the compiled kernels: the matrix in eager mode, and their laws.
+KERNEL_TESTS := $(addprefix tests/test_,ops.py properties.py adaln.py conv1d.py qkv_rope.py \
+  rope_attention.py swiglu.py) -k "cpp and eager or property"
+
+# The compiled kernels in the instruction sets that are not this processor's best.
+isa: setup
+	WAVFLOW_CPU_ISA=avx2 $(BIN)/pytest -q $(KERNEL_TESTS)
+	WAVFLOW_CPU_ISA=default $(BIN)/pytest -q $(KERNEL_TESTS)
+
 # The compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize
 SANITIZER := LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
@@ -74,8 +83,7 @@ SANITIZER := LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:
 sanitize: setup
 	WAVFLOW_BUILD=cpu WAVFLOW_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --upgrade \
 	  --target $(SANITIZED) $(PIP_ARGS) .
-	$(SANITIZER) $(BIN)/pytest tests/test_ops.py tests/test_properties.py \
-	  -k "cpp and eager or property" -p no:cacheprovider
+	$(SANITIZER) $(BIN)/pytest $(KERNEL_TESTS) -p no:cacheprovider
 
 # Installs nothing outside build/gpu and needs no network; ends within 9 minutes on an H100.
 gpu:
