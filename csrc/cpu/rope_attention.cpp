@@ -29,6 +29,13 @@ constexpr float kRmsNormEps = 1.1920929e-07f;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// n rows cut into as few blocks of at most `most` rows as there can be, of about the same size.
+struct Cut {
+  int64_t blocks, size;
+  Cut(int64_t n, int64_t most)
+      : blocks((n + most - 1) / most), size(round_up((n + blocks - 1) / blocks, kRows)) {}
+};
+
 // What elements T are multiplied as in instruction set I.
 template <class T, class I>
 using factor_t =
@@ -230,25 +237,33 @@ struct Attention {
   // (what earlier sums are to be multiplied by) and sums brought up to date.
   static WF_HD void soften(const Forward& at, A* top, A* sums, int64_t columns,
                             const typename S::Exp2& exp2) {
+    V most[kRows], factor[kRows], base[kRows];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRows; ++r) most[r] = S::spread(top[r]);
+    for (int64_t c = 0; c < columns; c += lanes)
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kRows; ++r)
+        most[r] = S::larger(S::template load<V>(at.scores + r * kKeys + c), most[r]);
+#pragma GCC unroll 16
     for (int64_t r = 0; r < kRows; ++r) {
-      const A* scores = at.scores + r * kKeys;
-      V most = S::spread(top[r]);
-      for (int64_t c = 0; c < columns; c += lanes)
-        most = S::larger(S::template load<V>(scores + c), most);
-      const A now = S::largest(most);
+      const A now = S::largest(most[r]);
       // A row that has seen no key yet has a top of minus infinity, and weights of exp(-inf).
       const A start = now == -A(INFINITY) ? A(0) : now;
-      const V base = S::spread(start), factor = exp2(S::spread(top[r]) - base);
-      V sum = S::template load<V>(sums + r * lanes) * factor;
+      base[r] = S::spread(start);
+      factor[r] = exp2(S::spread(top[r]) - base[r]);
+      at.factor[r] = factor[r][0];
+      top[r] = now;
+    }
+    for (int64_t r = 0; r < kRows; ++r) {
+      const A* scores = at.scores + r * kKeys;
       F* weights = reinterpret_cast<F*>(at.weights + r * kKeys / pair);
+      V sum = S::template load<V>(sums + r * lanes) * factor[r];
       for (int64_t c = 0; c < columns; c += lanes) {
-        const V weight = exp2(S::template load<V>(scores + c) - base);
+        const V weight = exp2(S::template load<V>(scores + c) - base[r]);
         sum += weight;
         S::store(weights + c, S::factors(weight));
       }
       S::store(sums + r * lanes, sum);
-      at.factor[r] = factor[0];
-      top[r] = now;
     }
   }
 
@@ -295,7 +310,7 @@ struct Attention {
   static void forward(const RopeAttentionArgs& a) {
     const int64_t threads = std::max(a.target.threads, 1), heads = a.b * a.h;
     const int64_t width = round_up(a.d, lanes), keys = round_up(a.n, kTile), tiles = keys / kTile;
-    const int64_t blocks = (a.nq + kQueries - 1) / kQueries;
+    const Cut cut(a.nq, kQueries);
     const int64_t together = std::min(4 * threads, heads), workers = threads;
     auto layout = [=](Arena& arena, int64_t worker) {
       struct Layout { U *keys, *values; Forward scratch; };
@@ -329,10 +344,10 @@ struct Attention {
       parallel_for(I{}, workers, a.target.threads, [=](int64_t w) WF_BODY {
         Arena arena(base);
         const auto at = layout(arena, w);
-        for (int64_t i = w; i < count * blocks; i += workers) {
-          const int64_t head = i / blocks, begin = i % blocks * kQueries;
+        for (int64_t i = w; i < count * cut.blocks; i += workers) {
+          const int64_t head = i / cut.blocks, begin = i % cut.blocks * cut.size;
           attend(a, (first + head) / a.h, (first + head) % a.h, begin,
-                 std::min(begin + kQueries, a.nq), at.keys + head * keys * a.d / pair,
+                 std::min(begin + cut.size, a.nq), at.keys + head * keys * a.d / pair,
                  at.values + head * keys * width / pair, width, at.scratch);
         }
       });
@@ -466,9 +481,10 @@ struct Attention {
   static void backward(const RopeAttentionBackwardArgs& a) {
     const int64_t workers = std::max(a.target.threads, 1), heads = a.b * a.h;
     const int64_t width = round_up(a.d, lanes), nq = round_up(a.nq, kTile), tiles = nq / kTile;
-    const int64_t blocks = (a.n + kBackKeys - 1) / kBackKeys;
-    const int64_t splits = std::clamp<int64_t>(64 / std::max<int64_t>(heads, 1), 1, (blocks + 3) / 4);
-    const int64_t per_split = (blocks + splits - 1) / splits;
+    const Cut cut(a.n, kBackKeys);
+    const int64_t splits =
+        std::clamp<int64_t>(64 / std::max<int64_t>(heads, 1), 1, (cut.blocks + 3) / 4);
+    const int64_t per_split = (cut.blocks + splits - 1) / splits;
     const int64_t together = std::min(4 * workers, heads);
     Arena counted(nullptr);
     Packed(counted, nq, a.d, width, splits);
@@ -501,10 +517,10 @@ struct Attention {
           const Packed from = pack(i / splits);
           A* d_q = from.d_q + split * (nq + kRows) * width;
           std::fill(d_q, d_q + (nq + kRows) * width, A(0));
-          for (int64_t block = split * per_split; block < std::min((split + 1) * per_split, blocks);
-               ++block)
-            retreat(a, at_head / a.h, at_head % a.h, block * kBackKeys,
-                    std::min((block + 1) * kBackKeys, a.n), width, from, d_q, at);
+          const int64_t last = std::min((split + 1) * per_split, cut.blocks);
+          for (int64_t block = split * per_split; block < last; ++block)
+            retreat(a, at_head / a.h, at_head % a.h, block * cut.size,
+                    std::min((block + 1) * cut.size, a.n), width, from, d_q, at);
         }
       });
       parallel_for(I{}, workers, a.target.threads, [=](int64_t w) WF_BODY {

@@ -143,21 +143,23 @@ template <class I, class F> struct Simd {
   // The larger one; y where x is NaN.
   static WF_HD V larger(V x, V y) { return x > y ? x : y; }
 
-  static WF_HD A largest(V x) {
-    A lane[lanes];
-    __builtin_memcpy(lane, &x, sizeof(x));
-    for (int width = lanes / 2; width > 0; width /= 2)
-      for (int l = 0; l < width; ++l) lane[l] = lane[l] > lane[l + width] ? lane[l] : lane[l + width];
-    return lane[0];
-  }
-  static WF_HD A sum(V x) {
-    A lane[lanes];
-    __builtin_memcpy(lane, &x, sizeof(x));
-    for (int width = lanes / 2; width > 0; width /= 2)
-      for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
-    return lane[0];
+  static WF_HD A largest(V x) { return folded(x, [](auto a, auto b) WF_BODY { return a > b ? a : b; }); }
+  static WF_HD A sum(V x) { return folded(x, [](auto a, auto b) WF_BODY { return a + b; }); }
+
+ private:
+  // All lanes joined by f, half with half.
+  template <class X, class Join> static WF_HD A folded(X x, const Join& join) {
+    if constexpr (sizeof(X) == 2 * sizeof(A)) {
+      return join(x[0], x[1]);
+    } else {
+      using Half = typename Vector<A, sizeof(X) / 2>::type;
+      Half half[2];
+      __builtin_memcpy(half, &x, sizeof(x));
+      return folded(join(half[0], half[1]), join);
+    }
   }
 
+ public:
   // acc (R, C vectors) += a (R, depth) b (depth, C vectors). a's units lie `row` apart from row to
   // row and `step` apart along the depth.
   template <int R, int C>
