@@ -257,7 +257,12 @@ def prepare_conv(
         weight: (o, c, k) or (o, c) for :func:`conv1d`; [w1, w3] for :func:`conv_swiglu`.
         dtype: of the activations; None: the weight's own.
         winograd: compute widths of 3 by Winograd's F(2,3), on the CPU, the weights transformed in
-            float32 before they are cast. WINOGRAD_FIGURES
+            float32 before they are cast. In bfloat16 the error of :func:`conv1d` is 2.4 times that
+            of the direct form (4.0e-3 against 1.7e-3), of :func:`conv_swiglu` 1.8 times (5.5e-3
+            against 3.1e-3); in float32 it is below that of the prepared direct form (5.0e-7 and
+            7.3e-7, with 1.9e-7 for ``F.conv1d``). The matrix products of [w1, w3] on 2 x 640 tokens
+            of 896 channels to 2560 take 26.2 ms in bfloat16, without the transforms; the direct
+            form takes 37.9 ms, on a 2-core AMD EPYC (Zen 5).
 
     Returns:
         :class:`PreparedConv`. It shares no memory with parameters that training changes.
