@@ -198,3 +198,20 @@ def test_calls_take_turns_and_reset_is_not_timed() -> None:
     assert "".join(order) == "-a-b" * 1 + "-a-b" * 3
     assert set(times) == {"a", "b"}
     assert all(t.low <= t.median <= t.high for t in times.values())
+
+
+def test_tables_of_other_gpus_can_be_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"backend": "triton", "config": {"BLOCK": 64}}
+    for name, capability in (("h100", [9, 0]), ("a100", [8, 0])):
+        table = {"device": name, "capability": capability, "ops": {"op": {"key": row}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+    monkeypatch.setattr(_tuned, "FOLDER", tmp_path)
+    (rows,) = _tuned.tables((9, 0))
+    meta = torch.device("meta")
+    with _tuned.pretending(rows):
+        assert _tuned.lookup("op", meta, "key") == row
+        assert _tuned.lookup("op", meta, "other") == {}
+    assert _tuned.lookup("op", meta, "key") == {}
+    assert _tuned.tables((10, 0)) == []
