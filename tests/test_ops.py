@@ -94,8 +94,19 @@ def compiled(op: Op, mode: str) -> Callable[..., Any]:
     return op if mode == "eager" else torch.compile(op, backend=mode, fullgraph=True)
 
 
-@pytest.mark.parametrize("mode", ["eager", "aot_eager"])
-@pytest.mark.parametrize("op, backend, dtype, device", FORWARD)
+def with_modes(cases: list[Any]) -> list[Any]:
+    """Each case in eager mode; compiled where tracing may differ: one dtype a backend, and half."""
+    traced = {"reference": (torch.float32,)}
+    return [
+        pytest.param(*case.values, mode, id=f"{case.id}-{mode}", marks=case.marks)
+        for case in cases
+        for mode in ("eager", "aot_eager")
+        if mode == "eager"
+        or case.values[2] in traced.get(case.values[1], (torch.float32, torch.bfloat16))
+    ]
+
+
+@pytest.mark.parametrize("op, backend, dtype, device, mode", with_modes(FORWARD))
 def test_forward(op: Op, backend: str, dtype: torch.dtype, device: str, mode: str) -> None:
     needs(op, backend, device, dtype)
     for sample in samples(op, device, dtype):
@@ -141,8 +152,7 @@ def gradients(op: Op, call: Callable[..., Any], sample: Sample, grads: list[Tens
 DIFFERENTIABLE = [p for p in FORWARD if p.values[0].backward and not p.values[0].internal]
 
 
-@pytest.mark.parametrize("mode", ["eager", "aot_eager"])
-@pytest.mark.parametrize("op, backend, dtype, device", DIFFERENTIABLE)
+@pytest.mark.parametrize("op, backend, dtype, device, mode", with_modes(DIFFERENTIABLE))
 def test_gradient(op: Op, backend: str, dtype: torch.dtype, device: str, mode: str) -> None:
     needs(op, backend, device, dtype)
     for sample in samples(op, device, dtype):
@@ -223,6 +233,7 @@ INDUCTOR = [
 def test_inductor(op: Op, backend: str) -> None:
     needs(op, backend, "cpu", torch.float32)
     sample = samples(op, "cpu", torch.float32)[0]
+    torch._dynamo.reset()
     with wk.use_backend(backend):
         call = op if backend == "compile" else torch.compile(op, fullgraph=True)
         out = run(call, op, sample.args)
