@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _backend
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import DTYPE_CODE, Op, Sample, address, target
+from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
 from . import swiglu
 
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -176,6 +176,21 @@ def winograd_weights(weight: Tensor) -> tuple[Tensor, ...]:  # o c 3
     return g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2
 
 
+def _workload(winograd: bool) -> Workload:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        b, n, c, inner = 2, 640, 896, 2560
+        x = torch.randn(b, n, c, device=device, dtype=dtype)
+        pair = [torch.randn(inner, c, 3, device=device) * (3 * c) ** -0.5 for _ in range(2)]
+        if device.type == "cpu":
+            weights = prepare_conv(pair, dtype=dtype, winograd=winograd).weights
+        else:  # oneDNN's layout exists on the CPU alone
+            joined = torch.cat(pair)
+            weights = winograd_weights(joined) if winograd else [joined.unsqueeze(2)]
+        return x, [w if w.layout == torch._mkldnn else w.to(dtype) for w in weights], None, True
+
+    return make
+
+
 OP = Op(
     name="prepared_conv",
     schema="(Tensor x, Tensor[] weights, Tensor? bias, bool gated) -> Tensor",
@@ -185,6 +200,10 @@ OP = Op(
     launch={"cpp": _launch},
     supported={"cpp": {"cpu": frozenset({torch.float32, torch.bfloat16})}},
     samples=_samples,
+    workloads={
+        "one guided clip, width 3, gate": _workload(winograd=False),
+        "one guided clip, width 3, gate, Winograd": _workload(winograd=True),
+    },
     bytes=lambda x, weights, bias, gated: (
         x.nbytes
         + sum(w.numel() * x.itemsize for w in weights)
