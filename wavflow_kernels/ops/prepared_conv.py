@@ -10,7 +10,7 @@ in place of six (Lavin and Gray, "Fast Algorithms for Convolutional Neural Netwo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
