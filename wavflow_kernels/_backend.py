@@ -134,13 +134,16 @@ def choose(
 ) -> str:
     """The backend a call gets: the override, else the measured one, else the first that runs.
 
-    part: the call comes through the dispatcher. A library is called past it, so that with
-    ``library`` asked for such a call is a part of one, a gate or a backward, and chooses freely.
+    part: the call comes through the dispatcher: from the op's public function, which has met the
+    override already, or as a part of another op, a gate or a backward, which chooses freely where
+    it cannot meet it. Libraries are called past the dispatcher.
     """
-    if _override is not None and not (part and _override == "library"):
-        if unavailable(op, _override, device, dtype):
+    if _override is not None:
+        unmet = unavailable(op, _override, device, dtype)
+        if unmet and not part:
             raise BackendError(_explain(op, _override, device, dtype))
-        return _override
+        if not unmet and not (part and _override == "library"):
+            return _override
     if op.prefer is not None and args is not None:
         backend = op.prefer(*args)
         if backend is not None and not unavailable(op, backend, device, dtype):
