@@ -31,7 +31,6 @@ from .._registry import (
 )
 
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
-HEAD_DIMS = (32, 64, 128)  # of the Triton kernels
 
 
 def _check(
