@@ -83,7 +83,7 @@ SANITIZER := LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:
 sanitize: setup
 	WAVFLOW_BUILD=cpu WAVFLOW_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --upgrade \
 	  --target $(SANITIZED) $(PIP_ARGS) .
-	$(SANITIZER) $(BIN)/pytest $(KERNEL_TESTS) -p no:cacheprovider
+	$(SANITIZER) $(BIN)/pytest -o pythonpath=$(SANITIZED) $(KERNEL_TESTS) -p no:cacheprovider
 
 # Installs nothing outside build/gpu and needs no network; ends within 9 minutes on an H100.
 gpu:
