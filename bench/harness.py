@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib.metadata
 import platform
@@ -14,26 +13,12 @@ from typing import NoReturn
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def fail(message: str) -> NoReturn:
     """End the program with one line on stderr and exit code 2."""
     print(message, file=sys.stderr)
     raise SystemExit(2)
-
-
-def keep_memory() -> bool:
-    """Make malloc keep freed memory, so that an output costs its page faults once, not per call.
-
-    At 64 MB they cost as much as several copies, on every side of a comparison. Returns whether
-    the C library does so; CUDA's caching allocator always does.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def free_memory(device: torch.device) -> int:

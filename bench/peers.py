@@ -116,9 +116,36 @@ def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Calls:
     return {"conv1d alone": call}
 
 
+def _prepared_conv(x: Tensor, weights: list[Tensor], bias: Tensor | None, gated: bool) -> Calls:
+    """The same convolution with weights that are cast and nothing else."""
+    if len(weights) == 4:
+        w0, w1, w2, w3 = (_dense(w) for w in weights)
+        weight = torch.stack((w0, w1 - w2, w3), -1)
+    else:
+        weight = _dense(weights[0])
+        weight = weight.squeeze(2) if weight.dim() == 4 else weight.unsqueeze(2)
+    padding = weight.shape[2] // 2
+    biases = (None, None) if bias is None else bias.chunk(2)
+    pairs = tuple(zip(weight.chunk(2), biases, strict=True))
+
+    def call() -> Tensor:
+        turned = x.transpose(1, 2)
+        if not gated:
+            return F.conv1d(turned, weight, bias, padding=padding).transpose(1, 2).contiguous()
+        a, b = (F.conv1d(turned, *pair, padding=padding) for pair in pairs)
+        return (F.silu(a) * b).transpose(1, 2).contiguous()
+
+    return {"conv1d, weights cast": call}
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return weight.to_dense() if weight.layout == torch._mkldnn else weight
+
+
 PEERS: dict[str, Callable[..., Calls]] = {
     "conv1d": _conv1d,
     "conv_swiglu": _conv_swiglu,
     "flow_mix": _flow_mix,
+    "prepared_conv": _prepared_conv,
     "rope_attention": _rope_attention,
 }

@@ -21,10 +21,11 @@ from rich.table import Column, Table
 from torch import Tensor
 
 import wavflow_kernels as wk
-from bench.harness import fail, free_memory, keep_memory, machine
+from bench.harness import fail, free_memory, machine
 from bench.peaks import Peaks, measure
 from bench.peers import PEERS, TRAINED, backward_flops, reference_bytes
 from wavflow.files import write_json
+from wavflow.memory import keep_freed_memory
 from wavflow_kernels import REGISTRY, _backend
 from wavflow_kernels._registry import Op, tensors
 from wavflow_kernels._timing import interleaved
@@ -92,7 +93,7 @@ def training_step(op: Op, call: Callable[..., Any], args: Sequence[Any]) -> Call
 def variants(case: Case, args: tuple[Any, ...], with_compile: bool) -> dict[str, Call]:
     """What is compared; the first is what a call gets here."""
     op = case.op
-    first = op._first(args)
+    first = op.first(args)
 
     def runs(backend: str | None, call: Callable[..., Any] = op) -> Call:
         inner = training_step(op, call, args) if case.training else (lambda: call(*args))
@@ -317,7 +318,7 @@ def main(
     todo = cases(names, only)
     if not todo:
         fail(f"bench.run: no workload of {', '.join(names)} has '{only}' in its name")
-    if where.type == "cpu" and not keep_memory():
+    if where.type == "cpu" and not keep_freed_memory():
         print("this C library gives memory back: outputs cost their page faults on every call")
     if where.type == "cuda":
         # Ours hold float32; cuDNN would compute in TF32 by default.

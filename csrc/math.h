@@ -2,7 +2,7 @@
 //
 // Everything here is built from IEEE +, -, *, / and sqrt and is compiled without contraction
 // (-ffp-contract=off, --fmad=false), so a result is the same bit pattern on every instruction set and
-// on the GPU. libm and CUDA's math functions differ in their last bits and are not used.
+// on the GPU; swiglu.cpp and prepared_conv.cpp alone are compiled with it. libm and CUDA's math functions differ in their last bits and are not used.
 #pragma once
 
 #include <cmath>

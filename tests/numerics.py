@@ -72,7 +72,7 @@ def excess_over_peer(actual: Tensor, truth: Tensor, peer: Tensor) -> float:
         return float("inf")
     error, usual = ((x.double() - truth).nan_to_num() for x in (actual, peer))
     # In float64 the peer is the truth itself: only the slack speaks.
-    slack = 64 * eps(torch.float64) if actual.dtype == torch.float64 else 8 * eps(torch.float32)
+    slack = 64 * eps(torch.float64) if actual.dtype == torch.float64 else 4 * eps(torch.float32)
     size, tiny = truth.nan_to_num(), torch.finfo(actual.dtype).smallest_normal
     luck = 1 + 3 / actual.numel() ** 0.5
     norm = error.norm() / (1.25 * luck * usual.norm() + slack * size.norm() + tiny)

@@ -14,6 +14,7 @@ import torch
 
 from bench import gpu, harness, peers, plot, run
 from bench.peaks import Peaks
+from wavflow import memory
 from wavflow_kernels import REGISTRY
 from wavflow_kernels._registry import tensors
 
@@ -152,7 +153,7 @@ def test_the_command_line_writes_its_rows(
 ) -> None:
     small("unpatchify", monkeypatch)
     monkeypatch.setattr(run, "measure", lambda device, dtype: Peaks(1e9, 1e9))
-    monkeypatch.setattr(run, "keep_memory", lambda: True)
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: True)
     path = tmp_path / "deep" / "r.json"
     with pytest.raises(SystemExit) as error:
         run.main(**options(ops=["unpatchify"], json_path=path), seconds=SHORT, budget=None)
@@ -162,28 +163,31 @@ def test_the_command_line_writes_its_rows(
     assert "1 rows: 0 failed, 0 skipped" in capsys.readouterr().out
 
 
-def test_peers_compute_what_the_op_computes() -> None:
-    for name in ("rope_attention", "conv_swiglu", "conv1d"):
-        if name not in REGISTRY:
-            continue
-        op = REGISTRY[name]
-        sample = op.samples(CPU, torch.float32, 0)[0]
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [("rope_attention", 1), ("conv_swiglu", 1), ("conv1d", 1), ("prepared_conv", 8)],
+)
+def test_peers_compute_what_the_op_computes(name: str, samples: int) -> None:
+    op = REGISTRY[name]
+    for sample in op.samples(CPU, torch.float32, 0)[:samples]:
         wanted = op.reference(*sample.args)
         wanted = wanted[0] if isinstance(wanted, tuple) else wanted
         calls = peers.PEERS[name](*sample.args)
         assert calls
         for peer, call in calls.items():
-            torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=1e-4, msg=f"{name}, {peer}")
+            torch.testing.assert_close(
+                call(), wanted, rtol=1e-4, atol=1e-4, msg=f"{name}, {sample.name}, {peer}"
+            )
 
 
 def test_freed_memory_is_kept_where_glibc_is(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     libc = SimpleNamespace(mallopt=lambda *pair: asked.append(pair) or 1)
-    monkeypatch.setattr(harness.ctypes, "CDLL", lambda name: libc)
-    assert harness.keep_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: libc)
+    assert memory.keep_freed_memory()
     assert asked == [(-4, 0), (-1, 2**31 - 1)]
-    monkeypatch.setattr(harness.ctypes, "CDLL", lambda name: SimpleNamespace())
-    assert not harness.keep_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert not memory.keep_freed_memory()
 
 
 def test_free_memory_is_plausible() -> None:

@@ -77,7 +77,7 @@ def test_everything_runs_here() -> None:
 def test_automatic_choice(op: Op) -> None:
     """CUDA C++ where it exists, else the measured one, else Triton; never plain torch."""
     args = arguments(op, torch.bfloat16)
-    first = op._first(args)
+    first = op.first(args)
     with _tuned.keys_asked(op.name) as keys:
         chosen = _backend.choose(op, first.device, first.dtype, args)
     if "cuda" in op.supported.get("cpp", {}):

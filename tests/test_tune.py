@@ -35,7 +35,7 @@ class Doubling:
     def __init__(self) -> None:
         self.ran: list[Any] = []
 
-    def _first(self, args: Any) -> Tensor:
+    def first(self, args: Any) -> Tensor:
         return args[0]
 
     def __call__(self, x: Tensor) -> Tensor:

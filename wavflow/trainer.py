@@ -23,6 +23,7 @@ from wavflow.data.dataset import Work, plan, prefetch, steps_per_epoch
 from wavflow.draw import Draw
 from wavflow.ema import Ema
 from wavflow.errors import InputError
+from wavflow.memory import keep_freed_memory
 
 log = logging.getLogger("wavflow")
 
@@ -155,6 +156,8 @@ class Trainer:
                 self.step,
                 self.total_steps,
             )
+            if self.device.type == "cpu":
+                keep_freed_memory()
             self.model.train()
             started, resumed_at = time.monotonic(), self.elapsed
             # On the CPU a loader thread's own OpenMP pool fights the step's: 1.5 times the time.

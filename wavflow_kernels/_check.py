@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 Spec = tuple[torch.Tensor | None, str]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@cache
+def _dims(dims: str) -> tuple[str, ...]:
+    return tuple(dims.split())
 
 
 def check(op: str, **arguments: Spec) -> dict[str, int]:
@@ -23,16 +30,17 @@ def check(op: str, **arguments: Spec) -> dict[str, int]:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        wanted = dims.split()
-        shape = tuple(tensor.shape)
+        wanted, shape = _dims(dims), tensor.shape
         if len(shape) != len(wanted):
-            raise ValueError(f"{op}: {name} must have shape ({', '.join(wanted)}), got {shape}")
+            raise ValueError(
+                f"{op}: {name} must have shape ({', '.join(wanted)}), got {tuple(shape)}"
+            )
         for size, dim in zip(shape, wanted, strict=True):
             expected = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
             if size != expected:
                 raise ValueError(
                     f"{op}: {name} must have shape ({', '.join(wanted)}) with "
-                    f"{dim} = {expected}, got {shape}"
+                    f"{dim} = {expected}, got {tuple(shape)}"
                 )
         device = tensor.device if device is None else device
         if tensor.device != device:

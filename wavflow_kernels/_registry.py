@@ -15,11 +15,15 @@ from typing import Any
 import torch
 
 from . import _backend
+from ._check import FLOATS
 
 REGISTRY: dict[str, Op] = {}
 
 _library = torch.library.Library("wavflow", "DEF")
 
+# What kernels support: every float dtype in C++ on the CPU, all but float64 in Triton.
+ON_CPU = {"cpu": frozenset(FLOATS)}
+ON_TRITON = {"cuda": frozenset(FLOATS) - {torch.float64}}
 DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -113,22 +117,25 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Run with the backend chosen for the first tensor's device and dtype."""
-        first = self._first(args)
+        first = self.first(args)
         if self.autocast and torch.is_autocast_enabled(first.device.type):
             with torch.autocast(first.device.type, enabled=False):
                 return self(*self._autocast(args, torch.get_autocast_dtype(first.device.type)))
-        if self.prefer is not None and not torch.compiler.is_compiling():
-            self.check(*args)
+        compiling = torch.compiler.is_compiling()
+        if self.prefer is not None and not compiling:
+            self.check(*args)  # prefer() looks at shapes
         backend = _backend.choose(self, first.device, first.dtype, args)
         if backend in ("cpp", "triton") or self.mutates:
             return self.torch_op(*args)
-        if not torch.compiler.is_compiling():
-            self.check(*args)
+        if not compiling:
+            if self.prefer is None:
+                self.check(*args)
             if backend == "compile":
                 return _compiled(self.name)(*args)
         return self.library(*args) if backend == "library" else self.reference(*args)
 
-    def _first(self, args: Sequence[Any]) -> torch.Tensor:
+    def first(self, args: Sequence[Any]) -> torch.Tensor:
+        """The tensor whose device and dtype decide where a call runs."""
         first = args[0]
         if isinstance(first, (list, tuple)) and first:
             first = first[0]
@@ -147,7 +154,7 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
-        first = self._first(args)
+        first = self.first(args)
         backend = _backend.choose(self, first.device, first.dtype, args, part=True)
         launch = self.launch.get(backend)
         if launch is None:
@@ -235,6 +242,11 @@ def target(tensor: torch.Tensor) -> Any:
 def address(tensor: torch.Tensor | None) -> int:
     """The tensor's data pointer, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its last axis is contiguous, whatever its other strides; else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def no_double_backward(name: str) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+log = logging.getLogger("wavflow_kernels")
 FOLDER = Path(__file__).resolve().parent / "tuned"
 Row = dict[str, Any]
 
@@ -28,9 +30,17 @@ def slug(device_name: str) -> str:
 
 @cache
 def table(device_index: int) -> dict[str, dict[str, Row]]:
-    """All rows of a CUDA device; empty where it was never measured."""
-    path = FOLDER / f"{slug(torch.cuda.get_device_name(device_index))}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["ops"] if path.exists() else {}
+    """All rows of a CUDA device; empty, with one log line, where it was never measured."""
+    name = torch.cuda.get_device_name(device_index)
+    path = FOLDER / f"{slug(name)}.json"
+    if not path.exists():
+        log.warning(
+            "%s was never measured: attention and convolutions run as library calls there "
+            "(python -m wavflow_kernels.tune chooses)",
+            name,
+        )
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))["ops"]
 
 
 def tables(capability: tuple[int, int]) -> list[dict[str, dict[str, Row]]]:

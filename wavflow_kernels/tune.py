@@ -101,7 +101,7 @@ def measure(
     """
     end = clock() + seconds
     found = Measured(offered=len(configs))
-    first = op._first(args)
+    first = op.first(args)
     rows: list[Row] = [{"backend": "triton", "config": config} for config in configs]
     if not _backend.unavailable(op, "library", first.device, first.dtype):
         rows.insert(0, {"backend": "library"})
@@ -190,7 +190,10 @@ def write(path: Path, about: Row, ops: Mapping[str, Mapping[str, Row]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

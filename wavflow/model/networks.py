@@ -301,15 +301,9 @@ class WavflowModel(nn.Module):
 
     def _sync_tokens(self) -> TokenRows:
         # Interpolating the row numbers gives torch's own rounding where a token lies on an edge.
-        rows = torch.arange(self.sync_seq_len + 1, device=self.device, dtype=torch.int32)
-        index = (
-            F.interpolate(
-                rows[None, None, :-1].float(), size=self.latent_seq_len, mode="nearest-exact"
-            )
-            .flatten()
-            .int()
-        )
-        return TokenRows(index, torch.searchsorted(index, rows, out_int32=True))
+        rows = torch.arange(self.sync_seq_len, device=self.device, dtype=torch.float32)
+        index = F.interpolate(rows[None, None], size=self.latent_seq_len, mode="nearest-exact")
+        return TokenRows.of_sorted(index.flatten(), self.sync_seq_len)
 
     def _rope(self) -> Tensor:  # (n + n_clip + n_text, head_dim), float32 at least
         tokens, clip_tokens = self.latent_seq_len, self.clip_seq_len

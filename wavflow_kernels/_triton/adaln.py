@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.adaln import channels_last
+from .._registry import dense_rows
 from .launch import launch
 
 _SIZES = ["batch_tokens", "tokens", "rows", "gate_rows", "splits", "parts", "groups"]
@@ -243,9 +243,9 @@ def launch_forward(
     if not x.numel():
         return
     b, n, c = x.shape
-    x, shift, scale = x.contiguous(), channels_last(shift), channels_last(scale)
+    x, shift, scale = x.contiguous(), dense_rows(shift), dense_rows(scale)
     y = None if y is None else y.contiguous()
-    gate = None if gate is None else channels_last(gate)
+    gate = None if gate is None else dense_rows(gate)
     block = triton.next_power_of_2(c)
     # Tokens that share rows come together once there are programs enough to fill a GPU.
     count = 4 if b * n >= 8192 else 1
@@ -321,10 +321,10 @@ def launch_backward(
     if not x.numel():
         return
     b, n, c = x.shape
-    grad, x, scale = grad.contiguous(), x.contiguous(), channels_last(scale)
+    grad, x, scale = grad.contiguous(), x.contiguous(), dense_rows(scale)
     grad_new = None if grad_new is None else grad_new.contiguous()
     y = None if y is None else y.contiguous()
-    gate = None if gate is None else channels_last(gate)
+    gate = None if gate is None else dense_rows(gate)
     follows_gate = index is None and gate_index is not None
     own_gate = gate_index is not None and index is not None and gate_index is not index
     rows = gate.shape[1] if follows_gate and gate is not None else scale.shape[1]

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _tuned
+from .._registry import dense_rows
 from ..ops.conv1d import key
 from .launch import capability, launch
 
@@ -306,8 +307,7 @@ def forward(
     (b, n, c), (o, _, taps) = x.shape, weight.shape
     if not b:
         return
-    if gate is not None and gate.stride(2) != 1:
-        gate = gate.contiguous()
+    gate = None if gate is None else dense_rows(gate)
     kind = " selu" if selu else "" if residual is None else " residual"
     config = configure("conv1d", key(x, weight, kind), x, o)
     launch(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._registry import dense_rows
 from ..ops.rope_attention import RMS_NORM_EPS
 from .launch import launch
 
@@ -361,7 +362,7 @@ def _each_stream(
             "PER_PROGRAM": per_program,
         }
         grid = (heads // per_program, triton.cdiv(n, tokens), b)
-        yield i, x if x.stride(2) == 1 else x.contiguous(), offset, grid, constants
+        yield i, dense_rows(x), offset, grid, constants
         offset += n
 
 

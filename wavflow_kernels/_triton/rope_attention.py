@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _tuned
+from .._registry import dense_rows
 from ..ops.rope_attention import RMS_NORM_EPS, tuning_key
 from .launch import capability, launch
 
@@ -467,11 +468,6 @@ def _constants(q: Tensor, window: int, config: Config) -> dict[str, Any]:
     }
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with its channels next to each other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def forward(
     outputs: tuple[Tensor, Tensor],
     q: Tensor,
@@ -490,7 +486,7 @@ def forward(
     n = k.shape[2]
     key = tuning_key(q, k, q_weight, window)
     config = _config("rope_attention", FORWARD, q, key, *_tiles(rope))
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     launch(
         _forward,
         (triton.cdiv(nq, config["block_m"]) * b * h,),
@@ -523,7 +519,7 @@ def backward(
     n = k.shape[2]
     key = tuning_key(q, k, None, window)
     config = _config("rope_attention_backward", BACKWARD, q, key, *TILES_BACKWARD)
-    grad, q, k, v = _rows(grad), _rows(q), _rows(k), _rows(v)
+    grad, q, k, v = dense_rows(grad), dense_rows(q), dense_rows(k), dense_rows(v)
     out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     strides = (*grad.stride()[:2], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])

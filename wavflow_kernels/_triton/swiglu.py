@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._registry import dense_rows
 from .launch import launch
 
 _BLOCK = 1024  # channels a program: 16 bytes a thread of 4 warps in half precision
@@ -59,13 +60,9 @@ def _backward(
     y = tl.load(b + item * b_batch + token * b_token + at, inside).to(tl.float32)
     s = tl.sigmoid(x)
     to = row * channels + at
-    tl.store(d_a + to, (g * y * (s * (1 + x * (1 - s)))).to(d_a.dtype.element_ty), inside)
+    slope = s * (1 + x * tl.sigmoid(-x))  # 1 - s loses digits
+    tl.store(d_a + to, (g * y * slope).to(d_a.dtype.element_ty), inside)
     tl.store(d_b + to, (g * (x * s)).to(d_b.dtype.element_ty), inside)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with contiguous rows; its other strides stay."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _grid(x: Tensor) -> tuple[tuple[int, int], int]:
@@ -78,7 +75,7 @@ def _grid(x: Tensor) -> tuple[tuple[int, int], int]:
 def forward(out: Tensor, a: Tensor, b: Tensor) -> None:
     if not out.numel():
         return
-    a, b = _rows(a), _rows(b)
+    a, b = dense_rows(a), dense_rows(b)
     grid, block = _grid(a)
     strides = (*a.stride()[:2], *b.stride()[:2])
     launch(_forward, grid, a, b, out, a.shape[1], *strides, channels=a.shape[2], block=block)
@@ -87,7 +84,7 @@ def forward(out: Tensor, a: Tensor, b: Tensor) -> None:
 def backward(out: tuple[Tensor, Tensor], grad: Tensor, a: Tensor, b: Tensor) -> None:
     if not a.numel():
         return
-    grad, a, b = _rows(grad), _rows(a), _rows(b)
+    grad, a, b = dense_rows(grad), dense_rows(a), dense_rows(b)
     grid, block = _grid(a)
     strides = (*grad.stride()[:2], *a.stride()[:2], *b.stride()[:2])
     launch(

@@ -18,19 +18,19 @@ from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import (
     DTYPE_CODE,
+    ON_CPU,
+    ON_TRITON,
     Op,
     Sample,
     address,
+    dense_rows,
     no_double_backward,
     target,
     triton_launch,
 )
 
 MAX_CHANNELS = 8192  # kMaxChannels in csrc/adaln.h
-SUPPORTED = {
-    "cpp": {"cpu": frozenset(FLOATS)},
-    "triton": {"cuda": frozenset({torch.float32, torch.bfloat16, torch.float16})},
-}
+SUPPORTED = {"cpp": ON_CPU, "triton": ON_TRITON}
 
 
 class TokenRows(NamedTuple):
@@ -41,6 +41,13 @@ class TokenRows(NamedTuple):
 
     index: Tensor  # n, int32
     offsets: Tensor  # rows + 1, int32
+
+    @classmethod
+    def of_sorted(cls, index: Tensor, rows: int) -> TokenRows:
+        """The rows of an index (n) that is known to fit: nothing is checked or waited for."""
+        index = index.to(torch.int32).contiguous()
+        edges = torch.arange(rows + 1, device=index.device, dtype=torch.int32)
+        return cls(index, torch.searchsorted(index, edges, out_int32=True))
 
 
 def token_rows(index: Tensor, rows: int) -> TokenRows:
@@ -75,12 +82,7 @@ def token_rows(index: Tensor, rows: int) -> TokenRows:
         raise ValueError(
             f"{op}: index must not decrease, got {found} at {position} after {previous}"
         )
-    offsets = torch.searchsorted(
-        index.contiguous(),
-        torch.arange(rows + 1, device=index.device, dtype=index.dtype),
-        out_int32=True,
-    )
-    return TokenRows(index.to(torch.int32), offsets)
+    return TokenRows.of_sorted(index, rows)
 
 
 NO_ROWS = (None, None)  # index and offsets where all tokens share one row
@@ -187,11 +189,6 @@ def reference(
     return (normed * (1 + scale) + shift).to(x.dtype)
 
 
-def channels_last(table: Tensor) -> Tensor:
-    """The table itself if its channels are contiguous, whatever its other strides; else a copy."""
-    return table if table.stride(-1) == 1 or table.shape[-1] == 1 else table.contiguous()
-
-
 def row_tensor(table: Tensor) -> Any:
     """A (b r c) table as the compiled kernels read it: through its strides."""
     return C.RowTensor(table.data_ptr(), table.stride(0), table.stride(1))
@@ -213,7 +210,7 @@ def _launch(
 ) -> None:
     if not out.numel():
         return
-    x, shift, scale = x.contiguous(), channels_last(shift), channels_last(scale)
+    x, shift, scale = x.contiguous(), dense_rows(shift), dense_rows(scale)
     index, offsets = (None if t is None else t.contiguous() for t in (index, offsets))
     C.adaln(
         target(x),
@@ -272,7 +269,7 @@ def _launch_backward(
 ) -> None:
     if not x.numel():
         return
-    grad, x, scale = grad.contiguous(), x.contiguous(), channels_last(scale)
+    grad, x, scale = grad.contiguous(), x.contiguous(), dense_rows(scale)
     index, offsets = (None if t is None else t.contiguous() for t in (index, offsets))
     C.adaln_backward(
         target(x),

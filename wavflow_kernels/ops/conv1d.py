@@ -7,6 +7,7 @@ and gate rows g that an index i gathers. Width 1 is a Linear.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .. import _tuned
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import Op, Sample, triton_launch
+from .._registry import ON_TRITON, Op, Sample, triton_launch
 from . import prepared_conv
 from .prepared_conv import PreparedConv
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 # Klambauer et al., "Self-Normalizing Neural Networks" (arXiv 1706.02515).
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
-GPU = {"cuda": frozenset({torch.float32, torch.bfloat16, torch.float16})}
 LIBRARY = {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}
 
 
@@ -135,48 +135,52 @@ def reference(
     return _finish(plain(x, weight, bias), selu, residual, gate, gate_index).contiguous()
 
 
-class _Linear(torch.autograd.Function):
-    """F.linear by oneDNN. Its gradients are two more of it, so that they have gradients too."""
+class _OnCpu(torch.autograd.Function):
+    """:func:`_on_cpu` with the gradients of :func:`convolve_backward`."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return prepared_conv.OP.torch_op(x, [weight], bias, False)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias = inputs
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        return _on_cpu(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        d_x, d_weight, d_bias = convolve_backward(grad, x, weight[..., None], ctx.needs_input_grad)
-        return d_x, None if d_weight is None else d_weight.squeeze(2), d_bias
+        return convolve_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
+def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    k = weight.shape[2]
+    if k > 1 and x.dtype.itemsize == 2:
+        return _picture(x, weight, bias)
+    if k > 1:  # with a third of the picture's rounding error, at up to 1.6 times its time
+        return F.conv1d(x.transpose(1, 2), weight, bias, padding=k // 2).transpose(1, 2)
+    weight = weight.squeeze(2)
+    if x.dtype == torch.float32 and prepared_conv.fast(x):
+        # MKL, where F.linear goes, runs at half of oneDNN's speed on AMD CPUs.
+        return prepared_conv.linear(x.contiguous(), weight.contiguous(), bias)
+    return F.linear(x, weight, bias)
+
+
+def _picture(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As a height-1 picture, channels-last in memory: oneDNN and cuDNN take it without a copy."""
+    padding = (0, weight.shape[2] // 2)
+    z = F.conv2d(x.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2), bias, padding=padding)
+    return z.squeeze(2).transpose(1, 2)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(b n c), (o c k) -> (b n o) by torch's libraries, in the form that suits them best.
-
-    In half precision a width above 1 runs as a picture of height 1, channels-last in memory, which
-    oneDNN and cuDNN take without a copy. In float32 ``F.conv1d`` has a quarter of that form's error
-    on a CPU, and is on a par in time. ``F.linear`` in float32 goes to MKL, which on AMD CPUs runs
-    at half of oneDNN's speed.
-    """
-    o, c, k = weight.shape
-    on_cpu = x.device.type == "cpu"
-    if on_cpu and x.dtype == torch.float16:
-        # oneDNN's gradients in float16 are summed in float16 where the CPU has no such arithmetic.
-        wide = (None if t is None else t.float() for t in (x, weight, bias))
-        return convolve(*wide).to(x.dtype)
-    if k == 1:
-        if on_cpu and x.dtype == torch.float32 and prepared_conv.fast(x):
-            return _Linear.apply(x, weight.squeeze(2), bias)
+    """(b n c), (o c k) -> (b n o) by torch's libraries, in the form that suits them best."""
+    if x.device.type == "cpu":
+        given = (x, weight, bias)
+        if x.dtype == torch.float16:
+            # oneDNN's float16 gradients are summed in float16 where the CPU has no such arithmetic.
+            return convolve(*(None if t is None else t.float() for t in given)).half()
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+            return _OnCpu.apply(*given)
+        return _on_cpu(*given)
+    if weight.shape[2] == 1:
         return F.linear(x, weight.squeeze(2), bias)
-    x = x.transpose(1, 2)
-    if on_cpu and x.dtype.itemsize > 2:
-        return F.conv1d(x, weight, bias, padding=k // 2).transpose(1, 2)
-    z = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), bias, padding=(0, k // 2))
-    return z.squeeze(2).transpose(1, 2)
+    return _picture(x, weight, bias)
 
 
 def library(
@@ -192,49 +196,58 @@ def library(
     return _finish(convolve(x, weight, bias), selu, residual, gate, gate_index)
 
 
+# Weights from which their gradient is one matrix product: oneDNN's own takes 1.2 to 4 times as long
+# at the medium model's sizes, half to all of the product's time at an eighth of its channels.
+_WIDE = 1 << 20
+
+
 def convolve_backward(
     grad: Tensor,  # b n o
     x: Tensor,  # b n c
     weight: Tensor,  # o c k
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of :func:`convolve` in x, weight and bias, by torch's libraries; None unneeded."""
-    o, c, k = weight.shape
-    if x.device.type == "cpu" and x.dtype == torch.float16:
+    on_cpu, k = x.device.type == "cpu", weight.shape[2]
+    if on_cpu and x.dtype == torch.float16:
         wide = convolve_backward(grad.float(), x.float(), weight.float(), needs)
-        return tuple(None if d is None else d.to(x.dtype) for d in wide)
-    if k == 1:
-        # Both are Linears, of rows as channels for the weight.
-        d_x = d_weight = d_bias = None
-        if needs[0]:
-            d_x = convolve(grad, weight.transpose(0, 1))
-        if needs[1]:
-            grad_t, x_t = (t.flatten(0, 1).t() for t in (grad, x))
-            d_weight = convolve(grad_t[None], x_t[..., None])[0, ..., None]
-        if needs[2]:
-            d_bias = grad.to(compute_dtype(grad.dtype)).sum((0, 1)).to(grad.dtype)
-        return d_x, d_weight, d_bias
-    # The height-1 pictures are channels-last in memory: no copies.
-    flat = x.dtype.itemsize <= 2 or x.is_cuda
-    grad, x = grad.transpose(1, 2), x.transpose(1, 2)
-    if flat:
-        grad, x, weight = grad.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2)
-    d_x, d_weight, d_bias = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        [o],
-        [1, 1] if flat else [1],
-        [0, k // 2] if flat else [k // 2],
-        [1, 1] if flat else [1],
-        False,
-        [0, 0] if flat else [0],
-        1,
-        list(needs),
-    )
-    if flat:
-        d_x, d_weight = (None if d is None else d.squeeze(2) for d in (d_x, d_weight))
-    return None if d_x is None else d_x.transpose(1, 2), d_weight, d_bias
+        return tuple(None if d is None else d.half() for d in wide)
+    d_x = d_weight = d_bias = None
+    x_needs, weight_needs, bias_needs = needs
+    products = k == 1 and not (on_cpu and x.dtype == torch.float32)
+    if weight_needs and (products or (on_cpu and weight.numel() >= _WIDE)):
+        d_weight = _weight_gradient(grad, x, k)
+        weight_needs = False
+    if x_needs and products:
+        d_x = torch.matmul(grad, weight.squeeze(2))
+        x_needs = False
+    if bias_needs:
+        d_bias = grad.to(compute_dtype(grad.dtype)).sum((0, 1)).to(grad.dtype)
+    if x_needs or weight_needs:
+        d_picture, d_taps, _ = torch.ops.aten.convolution_backward(
+            *(t.transpose(1, 2).unsqueeze(2) for t in (grad, x)),
+            weight.unsqueeze(2),
+            None,
+            [1, 1],
+            [0, k // 2],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [x_needs, weight_needs, False],
+        )
+        d_x = d_picture.squeeze(2).transpose(1, 2) if x_needs else d_x
+        d_weight = d_taps.squeeze(2).contiguous() if weight_needs else d_weight
+    return d_x, d_weight, d_bias
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, k: int) -> Tensor:  # o c k
+    """One product of the gradient (b n o) and the k tokens of x (b n c) that each output saw."""
+    seen = F.pad(x, (0, 0, k // 2, k // 2)).unfold(1, k, 1) if k > 1 else x.unsqueeze(3)
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        grad, seen = grad.flatten(0, 1).t(), seen.permute(2, 3, 0, 1).flatten(2)
+        return convolve(grad[None], seen.flatten(0, 1)[..., None])[0].unflatten(1, (-1, k))
+    return (grad.flatten(0, 1).t() @ seen.flatten(0, 1).flatten(1)).unflatten(1, (-1, k))
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
@@ -383,7 +396,7 @@ OP = Op(
     outputs=_outputs,
     launch={"triton": triton_launch("conv1d", "forward")},
     library=library,
-    supported={"triton": GPU, "library": LIBRARY},
+    supported={"triton": ON_TRITON, "library": LIBRARY},
     prefer=_prefer,
     samples=_samples,
     workloads={

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from .. import _tuned
 from .._check import compute_dtype, require
-from .._registry import Op, Sample, triton_launch
+from .._registry import ON_TRITON, Op, Sample, triton_launch
 from . import prepared_conv
 from . import swiglu as gate
 from .conv1d import (
-    GPU,
     LIBRARY,
     check_convolution,
     convolve,
@@ -130,7 +129,7 @@ OP = Op(
     outputs=_outputs,
     launch={"triton": triton_launch("conv_swiglu", "forward")},
     library=library,
-    supported={"triton": GPU, "library": LIBRARY},
+    supported={"triton": ON_TRITON, "library": LIBRARY},
     prefer=_prefer,
     samples=_samples,
     workloads={

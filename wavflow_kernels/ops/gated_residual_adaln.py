@@ -19,6 +19,7 @@ from .._registry import (
     Op,
     Sample,
     address,
+    dense_rows,
     no_double_backward,
     target,
     triton_launch,
@@ -28,7 +29,6 @@ from .adaln import (
     SUPPORTED,
     TokenRows,
     backward_workloads,
-    channels_last,
     check_layer_norm,
     check_rows,
     layer_norm,
@@ -116,7 +116,7 @@ def _launch(
     if not x.numel():
         return
     x, y = x.contiguous(), y.contiguous()
-    gate, shift, scale = (channels_last(t) for t in (gate, shift, scale))
+    gate, shift, scale = (dense_rows(t) for t in (gate, shift, scale))
     gate_index, gate_offsets, index, offsets = (
         None if t is None else t.contiguous() for t in (gate_index, gate_offsets, index, offsets)
     )
@@ -217,7 +217,7 @@ def _launch_backward(
     if not x.numel():
         return
     grad_new, grad, x, y = (t.contiguous() for t in (grad_new, grad, x, y))
-    gate, scale = channels_last(gate), channels_last(scale)
+    gate, scale = dense_rows(gate), dense_rows(scale)
     gate_index, gate_offsets, index, offsets = (
         None if t is None else t.contiguous() for t in (gate_index, gate_offsets, index, offsets)
     )

@@ -88,7 +88,8 @@ def reference(
     return y.to(dtype).contiguous()
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` by oneDNN, where :func:`fast`; tensors are contiguous or in its layout."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -99,7 +100,7 @@ def _winograd(
     code, where = DTYPE_CODE[x.dtype], target(x)
     inputs = x.new_empty(4, b * ((n + 1) // 2), c)
     C.winograd_input(where, code, address(x), address(inputs), b, n, c)
-    products = [_linear(u, w).contiguous() for u, w in zip(inputs.unbind(), weights, strict=True)]
+    products = [linear(u, w).contiguous() for u, w in zip(inputs.unbind(), weights, strict=True)]
     C.winograd_output(
         where,
         code,
@@ -124,7 +125,7 @@ def _launch(
     if len(weights) == 4:
         return _winograd(out, x, weights, bias, gated)
     if weights[0].dim() == 2:
-        z = _linear(x, weights[0], bias)
+        z = linear(x, weights[0], bias)
     else:
         pad = weights[0].shape[3] // 2
         z = torch.ops.mkldnn._convolution_pointwise(

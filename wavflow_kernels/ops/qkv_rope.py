@@ -29,9 +29,12 @@ from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import (
     DTYPE_CODE,
+    ON_CPU,
+    ON_TRITON,
     Op,
     Sample,
     address,
+    dense_rows,
     no_double_backward,
     target,
     triton_launch,
@@ -39,11 +42,7 @@ from .._registry import (
 from .rope_attention import norm_rope, norm_rope_backward
 
 FREQUENCY_BASE = 10000.0
-_ALL = frozenset(FLOATS)
-_SUPPORTED = {
-    "cpp": {"cpu": _ALL},
-    "triton": {"cuda": frozenset({torch.float32, torch.bfloat16, torch.float16})},
-}
+_SUPPORTED = {"cpp": ON_CPU, "triton": ON_TRITON}
 
 
 def _check(
@@ -157,7 +156,7 @@ def _call(
             grad.zero_()
         return
     # Rows may lie anywhere, their elements must be contiguous. The lists keep copies alive.
-    qkv = [x if x.stride(2) == 1 else x.contiguous() for x in qkv]
+    qkv = [dense_rows(x) for x in qkv]
     q_weight, k_weight = ([w.contiguous() for w in ws] for ws in (q_weight, k_weight))
     rope = rope.contiguous()
     count, d = len(qkv), rope.shape[1]
@@ -363,8 +362,10 @@ BACKWARD = Op(
     supported=_SUPPORTED,
     samples=_samples_backward,
     workloads=_workloads(backward=True),
-    bytes=lambda gq, gk, gv, qkv, *args: 3 * sum(x.nbytes for x in qkv) + args[2].nbytes,
-    flops=lambda gq, gk, gv, *args: 2 * _flops(*args),
+    bytes=lambda grad_q, grad_k, grad_v, qkv, *args: (
+        3 * sum(x.nbytes for x in qkv) + args[2].nbytes
+    ),
+    flops=lambda grad_q, grad_k, grad_v, *args: 2 * _flops(*args),
     tolerance="reduction",
     setup_context=lambda ctx, inputs, output: None,
     backward=no_double_backward("qkv_rope"),

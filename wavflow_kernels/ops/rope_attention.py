@@ -22,9 +22,12 @@ from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import (
     DTYPE_CODE,
+    ON_CPU,
+    ON_TRITON,
     Op,
     Sample,
     address,
+    dense_rows,
     no_double_backward,
     target,
     triton_launch,
@@ -72,7 +75,7 @@ def _check(
         require(sizes[dim] > 0, f"{op}: there must be at least one of the {name}, got none")
     require(sizes["d"] % 2 == 0, f"{op}: d must be even, got {sizes['d']}")
     require(sizes["nq"] <= sizes["n"], f"{op}: q has {sizes['nq']} tokens, k only {sizes['n']}")
-    require(window >= -1, f"{op}: window must be at least 0, got {window}")
+    require(window >= -1, f"{op}: window must be -1 (none) or more, got {window}")
     require(0 <= local <= sizes["n"], f"{op}: local must lie in [0, {sizes['n']}], got {local}")
 
 
@@ -134,10 +137,6 @@ def _heads(x: Tensor) -> tuple[int, list[int]]:
     return x.data_ptr(), list(x.stride()[:3])
 
 
-def _side_by_side(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _launch(
     outputs: tuple[Tensor, Tensor],
     q: Tensor,
@@ -149,7 +148,7 @@ def _launch(
     window: int,
     local: int,
 ) -> None:
-    q, k, v = (_side_by_side(x) for x in (q, k, v))
+    q, k, v = (dense_rows(x) for x in (q, k, v))
     small = [None if x is None else x.contiguous() for x in (q_weight, k_weight, rope)]
     C.rope_attention(
         target(q),
@@ -224,7 +223,7 @@ def _launch_backward(
     window: int,
     local: int,
 ) -> None:
-    grad, q, k, v, out = (_side_by_side(x) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (dense_rows(x) for x in (grad, q, k, v, out))
     grad, out = (x.unflatten(-1, (q.shape[1], -1)).transpose(1, 2) for x in (grad, out))
     lse = lse.contiguous()
     C.rope_attention_backward(
@@ -415,7 +414,6 @@ def _prefer(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
     return row.get("backend", "library")
 
 
-_GPU = {"cuda": frozenset({torch.float32, torch.bfloat16, torch.float16})}
 BACKWARD = Op(
     name="rope_attention_backward",
     schema=(
@@ -426,7 +424,7 @@ BACKWARD = Op(
     check=_check_backward,
     outputs=_outputs_backward,
     launch={"cpp": _launch_backward, "triton": triton_launch("rope_attention", "backward")},
-    supported={"cpp": {"cpu": frozenset(FLOATS)}, "triton": _GPU},
+    supported={"cpp": ON_CPU, "triton": ON_TRITON},
     samples=_samples_backward,
     workloads={
         name: _workload_backward(make) for name, make in WORKLOADS.items() if "norm" not in name
@@ -477,8 +475,8 @@ OP = Op(
     launch={"cpp": _launch, "triton": triton_launch("rope_attention", "forward")},
     library=library,
     supported={
-        "cpp": {"cpu": frozenset(FLOATS)},
-        "triton": _GPU,
+        "cpp": ON_CPU,
+        "triton": ON_TRITON,
         "library": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)},
     },
     prefer=_prefer,
@@ -528,6 +526,9 @@ def rope_attention(
 
     Source: FlashAttention-2 (arXiv 2307.08691) for the tiling and the backward.
     """
+    require(
+        window is None or window >= 0, f"rope_attention: window must be at least 0, got {window}"
+    )
     if local is None:
         local = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
     return OP(q, k, v, q_weight, k_weight, rope, -1 if window is None else window, local)[0]

@@ -18,18 +18,18 @@ from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import (
     DTYPE_CODE,
+    ON_CPU,
+    ON_TRITON,
     Op,
     Sample,
     address,
+    dense_rows,
     no_double_backward,
     target,
     triton_launch,
 )
 
-_SUPPORTED = {
-    "cpp": {"cpu": frozenset(FLOATS)},
-    "triton": {"cuda": frozenset({torch.float32, torch.bfloat16, torch.float16})},
-}
+_SUPPORTED = {"cpp": ON_CPU, "triton": ON_TRITON}
 
 
 def _check(a: Tensor, b: Tensor) -> None:
@@ -50,15 +50,11 @@ def reference(a: Tensor, b: Tensor) -> Tensor:  # b n i
     return (F.silu(a.to(wide)) * b.to(wide)).to(a.dtype).contiguous()
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with contiguous rows; its other strides stay."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _call(grad: Tensor | None, a: Tensor, b: Tensor, out: Tensor, out_b: Tensor | None) -> None:
     if not a.numel():
         return
-    a, b, grad = _rows(a), _rows(b), None if grad is None else _rows(grad)
+    a, b = dense_rows(a), dense_rows(b)
+    grad = None if grad is None else dense_rows(grad)
     strides = [s for x in (a, b, a if grad is None else grad) for s in x.stride()[:2]]
     C.swiglu(
         target(a),
@@ -95,7 +91,7 @@ def _reference_backward(
     dtype, wide = a.dtype, compute_dtype(a.dtype)
     grad, a, b = grad.to(wide), a.to(wide), b.to(wide)
     s = a.sigmoid()
-    d_a = grad * b * (s * (1 + a * (1 - s)))
+    d_a = grad * b * (s * (1 + a * (-a).sigmoid()))  # 1 - s loses digits
     return d_a.to(dtype).contiguous(), (grad * (a * s)).to(dtype).contiguous()
 
 
