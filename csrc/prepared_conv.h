@@ -14,7 +14,7 @@ namespace wavflow {
 struct WinogradInputArgs {
   Target target;
   DType dtype;
-  const void* x;  // (batch, tokens, channels)
+  const void* x;  // (batch, tokens, channels); pair t reads tokens 2 t - 1 .. 2 t + 2, 0 outside
   void* out;      // (4, batch, (tokens + 1) / 2, channels)
   int64_t batch, tokens, channels;
 };
@@ -28,19 +28,6 @@ struct WinogradOutputArgs {
   bool gated;              // the first half of the channels, through SiLU, times the second
   int64_t batch, tokens, channels;
 };
-
-// Inputs 2 t - 1 .. 2 t + 2 of pair t; outside the sequence they are 0.
-template <class A> WF_HD void winograd_input(A d0, A d1, A d2, A d3, A u[4]) {
-  u[0] = d0 - d2;
-  u[1] = d1 + d2;
-  u[2] = d2 - d1;
-  u[3] = d1 - d3;
-}
-
-template <class A> WF_HD void winograd_output(A m0, A m1, A m2, A m3, A bias, A y[2]) {
-  y[0] = m0 + m1 + m2 + bias;
-  y[1] = m1 - m2 - m3 + bias;
-}
 
 void winograd_input_cpu(const WinogradInputArgs& args);
 void winograd_output_cpu(const WinogradOutputArgs& args);

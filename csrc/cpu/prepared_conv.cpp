@@ -7,7 +7,8 @@
 
 namespace wavflow {
 
-constexpr int64_t kPairs = 8;  // of tokens, a block
+constexpr int64_t kPairs = 8;       // of tokens, a block
+constexpr int64_t kChannels = 128;  // at a time, in buffers: loops of few streams are vectorised
 
 template <class T>
 static void input(const WinogradInputArgs& a) {
@@ -26,11 +27,25 @@ static void input(const WinogradInputArgs& a) {
       const T* __restrict d2 = next ? d1 + a.channels : d1;
       const T* __restrict d3 = after ? d1 + 2 * a.channels : d1;
       T* __restrict out = static_cast<T*>(a.out) + (b * pairs + t) * a.channels;
-      for (int64_t j = 0; j < a.channels; ++j) {
-        A u[4];
-        winograd_input<A>(before ? load(d0[j]) : A(0), load(d1[j]), next ? load(d2[j]) : A(0),
-                          after ? load(d3[j]) : A(0), u);
-        for (int q = 0; q < 4; ++q) out[q * plane + j] = store<T>(u[q]);
+      for (int64_t begin = 0; begin < a.channels; begin += kChannels) {
+        const int64_t m = a.channels - begin < kChannels ? a.channels - begin : kChannels;
+        A d[4][kChannels];
+        auto token = [=](const T* __restrict from, bool exists, A* __restrict to) WF_BODY {
+          for (int64_t j = 0; j < m; ++j) to[j] = exists ? load(from[begin + j]) : A(0);
+        };
+        token(d0, before, d[0]);
+        token(d1, true, d[1]);
+        token(d2, next, d[2]);
+        token(d3, after, d[3]);
+        for (int64_t j = 0; j < m; ++j) {
+          const A sum = d[1][j] + d[2][j], difference = d[2][j] - d[1][j];
+          d[0][j] -= d[2][j];
+          d[3][j] = d[1][j] - d[3][j];
+          d[1][j] = sum;
+          d[2][j] = difference;
+        }
+        for (int q = 0; q < 4; ++q)
+          for (int64_t j = 0; j < m; ++j) out[q * plane + begin + j] = store<T>(d[q][j]);
       }
     }
   });
@@ -54,21 +69,32 @@ static void output(const WinogradOutputArgs& a) {
       T* __restrict even = static_cast<T*>(a.out) + (b * a.tokens + 2 * t) * width;
       T* __restrict odd = even + width;
       const bool whole = 2 * t + 1 < a.tokens;  // the last pair of an odd sequence is not
-      auto pair = [=](int64_t j, A y[2]) WF_BODY {
-        winograd_output<A>(load(m0[j]), load(m1[j]), load(m2[j]), load(m3[j]),
-                           biased ? A(load(bias[j])) : A(0), y);
-      };
-      for (int64_t j = 0; j < width; ++j) {
-        A y[2];
-        pair(j, y);
+      for (int64_t begin = 0; begin < width; begin += kChannels) {
+        const int64_t m = width - begin < kChannels ? width - begin : kChannels;
+        A y[2][kChannels], g[2][kChannels];
+        auto pair = [=](int64_t at, A* __restrict first, A* __restrict second) WF_BODY {
+          for (int64_t j = 0; j < m; ++j) {
+            first[j] = load(m0[at + j]) + load(m1[at + j]);
+            second[j] = load(m1[at + j]) - load(m2[at + j]);
+          }
+          for (int64_t j = 0; j < m; ++j) {
+            first[j] += load(m2[at + j]);
+            second[j] -= load(m3[at + j]);
+          }
+          for (int64_t j = 0; biased && j < m; ++j) {
+            const A c = load(bias[at + j]);
+            first[j] += c;
+            second[j] += c;
+          }
+        };
+        pair(begin, y[0], y[1]);
         if (gated) {
-          A g[2];
-          pair(width + j, g);
-          y[0] = swiglu(y[0], g[0]);
-          y[1] = swiglu(y[1], g[1]);
+          pair(width + begin, g[0], g[1]);
+          for (int q = 0; q < 2; ++q)
+            for (int64_t j = 0; j < m; ++j) y[q][j] = swiglu(y[q][j], g[q][j]);
         }
-        even[j] = store<T>(y[0]);
-        if (whole) odd[j] = store<T>(y[1]);
+        for (int64_t j = 0; j < m; ++j) even[begin + j] = store<T>(y[0][j]);
+        for (int64_t j = 0; whole && j < m; ++j) odd[begin + j] = store<T>(y[1][j]);
       }
     }
   });
