@@ -33,10 +33,12 @@ def backward_flops(name: str, flops: int) -> int:
 
 def reference_bytes(name: str, *args: Any) -> int:
     """What the eager reference holds at once beyond a few times the op's own traffic."""
-    if name != "rope_attention":
+    if not name.startswith("rope_attention"):
         return 0
-    q, k = args[:2]
-    return 16 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]  # float32 scores, four times
+    forward = name == "rope_attention"
+    q, k = args[:2] if forward else args[1:3]
+    scores = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]  # float32
+    return scores * (4 if forward else 8)
 
 
 def _flow_mix(x_1: Tensor, t: Tensor, noise: Tensor | None, *_: Any) -> Calls:
