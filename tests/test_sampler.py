@@ -133,13 +133,13 @@ def test_adaptive_agrees_with_many_euler_steps():
     assert (adaptive - fine).norm() < (coarse - fine).norm()
 
 
-def test_bfloat16_is_close_and_casts_only_large_matrices():
+def test_bfloat16_is_close_and_prepares_only_large_matrices():
     reference = tiny_sampler().generate_features(mixed(), range(5), guidance=2.0)
     sampler = tiny_sampler(torch.bfloat16)
-    kinds = {n: p.dtype for n, p in sampler.model.named_parameters()}
-    assert kinds["joint_blocks.0.latent_block.attn.qkv.weight"] == torch.bfloat16
-    assert kinds["joint_blocks.0.latent_block.attn.q_norm.weight"] == torch.float32
-    assert all(d == torch.float32 for n, d in kinds.items() if n.startswith("t_embed"))
+    assert all(p.dtype == torch.float32 for p in sampler.model.parameters())
+    left = {n for n, p in sampler.model.named_parameters() if p.ndim > 1}
+    kept = ("t_embed.", "clip_cond_proj.", "text_cond_proj.", "empty_", "sync_pos_emb")
+    assert left and all(name.startswith(kept) for name in left)
     made = sampler.generate_features(mixed(), range(5), guidance=2.0)
     for a, b in zip(made, reference, strict=True):
         assert a.wave.dtype == torch.float32

@@ -18,6 +18,7 @@ from wavflow.checkpoint import load_into, read_weights
 from wavflow.config import Config, config_from_dict
 from wavflow.errors import InputError
 from wavflow.features.extract import encode_captions, encode_video, load_encoders
+from wavflow.model.inference import prepare_inference
 from wavflow.model.networks import Conditions, WavflowModel
 from wavflow.solvers import SOLVERS, adaptive, solve, solver_table, time_grid
 
@@ -47,8 +48,9 @@ class Sound:
 class Sampler:
     """A trained network, ready to generate.
 
-    Weights are cast to `dtype` once, the solver's state and the noise stay float32. A clip's
-    noise depends on its seed alone, whatever else is in the batch.
+    Matrices are prepared for `dtype` once; biases, norms, the timestep embedding (t near 1 needs
+    more than 8 bits), the solver's state and the noise stay float32. A clip's noise depends on its
+    seed alone, whatever else is in the batch.
 
     Args:
         model: the network, with the weights to use.
@@ -61,13 +63,8 @@ class Sampler:
         self, model: WavflowModel, config: Config, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.model = model.to(device).eval().requires_grad_(False)
-        if dtype != torch.float32:
-            # Biases, norms and the timestep embedding stay float32: t near 1 needs more than
-            # 8 bits. Autocast would cast the large matrices anew at every call.
-            for name, weight in self.model.named_parameters():
-                if name.endswith(".weight") and weight.ndim > 1 and not name.startswith("t_embed"):
-                    weight.data = weight.data.to(dtype)
+        model = model.to(device).eval().requires_grad_(False)
+        self.model = model if dtype == torch.float32 else prepare_inference(model, dtype)
 
     @classmethod
     def load(

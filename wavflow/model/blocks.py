@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import wavflow_kernels as wk
-from wavflow_kernels import TokenRows
+from wavflow.model.inference import prepare_weight
+from wavflow_kernels import PreparedConv, TokenRows
 
 # RMSNorm's eps is float32's machine epsilon whatever the input's dtype.
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
@@ -17,6 +18,8 @@ RMS_NORM_EPS = torch.finfo(torch.float32).eps
 
 class TokenConv(nn.Conv1d):
     """``nn.Conv1d``'s parameters and initialisation on (b n c) tensors, "same" zero padding."""
+
+    prepared: PreparedConv | None = None
 
     def __init__(
         self,
@@ -29,15 +32,27 @@ class TokenConv(nn.Conv1d):
         super().__init__(in_dim, out_dim, kernel_size, bias=bias)
         self.activation = activation
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Hold the weight as inference in `dtype` wants it, in place of the parameter."""
+        self.prepared, self.weight = prepare_weight(self.weight, dtype), None
+
     def forward(self, x: Tensor) -> Tensor:
-        return wk.conv1d(x, self.weight, self.bias, activation=self.activation)
+        weight = self.weight if self.prepared is None else self.prepared
+        return wk.conv1d(x, weight, self.bias, activation=self.activation)
 
 
 class TokenLinear(nn.Linear):
     """``nn.Linear`` on (b n c) tensors: a convolution of width 1."""
 
+    prepared: PreparedConv | None = None
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Hold the weight as inference in `dtype` wants it, in place of the parameter."""
+        self.prepared, self.weight = prepare_weight(self.weight, dtype), None
+
     def forward(self, x: Tensor) -> Tensor:
-        return wk.conv1d(x, self.weight, self.bias)
+        weight = self.weight if self.prepared is None else self.prepared
+        return wk.conv1d(x, weight, self.bias)
 
 
 class SwiGLU(nn.Module):
@@ -45,6 +60,8 @@ class SwiGLU(nn.Module):
 
     The inner width is two thirds of ``width``, rounded up to a multiple of 256.
     """
+
+    prepared: PreparedConv | None = None
 
     def __init__(self, dim: int, width: int, kernel_size: int | None = None) -> None:
         super().__init__()
@@ -59,7 +76,15 @@ class SwiGLU(nn.Module):
         self.w2 = layer(inner, dim)
         self.w3 = layer(dim, inner)
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Hold w1 and w3 joined as inference in `dtype` wants them, and w2 likewise."""
+        self.prepared = prepare_weight([self.w1.weight, self.w3.weight], dtype)
+        self.w1 = self.w3 = None
+        self.w2.prepare(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.prepared is not None:
+            return self.w2(wk.conv_swiglu(x, self.prepared))
         return self.w2(wk.conv_swiglu(x, self.w1.weight, self.w3.weight))
 
 
@@ -92,22 +117,37 @@ class Stream(NamedTuple):
 
 
 class AttentionInput(nn.Module):
-    """Projects tokens to queries, keys and values; holds the weights of the norms of q and k."""
+    """Projects tokens to queries, keys and values; holds the weights of the norms of q and k.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    Without queries the parameters are the same; the rows of the queries are left out at run time.
+    """
+
+    prepared: PreparedConv | None = None
+
+    def __init__(self, dim: int, num_heads: int, *, with_query: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.with_query = with_query
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = nn.RMSNorm(dim // num_heads, eps=RMS_NORM_EPS)
         self.k_norm = nn.RMSNorm(dim // num_heads, eps=RMS_NORM_EPS)
 
-    def forward(self, x: Tensor, *, with_query: bool = True) -> Tensor:
-        """(b n 3c), channels laid out as (head, channel, {q, k, v}); (b n 2c) without queries."""
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Hold the projection's weight as inference in `dtype` wants it."""
+        weight, self.bias = self._projection()
+        self.prepared, self.qkv = prepare_weight(weight, dtype), None
+
+    def _projection(self) -> tuple[Tensor, Tensor]:
         weight, bias = self.qkv.weight, self.qkv.bias
-        if not with_query:
-            weight = weight.unflatten(0, (-1, 3))[:, 1:].flatten(0, 1)
-            bias = bias.unflatten(0, (-1, 3))[:, 1:].flatten()
-        return wk.conv1d(x, weight, bias)
+        if self.with_query:
+            return weight, bias
+        return tuple(x.unflatten(0, (-1, 3))[:, 1:].flatten(0, 1) for x in (weight, bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b n 3c), channels laid out as (head, channel, {q, k, v}); (b n 2c) without queries."""
+        if self.prepared is not None:
+            return wk.conv1d(x, self.prepared, self.bias)
+        return wk.conv1d(x, *self._projection())
 
 
 class Entered(NamedTuple):
@@ -138,7 +178,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.pre_only = pre_only
         self.chunks = 2 if pre_only else 6
-        self.attn = AttentionInput(dim, num_heads)
+        self.attn = AttentionInput(dim, num_heads, with_query=not pre_only)
         if not pre_only:
             self.linear1 = (
                 TokenLinear(dim, dim) if kernel_size is None else TokenConv(dim, dim, kernel_size)
@@ -149,7 +189,7 @@ class TransformerBlock(nn.Module):
     def enter(self, stream: Stream, c: Conditioning) -> Entered:
         modulation = self.adaLN_modulation(c.rows).chunk(self.chunks, dim=-1)
         x, h = stream.adaln(*modulation[:2], c.tokens)
-        return Entered(x, self.attn(h, with_query=not self.pre_only), modulation, c.tokens)
+        return Entered(x, self.attn(h), modulation, c.tokens)
 
     def leave(self, entered: Entered, attended: Tensor) -> Stream:
         x, _, (_, _, gate1, shift2, scale2, gate2), tokens = entered

@@ -22,6 +22,7 @@ from wavflow.model.blocks import (
     TransformerBlock,
 )
 from wavflow.model.embeddings import TimestepEmbedding
+from wavflow.model.inference import PreparedNetwork
 from wavflow.model.shapes import check_shape
 from wavflow_kernels import TokenRows, rope_table
 
@@ -103,7 +104,11 @@ PRESETS: dict[str, WavflowConfig] = {
 
 @dataclass(frozen=True)
 class Conditions:
-    """Projected features of b clips: what the network needs of them at every step."""
+    """Projected features of b clips: what the network needs of them at every step.
+
+    Made without gradients they also keep the network's weights as half precision wants them, from
+    the first step that uses them: steps with the same conditions do not see later changes.
+    """
 
     clip_f: Tensor  # (b n_clip c)
     text_f: Tensor  # (b n_text c)
@@ -112,6 +117,7 @@ class Conditions:
     sync_rows: Tensor  # (b n_sync c), before upsampling
     sync_tokens: TokenRows  # the sync row of each audio token
     rope: Tensor  # (n + n_clip + n_text, head_dim), rotations of the joint attention's tokens
+    prepared: PreparedNetwork | None = None
 
     @property
     def sync_f(self) -> Tensor:  # (b n c)
@@ -127,7 +133,7 @@ class Conditions:
         return self._map(lambda mine, theirs: torch.cat((mine, theirs)), other)
 
     def _map(self, function: Callable[..., Tensor], *others: Conditions) -> Conditions:
-        shared = ("sync_tokens", "rope")
+        shared = ("sync_tokens", "rope", "prepared")
         per_clip = [f.name for f in fields(self) if f.name not in shared]
         sources = (self, *others)
         return replace(
@@ -143,6 +149,8 @@ class WavflowModel(nn.Module):
     timesteps t (b) in [0, 1], 0 being noise. A tensor of another shape raises a ValueError naming
     the argument, its shape and the wanted one.
     """
+
+    is_prepared = False  # a copy made by prepare_inference
 
     def __init__(
         self,
@@ -290,6 +298,7 @@ class WavflowModel(nn.Module):
         text_f = self.text_input_proj(text_f)
         segments = sync_f.unflatten(1, (-1, SYNC_SEGMENT)) + self.sync_pos_emb
         return Conditions(
+            prepared=None if torch.is_grad_enabled() else PreparedNetwork(),
             clip_f=clip_f,
             text_f=text_f,
             clip_f_c=self.clip_cond_proj(clip_f.mean(dim=1)),
@@ -355,14 +364,17 @@ class WavflowModel(nn.Module):
         self, latent: Tensor, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, t: Tensor
     ) -> Tensor:  # (b n d)
         """The prediction from raw features: ``preprocess_conditions``, then ``predict_flow``."""
-        return self.predict_flow(latent, t, self.preprocess_conditions(clip_f, sync_f, text_f))
+        conditions = self.preprocess_conditions(clip_f, sync_f, text_f)
+        return self.predict_flow(latent, t, replace(conditions, prepared=None))
 
     def predict_flow(self, latent: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The prediction (b n d) for latent (b n d) at t (b)."""
         self._check_latent(latent)
         check_shape("t", t, (latent.shape[0],))
         self._check_conditions("conditions", conditions, latent.shape[0])
-        return self._transform(self.audio_input_proj(latent), self.t_embed(t), conditions)
+        network = self._prepared(conditions)
+        x = network.audio_input_proj(latent)
+        return network._transform(x, network.t_embed(t), conditions)
 
     def predict_flow_pair(
         self, latent: Tensor, t: Tensor, conditions: Conditions, empty_conditions: Conditions
@@ -375,9 +387,10 @@ class WavflowModel(nn.Module):
         check_shape("t", t, ())
         self._check_conditions("conditions", conditions, latent.shape[0])
         self._check_conditions("empty_conditions", empty_conditions, latent.shape[0])
-        x = self.audio_input_proj(latent)
-        both = self._transform(
-            torch.cat((x, x)), self.t_embed(t[None]), conditions.cat(empty_conditions)
+        network = self._prepared(conditions)
+        x = network.audio_input_proj(latent)
+        both = network._transform(
+            torch.cat((x, x)), network.t_embed(t[None]), conditions.cat(empty_conditions)
         )
         cond, uncond = both.chunk(2)
         return cond, uncond
@@ -399,6 +412,12 @@ class WavflowModel(nn.Module):
             return self.predict_flow(latent, t.expand(latent.shape[0]), conditions)
         cond, uncond = self.predict_flow_pair(latent, t, conditions, empty_conditions)
         return torch.lerp(uncond, cond, cfg_strength)
+
+    def _prepared(self, conditions: Conditions) -> WavflowModel:
+        """What computes a step with these conditions."""
+        if self.is_prepared or conditions.prepared is None:
+            return self
+        return conditions.prepared.of(self)
 
     def _transform(self, x: Tensor, t_embedding: Tensor, conditions: Conditions) -> Tensor:
         """Blocks and final layer: x (b n c), t_embedding (b or 1, c) -> (b n d)."""

@@ -265,7 +265,7 @@ def prepare_conv(
     weight: Tensor | Sequence[Tensor],
     *,
     dtype: torch.dtype | None = None,
-    winograd: bool = False,
+    winograd: bool | None = False,
 ) -> PreparedConv:
     """Cast, join and lay out the weights of a convolution once, for many calls without gradients.
 
@@ -277,12 +277,13 @@ def prepare_conv(
         weight: (o, c, k) or (o, c) for :func:`conv1d`; [w1, w3] for :func:`conv_swiglu`.
         dtype: of the activations; None: the weight's own.
         winograd: compute widths of 3 by Winograd's F(2,3), on the CPU, the weights transformed in
-            float32 before they are cast. In bfloat16 the error of :func:`conv1d` is 2.4 times that
-            of the direct form (4.0e-3 against 1.7e-3), of :func:`conv_swiglu` 1.8 times (5.5e-3
-            against 3.1e-3); in float32 it is below that of the prepared direct form (5.0e-7 and
-            7.3e-7, with 1.9e-7 for ``F.conv1d``). [w1, w3] on 2 x 640 tokens of 896 channels to
-            2560 take 29.4 ms in bfloat16 and 59.6 in float32; the prepared direct form takes 39.6
-            and 80.9, ``F.conv1d`` twice and the gate 46.6 and 90.7, on a 2-core AMD EPYC (Zen 5).
+            float32 before they are cast; None: where that can run. In bfloat16 the error of
+            :func:`conv1d` is 2.4 times that of the direct form (4.0e-3 against 1.7e-3), of
+            :func:`conv_swiglu` 1.8 times (5.5e-3 against 3.1e-3); in float32 it is below that of
+            the prepared direct form (5.0e-7 and 7.3e-7, with 1.9e-7 for ``F.conv1d``). [w1, w3] on
+            2 x 640 tokens of 896 channels to 2560 take 29.4 ms in bfloat16 and 59.6 in float32; the
+            prepared direct form takes 39.6 and 80.9, ``F.conv1d`` twice and the gate 46.6 and 90.7,
+            on a 2-core AMD EPYC (Zen 5).
 
     Returns:
         :class:`PreparedConv`. It shares no memory with parameters that training changes.
@@ -307,6 +308,8 @@ def prepare_conv(
     with torch.no_grad():
         device = given[0].device
         packed = fast(torch.empty(1, device=device, dtype=dtype))
+        if winograd is None:
+            winograd = packed and k == 3
         if not packed:
             reason = _backend.unavailable(OP, "cpp", device, dtype) or "torch has no oneDNN"
             require(not winograd, f"{op}: Winograd cannot run: {reason}")

@@ -1,0 +1,91 @@
+"""Weights prepared for inference: the same network, and whose weights a step sees."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from golden_weights import relative_error
+from test_model import golden_model, inputs
+
+import wavflow_kernels as wk
+from wavflow.model.inference import prepare_inference
+
+NAMES = ("model_tiny", "model_head64")
+T = torch.tensor(0.4)
+
+
+def guided(model, conditions, empty, latent, dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        return model.ode_wrapper(T, latent, conditions, empty, 4.5).float()
+
+
+def conditions_of(model, clip, sync, text, dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        conditions = model.preprocess_conditions(clip, sync, text)
+        return conditions, model.get_empty_conditions(len(clip))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_prepared_weights_have_the_error_of_plain_ones(name):
+    model, _ = golden_model(name)
+    latent, *features, _ = inputs(model, 2)
+    true = guided(model, *conditions_of(model, *features, torch.float32), latent, torch.float32)
+    conditions, empty = conditions_of(model, *features)
+    prepared = guided(model, conditions, empty, latent)
+    with wk.use_backend("reference"):
+        plain = guided(copy.deepcopy(model), *conditions_of(model, *features), latent)
+    assert 0 < relative_error(prepared, true) < 1.5 * relative_error(plain, true)
+    assert torch.equal(prepared, guided(model, conditions, empty, latent))
+    explicit = prepare_inference(model, torch.bfloat16)
+    again = guided(explicit, *conditions_of(explicit, *features), latent)
+    assert relative_error(again, true) < 1.5 * relative_error(plain, true)
+
+
+@torch.no_grad()
+def test_a_step_sees_the_weights_of_its_first_step_and_new_conditions_the_new_ones():
+    model, _ = golden_model("model_tiny")
+    latent, *features, _ = inputs(model, 1)
+    conditions, empty = conditions_of(model, *features)
+    first = guided(model, conditions, empty, latent)
+    for weight in model.parameters():
+        weight.data.mul_(1.5)  # moves no version counter
+    assert torch.equal(guided(model, conditions, empty, latent), first)
+    assert not torch.equal(guided(model, *conditions_of(model, *features), latent), first)
+
+
+def test_gradients_float32_and_compilation_use_the_parameters():
+    model, _ = golden_model("model_tiny")
+    latent, *features, _ = inputs(model, 1)
+    assert model.preprocess_conditions(*features).prepared is None
+    with torch.no_grad():
+        conditions = model.preprocess_conditions(*features)
+        assert conditions.prepared.of(model) is model  # float32
+        assert conditions.expand(2).prepared is conditions.prepared
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conditions.prepared.of(model) is not model
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conditions.prepared.of(model) is model
+        model.predict_flow(latent, T[None], conditions).sum().backward()
+    assert model.joint_blocks[0].latent_block.ffn.w1.weight.grad.abs().sum() > 0
+
+
+def test_the_copy_shares_no_memory_and_leaves_the_model_alone():
+    model, _ = golden_model("model_tiny")
+    names = list(model.state_dict())
+    prepared = prepare_inference(model, torch.bfloat16)
+    assert list(model.state_dict()) == names and not model.is_prepared
+    mine = {p.data_ptr() for p in model.parameters()}
+    left = list(prepared.parameters())
+    assert left and not any(p.data_ptr() in mine or p.requires_grad for p in left)
+    assert sum(p.numel() for p in left) < 0.5 * sum(p.numel() for p in model.parameters())
+
+
+def test_wrong_calls():
+    model, _ = golden_model("model_tiny")
+    with pytest.raises(ValueError, match="dtype is torch.float32, wanted torch.bfloat16 or"):
+        prepare_inference(model, torch.float32)
+    with pytest.raises(ValueError, match="prepared already"):
+        prepare_inference(prepare_inference(model, torch.bfloat16), torch.bfloat16)
