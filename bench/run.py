@@ -8,6 +8,7 @@ floor of a memory-bound op. Percentages are of this machine's own peaks, measure
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -350,4 +351,10 @@ def show(rows: Sequence[dict[str, Any]], dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    if sys.argv[1:2] == ["sample"]:
+        from bench import sample
+
+        del sys.argv[1]
+        typer.run(sample.main)
+    else:
+        typer.run(main)
