@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -39,3 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `compiled` run with the compiled kernels whatever WAVFLOW_BACKEND says."""
+    if "compiled" not in request.keywords:
+        yield
+        return
+    if _backend.C is None:
+        pytest.skip("no compiled kernels")
+    with _backend.use_backend(None):
+        yield

@@ -209,7 +209,7 @@ WRONG_ROWS: dict[str, Any] = {
 }
 
 
-@pytest.mark.skipif(_backend.C is None, reason="the compiled kernels check what they read")
+@pytest.mark.compiled
 @pytest.mark.parametrize("message", list(WRONG_ROWS))
 def test_rows_made_by_hand_are_checked(message: str) -> None:
     x, table, rows = normal(1, 4, 6), normal(1, 2, 6), WRONG_ROWS[message]

@@ -286,6 +286,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.compiled
 def test_property_thread_count_changes_no_bit() -> None:
     threads = torch.get_num_threads()
     try:
@@ -314,7 +315,7 @@ def _in_child(queue: Any, x: Tensor, t: Tensor, seeds: Tensor) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.skipif(_backend.C is None, reason="torch's own loops hang in a forked child")
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_property_a_forked_worker_runs_the_ops() -> None:
     x, t, seeds = normal(4, 200, 200), torch.full((4,), 0.5), torch.arange(4)

@@ -132,7 +132,7 @@ def test_property_gradient_is_orthogonal_to_the_input(
         assert ((a * g).sum(3).abs() <= bound).all()
 
 
-@pytest.mark.skipif(_backend.C is None, reason="no compiled kernels")
+@pytest.mark.compiled
 @pytest.mark.parametrize("d", [64, 10])
 def test_property_thread_count_changes_no_bit_of_the_gradients(d: int) -> None:
     tokens, threads = [70, 33], torch.get_num_threads()

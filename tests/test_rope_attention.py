@@ -22,8 +22,6 @@ HALF_DIM = st.integers(1, 40)
 LENGTH = st.one_of(st.integers(1, 70), st.integers(180, 300))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
-compiled = pytest.mark.skipif(_backend.C is None, reason="no compiled kernels")
-
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -95,7 +93,7 @@ def results(backend: str, args: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
         return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
 
 
-@compiled
+@pytest.mark.compiled
 @given(
     heads=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     n=LENGTH,
@@ -145,7 +143,7 @@ def test_property_one_token_has_nothing_to_choose(dtype: torch.dtype, backend: s
         assert d_x.abs().max() < 32 * torch.finfo(dtype).eps
 
 
-@compiled
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     q, k, v = qkv(1, 3, 300, 330, 48, dtype)
@@ -166,7 +164,7 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@compiled
+@pytest.mark.compiled
 def test_an_item_does_not_hear_its_batch() -> None:
     q, k, v = qkv(5, 2, 60, 60, 32, torch.bfloat16)
     with wk.use_backend("cpp"):
@@ -175,7 +173,7 @@ def test_an_item_does_not_hear_its_batch() -> None:
     assert torch.equal(together[3:4], alone)
 
 
-@compiled
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_query_spoils_its_own_output(dtype: torch.dtype, bad: float) -> None:
@@ -189,7 +187,7 @@ def test_a_bad_query_spoils_its_own_output(dtype: torch.dtype, bad: float) -> No
     assert out[:, 17].isnan().all()
 
 
-@compiled
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_of_any_size(dtype: torch.dtype) -> None:
     """Scores past exp's range: the largest one takes all the weight."""
@@ -201,7 +199,7 @@ def test_scores_of_any_size(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-2)
 
 
-@compiled
+@pytest.mark.compiled
 def test_wide_heads() -> None:
     q, k, v = qkv(1, 1, 70, 90, 600, torch.float64)
     args = (q, k, v, None, None, None, -1, 0)

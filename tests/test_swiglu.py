@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,6 +61,7 @@ def test_property_swiglu_passes_nan_on() -> None:
     assert wk.swiglu(a, b).isnan().tolist() == [[[True, True, False]]]
 
 
+@pytest.mark.compiled
 def test_property_swiglu_threads_change_no_bit() -> None:
     """Rows longer and shorter than a block, cut among 1, 2 and 3 threads."""
     threads = torch.get_num_threads()

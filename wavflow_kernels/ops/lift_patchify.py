@@ -96,6 +96,8 @@ def reference(
     audio_scale: float,
     out_dtype: torch.dtype | None,
 ) -> Tensor:  # b n d
+    if not torch.compiler.is_compiling():
+        _check_lengths(wave, lengths)
     x, gain, divisor, *_ = _gain(wave, lengths, target_rms)
     y = (x * gain / divisor).clamp(-1, 1) * audio_scale
     kept = tokens * token_size
