@@ -11,6 +11,14 @@
 
 namespace wavflow {
 
+struct WinogradWeightArgs {
+  Target target;
+  DType dtype;          // of the outputs
+  const float* weight;  // (outputs, channels, 3): g0, g1, g2
+  void* out[4];         // (outputs, channels) each: the transformed weights of m0 .. m3
+  int64_t outputs, channels;
+};
+
 struct WinogradInputArgs {
   Target target;
   DType dtype;
@@ -29,6 +37,7 @@ struct WinogradOutputArgs {
   int64_t batch, tokens, channels;
 };
 
+void winograd_weight_cpu(const WinogradWeightArgs& args);
 void winograd_input_cpu(const WinogradInputArgs& args);
 void winograd_output_cpu(const WinogradOutputArgs& args);
 

@@ -145,6 +145,20 @@ def test_property_winograd_is_the_convolution(
 
 
 @winograd_runs
+@given(o=st.integers(1, 20), c=st.integers(1, 300), pair=st.booleans(), dtype=HALF)
+def test_property_winograd_weights_are_prepared_as_written(
+    o: int, c: int, pair: bool, dtype: torch.dtype
+) -> None:
+    """Also strided weights, and of another dtype than float32."""
+    given = [filters(o, c, 6, seed)[..., ::2] for seed in range(1 + pair)]
+    four = prepared_conv.winograd_weights(torch.cat(given))
+    for source in (torch.float32, torch.float64):
+        prepared = wk.prepare_conv([w.to(source) for w in given], dtype=dtype, winograd=None)
+        for weight, wanted in zip(prepared.weights, four, strict=True):
+            assert torch.equal(weight.to_dense(), wanted.to(dtype))
+
+
+@winograd_runs
 def test_property_winograd_error_is_twice_the_direct_ones() -> None:
     x, w = normal(1, 101, 256, dtype=torch.bfloat16), filters(200, 256, 3)
     truth = conv1d.plain(x.double(), w.double())

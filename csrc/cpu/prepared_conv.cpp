@@ -11,6 +11,29 @@ constexpr int64_t kPairs = 8;       // of tokens, a block
 constexpr int64_t kChannels = 128;  // at a time, in buffers: loops of few streams are vectorised
 
 template <class T>
+static void weight(const WinogradWeightArgs& a) {
+  parallel_for(a.outputs, a.target.threads, [=](int64_t o) WF_BODY {
+    for (int64_t begin = 0; begin < a.channels; begin += kChannels) {
+      const int64_t m = a.channels - begin < kChannels ? a.channels - begin : kChannels;
+      const int64_t at = o * a.channels + begin;
+      const float* __restrict g = a.weight + 3 * at;
+      float u[4][kChannels];
+      for (int64_t j = 0; j < m; ++j) {
+        const float outer = g[3 * j] + g[3 * j + 2], inner = g[3 * j + 1];
+        u[0][j] = g[3 * j];
+        u[1][j] = 0.5f * (outer + inner);
+        u[2][j] = 0.5f * (outer - inner);
+        u[3][j] = g[3 * j + 2];
+      }
+      for (int q = 0; q < 4; ++q) {
+        T* __restrict out = static_cast<T*>(a.out[q]) + at;
+        for (int64_t j = 0; j < m; ++j) out[j] = store<T>(u[q][j]);
+      }
+    }
+  });
+}
+
+template <class T>
 static void input(const WinogradInputArgs& a) {
   using A = compute_t<T>;
   const int64_t pairs = (a.tokens + 1) / 2, per_item = (pairs + kPairs - 1) / kPairs;
@@ -100,6 +123,10 @@ static void output(const WinogradOutputArgs& a) {
   });
 }
 
+void winograd_weight_cpu(const WinogradWeightArgs& a) {
+  dispatch("prepared_conv", a.dtype, [&](auto type) { weight<typename decltype(type)::type>(a); });
+}
+
 void winograd_input_cpu(const WinogradInputArgs& a) {
   dispatch("prepared_conv", a.dtype, [&](auto type) { input<typename decltype(type)::type>(a); });
 }
@@ -113,6 +140,16 @@ void winograd_output_cpu(const WinogradOutputArgs& a) {
 }
 
 WAVFLOW_BIND(m) {
+  m.def(
+      "winograd_weight",
+      [](Target target, int dtype, uintptr_t weight, std::array<uintptr_t, 4> out, int64_t outputs,
+         int64_t channels) {
+        winograd_weight_cpu({target, DType(dtype), pointer<float>(weight),
+                             {pointer<void>(out[0]), pointer<void>(out[1]), pointer<void>(out[2]),
+                              pointer<void>(out[3])},
+                             outputs, channels});
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def(
       "winograd_input",
       [](Target target, int dtype, uintptr_t x, uintptr_t out, int64_t batch, int64_t tokens,

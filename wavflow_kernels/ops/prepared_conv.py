@@ -174,7 +174,18 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
 def winograd_weights(weight: Tensor) -> tuple[Tensor, ...]:  # o c 3
     """The four (o c) weights of F(2,3), in the dtype of the weight."""
     g0, g1, g2 = weight.unbind(2)
-    return g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2
+    return g0, (g0 + g2 + g1) / 2, (g0 + g2 - g1) / 2, g2
+
+
+def _transformed(given: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """:func:`winograd_weights` of weights (o c 3) one below the other, in one pass: (4 o c)."""
+    o, c, _ = given[0].shape
+    out = torch.empty(4, len(given) * o, c, dtype=dtype)
+    for i, weight in enumerate(given):
+        weight = weight.detach().float().contiguous()
+        rows = [address(part[i * o :]) for part in out.unbind()]
+        C.winograd_weight(target(out), DTYPE_CODE[dtype], address(weight), rows, o, c)
+    return out
 
 
 def _workload(winograd: bool) -> Workload:
@@ -317,17 +328,16 @@ def prepare_conv(
             return PreparedConv(
                 tuple(w.detach().to(dtype, copy=True) for w in given), k, gated, False
             )
-        joined = torch.cat([w.detach() for w in given])
         mkldnn = torch.ops.mkldnn
         if winograd:
-            # oneDNN's GEMMs read their own layout; the transform is exact to float32's rounding.
-            four = winograd_weights(joined.to(compute_dtype(joined.dtype)))
-            weights = [mkldnn._reorder_linear_weight(w.to(dtype).contiguous(), _HINT) for w in four]
+            # oneDNN's GEMMs read their own layout.
+            four = _transformed(given, dtype).unbind()
+            weights = [mkldnn._reorder_linear_weight(w, _HINT) for w in four]
         elif k == 1:
-            joined = joined.squeeze(2).to(dtype).contiguous()
+            joined = torch.cat([w.detach().squeeze(2).to(dtype) for w in given])
             weights = [mkldnn._reorder_linear_weight(joined, _HINT)]
         else:
-            picture = joined.to(dtype).unsqueeze(2).contiguous()
+            picture = torch.cat([w.detach().to(dtype) for w in given]).unsqueeze(2)
             weights = [
                 mkldnn._reorder_convolution_weight(
                     picture, [0, k // 2], [1, 1], [1, 1], 1, [1, c, 1, _HINT]
