@@ -464,7 +464,7 @@ def conv1d(
             z = prepared_conv.call("conv1d", x, weight, bias)
             check_finish(z, selu, residual, gate, index)
             return _finish(z, selu, residual, gate, index)
-        weight = prepared_conv.without_gradient("conv1d", x, weight)[0]
+        weight = prepared_conv.weights_for("conv1d", x, weight)[0]
     if isinstance(weight, Tensor) and weight.dim() == 2:
         weight = weight.unsqueeze(2)
     return OP(x, weight, bias, selu, residual, gate, index)

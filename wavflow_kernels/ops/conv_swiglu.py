@@ -179,7 +179,7 @@ def conv_swiglu(
         require(w1.gated and w3 is None, "conv_swiglu: [w1, w3] must be prepared together")
         if w1.packed:
             return prepared_conv.call("conv_swiglu", x, w1, None)
-        w1, w3 = prepared_conv.without_gradient("conv_swiglu", x, w1)
+        w1, w3 = prepared_conv.weights_for("conv_swiglu", x, w1)
     weights = [w.unsqueeze(2) if isinstance(w, Tensor) and w.dim() == 2 else w for w in (w1, w3)]
     arguments = [t for t in (x, *weights) if isinstance(t, Tensor)]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in arguments)

@@ -247,13 +247,21 @@ class PreparedConv(NamedTuple):
     packed: bool  # laid out for the op prepared_conv; else cast alone: (o c k), or two of them
 
 
-def without_gradient(op: str, x: Tensor, prepared: PreparedConv) -> tuple[Tensor, ...]:
-    """The prepared weights, for a call that records no gradient: raises if x wants one."""
-    if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+def weights_for(op: str, x: Tensor, prepared: PreparedConv) -> tuple[Tensor, ...]:
+    """The prepared weights, for a call that records no gradient and computes in their dtype."""
+    weights = prepared.weights
+    if not isinstance(x, Tensor):
+        return weights
+    if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError(
             f"{op}: prepared weights have no gradient: call it under torch.no_grad()"
         )
-    return prepared.weights
+    autocast = torch.is_autocast_enabled(x.device.type)
+    wanted = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if weights[0].dtype != wanted:
+        found, wanted = (str(t).removeprefix("torch.") for t in (weights[0].dtype, wanted))
+        raise TypeError(f"{op}: the weights were prepared for {found}, x is computed in {wanted}")
+    return weights
 
 
 def call(op: str, x: Tensor, prepared: PreparedConv, bias: Tensor | None) -> Tensor:
@@ -261,14 +269,8 @@ def call(op: str, x: Tensor, prepared: PreparedConv, bias: Tensor | None) -> Ten
 
     Past the dispatcher always: torch.compile cannot look into oneDNN's layouts.
     """
-    weights = list(without_gradient(op, x, prepared))
-    wanted = getattr(x, "dtype", None)
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        wanted = torch.get_autocast_dtype(x.device.type)
-        x, bias = (None if t is None else t.to(wanted) for t in (x, bias))
-    if isinstance(x, Tensor) and weights[0].dtype != wanted:
-        found, wanted = (str(t).removeprefix("torch.") for t in (weights[0].dtype, wanted))
-        raise TypeError(f"{op}: the weights were prepared for {found}, x is computed in {wanted}")
+    weights = list(weights_for(op, x, prepared))
+    x, bias = (t.to(weights[0].dtype) if isinstance(t, Tensor) else t for t in (x, bias))
     return OP.torch_op(x, weights, bias, prepared.gated)
 
 
