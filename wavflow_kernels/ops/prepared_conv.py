@@ -270,7 +270,8 @@ def call(op: str, x: Tensor, prepared: PreparedConv, bias: Tensor | None) -> Ten
     Past the dispatcher always: torch.compile cannot look into oneDNN's layouts.
     """
     weights = list(weights_for(op, x, prepared))
-    x, bias = (t.to(weights[0].dtype) if isinstance(t, Tensor) else t for t in (x, bias))
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, bias = (None if t is None else t.to(weights[0].dtype) for t in (x, bias))
     return OP.torch_op(x, weights, bias, prepared.gated)
 
 
