@@ -118,7 +118,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """Run with the backend chosen for the first tensor's device and dtype."""
         first = self.first(args)
-        if self.autocast and torch.is_autocast_enabled(first.device.type):
+        if torch.is_autocast_enabled(first.device.type):
             with torch.autocast(first.device.type, enabled=False):
                 return self(*self._autocast(args, torch.get_autocast_dtype(first.device.type)))
         compiling = torch.compiler.is_compiling()
@@ -158,7 +158,8 @@ class Op:
         backend = _backend.choose(self, first.device, first.dtype, args, part=True)
         launch = self.launch.get(backend)
         if launch is None:
-            return self.reference(*args)
+            with torch.autocast(first.device.type, enabled=False):
+                return self.reference(*args)
         outputs = self.outputs(*args)
         on_gpu = backend == "triton" and first.device.type == "cuda"
         with torch.cuda.device(first.device) if on_gpu else nullcontext():

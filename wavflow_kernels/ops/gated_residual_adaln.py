@@ -97,7 +97,8 @@ def reference(
     new = x.to(wide) + of_tokens(gate, gate_index, wide) * y.to(wide)
     normed = F.layer_norm(new, x.shape[-1:], eps=eps)
     shift, scale = of_tokens(shift, index, wide), of_tokens(scale, index, wide)
-    return new.to(x.dtype), (normed * (1 + scale) + shift).to(x.dtype)
+    out = normed * (1 + scale) + shift
+    return new.to(x.dtype).contiguous(), out.to(x.dtype).contiguous()
 
 
 def _launch(
