@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from golden_weights import relative_error
+from test_model import golden_model, inputs
 
-from bench import gpu, harness, peers, plot, run
+from bench import gpu, harness, peers, plain, plot, run, sample
 from bench.peaks import Peaks
 from wavflow import memory
 from wavflow_kernels import REGISTRY
@@ -169,15 +171,50 @@ def test_the_command_line_writes_its_rows(
 )
 def test_peers_compute_what_the_op_computes(name: str, samples: int) -> None:
     op = REGISTRY[name]
-    for sample in op.samples(CPU, torch.float32, 0)[:samples]:
-        wanted = op.reference(*sample.args)
+    for case in op.samples(CPU, torch.float32, 0)[:samples]:
+        wanted = op.reference(*case.args)
         wanted = wanted[0] if isinstance(wanted, tuple) else wanted
-        calls = peers.PEERS[name](*sample.args)
+        calls = peers.PEERS[name](*case.args)
         assert calls
         for peer, call in calls.items():
             torch.testing.assert_close(
-                call(), wanted, rtol=1e-4, atol=1e-4, msg=f"{name}, {sample.name}, {peer}"
+                call(), wanted, rtol=1e-4, atol=1e-4, msg=f"{name}, {case.name}, {peer}"
             )
+
+
+@torch.inference_mode()
+def test_the_plain_network_is_the_network() -> None:
+    for name in ("model_tiny", "model_head64"):
+        model, _ = golden_model(name)
+        latent, *features, _ = inputs(model, 2)
+        given = model.preprocess_conditions(*features), model.get_empty_conditions(2), 4.5
+        wanted = plain.guided(model, torch.tensor(0.4), latent, *given)
+        found = model.ode_wrapper(torch.tensor(0.4), latent, *given)
+        assert relative_error(found, wanted) < 1e-5
+
+
+def test_sample_compares_a_step_with_another_checkout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "row.json"
+    sample.main("toy_8k", seconds=0.01, against=harness.ROOT, json_path=path)
+    row, other = json.loads(path.read_text()), str(harness.ROOT)
+    assert set(row["seconds"]) == {"ours", "plain", "plain, weights cast", other}
+    assert row["difference"]["ours"] == row["difference"][other]
+    assert 0 < row["difference"]["ours"] < 2 * row["difference"]["plain"]
+    assert "ours is faster by" in capsys.readouterr().out
+
+
+def test_sample_refuses_what_it_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in (
+        ({"model": "small"}, "--model is 'small', wanted one of medium_16k"),
+        ({"dtype": "int8"}, "--dtype is 'int8', wanted bfloat16, float16 or float32"),
+        ({"device": "tpu"}, "--device tpu cannot be used"),
+        ({"against": Path("/nowhere")}, "--against /nowhere: it has no folder wavflow"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            sample.main(**options)
+        assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_freed_memory_is_kept_where_glibc_is(monkeypatch: pytest.MonkeyPatch) -> None:
