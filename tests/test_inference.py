@@ -56,6 +56,21 @@ def test_a_step_sees_the_weights_of_its_first_step_and_new_conditions_the_new_on
     assert not torch.equal(guided(model, *conditions_of(model, *features), latent), first)
 
 
+@torch.no_grad()
+def test_conditions_serve_two_models_and_are_copied_without_their_network():
+    model, _ = golden_model("model_tiny")
+    latent, *features, _ = inputs(model, 1)
+    other = copy.deepcopy(model)
+    for weight in other.parameters():
+        weight.mul_(1.5)
+    conditions, empty = conditions_of(model, *features)
+    first = guided(model, conditions, empty, latent)
+    assert not torch.equal(guided(other, conditions, empty, latent), first)
+    assert torch.equal(guided(model, conditions, empty, latent), first)
+    assert copy.deepcopy(conditions).prepared is not conditions.prepared
+    assert torch.equal(guided(model, copy.deepcopy(conditions), empty, latent), first)
+
+
 def test_gradients_float32_and_compilation_use_the_parameters():
     model, _ = golden_model("model_tiny")
     latent, *features, _ = inputs(model, 1)

@@ -8,6 +8,7 @@ bfloat16 on a CPU, convolutions of width 3 run by Winograd's F(2,3) (see
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, TypeVar
 
 import torch
@@ -63,7 +64,7 @@ class PreparedNetwork:
     """The prepared copy of a model, made at its first use; conditions keep one for their steps."""
 
     def __init__(self) -> None:
-        self._dtype: torch.dtype | None = None
+        self._made_of: tuple[Any, torch.dtype] | None = None
         self._network: Any = None
 
     def of(self, model: Network) -> Network:
@@ -77,9 +78,10 @@ class PreparedNetwork:
             dtype = torch.get_autocast_dtype(kind)
         if dtype not in PREPARED_DTYPES or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return model
-        if self._dtype != dtype:
-            self._network, self._dtype = prepare_inference(model, dtype), dtype
+        made_of = weakref.ref(model), dtype
+        if self._made_of != made_of:
+            self._network, self._made_of = prepare_inference(model, dtype), made_of
         return self._network
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedNetwork:
-        return PreparedNetwork()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PreparedNetwork, ()  # copied and pickled empty
