@@ -138,6 +138,7 @@ def test_property_gradients_are_the_references(
         assert relative(actual, wanted) < 4 * torch.finfo(dtype).eps + 1e-12
 
 
+@pytest.mark.compiled
 def test_property_threads_change_no_bit_of_the_gradients() -> None:
     for name in ("adaln_backward", "gated_residual_adaln_backward"):
         op, threads, results = REGISTRY[name], torch.get_num_threads(), []

@@ -96,8 +96,6 @@ def reference(
     audio_scale: float,
     out_dtype: torch.dtype | None,
 ) -> Tensor:  # b n d
-    if not torch.compiler.is_compiling():
-        _check_lengths(wave, lengths)
     x, gain, divisor, *_ = _gain(wave, lengths, target_rms)
     y = (x * gain / divisor).clamp(-1, 1) * audio_scale
     kept = tokens * token_size
@@ -259,4 +257,7 @@ def lift_patchify(
 
     Source: WavFlow (arXiv 2605.18749), amplitude lifting and waveform patchify.
     """
+    if isinstance(lengths, Tensor) and not torch.compiler.is_compiling():
+        _check(wave, lengths, token_size, tokens, target_rms, audio_scale, out_dtype)
+        _check_lengths(wave, lengths)  # references and compiled graphs cannot look at values
     return OP(wave, lengths, token_size, tokens, target_rms, audio_scale, out_dtype)
