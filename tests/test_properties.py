@@ -299,6 +299,7 @@ def test_property_thread_count_changes_no_bit() -> None:
     assert same(results[0], results[1]) and same(results[0], results[2])
 
 
+@pytest.mark.compiled
 def test_property_a_new_thread_runs_the_ops() -> None:
     expected, found = everything(), []
     worker = threading.Thread(target=lambda: found.extend(everything()))
