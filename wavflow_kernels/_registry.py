@@ -51,6 +51,7 @@ class Op:
     reference   reference(*args): the mathematics in plain torch, on any device
     check       check(*args): raises ValueError / TypeError on arguments that do not fit; looks at
                 shapes, dtypes and devices only
+    check_values   check_values(*args): likewise, of values on a CPU; not called in traced code
     outputs     outputs(*args): empty outputs, a tensor or a tuple; with `check` the fake kernel
     launch      {"cpp" or "triton": launch(outputs, *args)}: fills the outputs
     library     library(*args): the differentiable outputs by calls of torch's own libraries
@@ -85,6 +86,7 @@ class Op:
     flops: Callable[..., int]
     tolerance: str
     workloads: Mapping[str, Workload] = field(default_factory=dict)
+    check_values: Callable[..., None] | None = None
     library: Callable[..., Any] | None = None
     prefer: Callable[..., str | None] | None = None
     setup_context: Callable[..., None] | None = None
@@ -130,6 +132,8 @@ class Op:
         if not compiling:
             if self.prefer is None:
                 self.check(*args)
+            if self.check_values is not None:
+                self.check_values(*args)
             if backend == "compile":
                 return _compiled(self.name)(*args)
         return self.library(*args) if backend == "library" else self.reference(*args)
@@ -154,6 +158,8 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
+        if self.check_values is not None:
+            self.check_values(*args)
         first = self.first(args)
         backend = _backend.choose(self, first.device, first.dtype, args, part=True)
         launch = self.launch.get(backend)

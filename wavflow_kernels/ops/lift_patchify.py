@@ -48,7 +48,7 @@ def _check(
         )
 
 
-def _check_lengths(wave: Tensor, lengths: Tensor | None) -> None:
+def _check_lengths(wave: Tensor, lengths: Tensor | None, *_: Any) -> None:
     if lengths is None or lengths.device.type != "cpu" or not lengths.numel():
         return
     low, high = int(lengths.min()), int(lengths.max())
@@ -113,7 +113,6 @@ def _launch(
     audio_scale: float,
     out_dtype: torch.dtype | None,
 ) -> None:
-    _check_lengths(wave, lengths)
     batch, samples = wave.shape
     if not batch:
         return
@@ -210,6 +209,7 @@ OP = Op(
     ),
     reference=reference,
     check=_check,
+    check_values=_check_lengths,
     outputs=_outputs,
     launch={"cpp": _launch},
     supported={"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}},
@@ -257,7 +257,4 @@ def lift_patchify(
 
     Source: WavFlow (arXiv 2605.18749), amplitude lifting and waveform patchify.
     """
-    if isinstance(lengths, Tensor) and not torch.compiler.is_compiling():
-        _check(wave, lengths, token_size, tokens, target_rms, audio_scale, out_dtype)
-        _check_lengths(wave, lengths)  # references and compiled graphs cannot look at values
     return OP(wave, lengths, token_size, tokens, target_rms, audio_scale, out_dtype)
