@@ -9,17 +9,29 @@ import torch
 from torch import Tensor, nn
 
 import wavflow_kernels as wk
-from wavflow.model.inference import prepare_weight
 from wavflow_kernels import PreparedConv, TokenRows
 
 # RMSNorm's eps is float32's machine epsilon whatever the input's dtype.
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
 
 
-class TokenConv(nn.Conv1d):
-    """``nn.Conv1d``'s parameters and initialisation on (b n c) tensors, "same" zero padding."""
+class Preparable:
+    """A layer with a weight that :func:`wavflow.model.inference.prepare_inference` can prepare."""
 
     prepared: PreparedConv | None = None
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Hold the weight as inference in `dtype` wants it, in place of the parameter."""
+        self.prepared = wk.prepare_conv(self.weight, dtype=dtype, winograd=None)
+        self.weight = None
+
+    @property
+    def operand(self) -> Tensor | PreparedConv:
+        return self.weight if self.prepared is None else self.prepared
+
+
+class TokenConv(Preparable, nn.Conv1d):
+    """``nn.Conv1d``'s parameters and initialisation on (b n c) tensors, "same" zero padding."""
 
     def __init__(
         self,
@@ -32,27 +44,15 @@ class TokenConv(nn.Conv1d):
         super().__init__(in_dim, out_dim, kernel_size, bias=bias)
         self.activation = activation
 
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Hold the weight as inference in `dtype` wants it, in place of the parameter."""
-        self.prepared, self.weight = prepare_weight(self.weight, dtype), None
-
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.prepared is None else self.prepared
-        return wk.conv1d(x, weight, self.bias, activation=self.activation)
+        return wk.conv1d(x, self.operand, self.bias, activation=self.activation)
 
 
-class TokenLinear(nn.Linear):
+class TokenLinear(Preparable, nn.Linear):
     """``nn.Linear`` on (b n c) tensors: a convolution of width 1."""
 
-    prepared: PreparedConv | None = None
-
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Hold the weight as inference in `dtype` wants it, in place of the parameter."""
-        self.prepared, self.weight = prepare_weight(self.weight, dtype), None
-
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.prepared is None else self.prepared
-        return wk.conv1d(x, weight, self.bias)
+        return wk.conv1d(x, self.operand, self.bias)
 
 
 class SwiGLU(nn.Module):
@@ -78,7 +78,8 @@ class SwiGLU(nn.Module):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Hold w1 and w3 joined as inference in `dtype` wants them, and w2 likewise."""
-        self.prepared = prepare_weight([self.w1.weight, self.w3.weight], dtype)
+        pair = [self.w1.weight, self.w3.weight]
+        self.prepared = wk.prepare_conv(pair, dtype=dtype, winograd=None)
         self.w1 = self.w3 = None
         self.w2.prepare(dtype)
 
@@ -135,7 +136,8 @@ class AttentionInput(nn.Module):
     def prepare(self, dtype: torch.dtype) -> None:
         """Hold the projection's weight as inference in `dtype` wants it."""
         weight, self.bias = self._projection()
-        self.prepared, self.qkv = prepare_weight(weight, dtype), None
+        self.prepared = wk.prepare_conv(weight, dtype=dtype, winograd=None)
+        self.qkv = None
 
     def _projection(self) -> tuple[Tensor, Tensor]:
         weight, bias = self.qkv.weight, self.qkv.bias

@@ -12,10 +12,7 @@ import weakref
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-
-import wavflow_kernels as wk
-from wavflow_kernels import PreparedConv
+from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
 PREPARED_DTYPES = (torch.bfloat16, torch.float16)
@@ -53,11 +50,6 @@ def _prepare(module: nn.Module, dtype: torch.dtype) -> None:
         return prepare(dtype)
     for child in module.children():
         _prepare(child, dtype)
-
-
-def prepare_weight(weight: Tensor | list[Tensor], dtype: torch.dtype) -> PreparedConv:
-    """Weights (o c k) or (o c), or a gated pair of them, for convolutions of `dtype`."""
-    return wk.prepare_conv(weight, dtype=dtype, winograd=None)
 
 
 class PreparedNetwork:
