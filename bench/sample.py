@@ -10,7 +10,6 @@ own. Differences are relative to the plain network in float32.
 from __future__ import annotations
 
 import copy
-import io
 import os
 import subprocess
 import sys
@@ -29,7 +28,6 @@ from torch import Tensor
 
 from bench import plain
 from bench.harness import fail, machine
-from bench.peaks import measure
 from wavflow.files import write_json
 from wavflow.memory import keep_freed_memory
 from wavflow.model.networks import PRESETS, WavflowModel, get_wavflow_model
@@ -204,7 +202,7 @@ def main(
                 "threads": torch.get_num_threads(),
                 "guidance": guidance,
                 "state": network.state_dict(),
-                "inputs": [x.cpu() for x in given[:3]] + [given[3].cpu(), given[4].cpu()],
+                "inputs": [x.cpu() for x in given],
             }
             other = Checkout(against.resolve(), job, Path(folder))
             outputs[str(against)] = other.output().to(where)
@@ -212,7 +210,6 @@ def main(
         times = interleaved(calls, where, seconds, warmup=1, rounds=3)
         if other is not None:
             other.close()
-    gemm = measure(where, kind).gemm
     row = {
         "model": model,
         "batch": batch,
@@ -224,7 +221,6 @@ def main(
             way: ((out - truth).norm() / truth.norm()).item() for way, out in outputs.items()
         },
         "audio_seconds_a_step": CLIP_SECONDS[model] * batch,
-        "gemm": gemm,
     } | machine(where)
     if json_path is not None:
         write_json(json_path, row)
@@ -243,10 +239,7 @@ def show(row: dict[str, Any]) -> None:
             f"{timing['median'] / ours:.2f}",
             f"{row['difference'][way]:.2e}",
         )
-    out = io.StringIO()
-    console = Console(file=out, width=110)
-    console.print(table)
-    print(out.getvalue(), end="")
+    Console(width=110).print(table)
     print(
         f"{row['model']}, batch {row['batch']}, guidance {row['guidance']}, {row['dtype']}; "
         f"first step {row['first_step']:.2f} s; with 25 steps "

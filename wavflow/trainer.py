@@ -70,7 +70,8 @@ class Trainer:
     `out` gets checkpoint_latest.pth, checkpoint_epoch_<N>.pth, ema_epoch_<N>.pth, training.log
     and metrics.jsonl. The run ends after `epochs`, `max_steps` or `max_seconds`, whichever comes
     first, and the learning rate follows the nearest of these ends. SIGINT and SIGTERM finish the
-    step, write checkpoint_latest.pth and end the run by KeyboardInterrupt or SystemExit(143).
+    step, write checkpoint_latest.pth and end the run by KeyboardInterrupt or SystemExit(143). On a
+    CPU the process keeps the memory it frees from then on (``wavflow.memory``).
 
     Args:
         objective: the model, already on `device`, and its loss.
