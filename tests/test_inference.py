@@ -98,6 +98,21 @@ def test_the_copy_shares_no_memory_and_leaves_the_model_alone():
     assert sum(p.numel() for p in left) < 0.5 * sum(p.numel() for p in model.parameters())
 
 
+@torch.inference_mode()
+def test_winograd_can_be_left_out():
+    model, _ = golden_model("model_head64")
+    latent, *features, _ = inputs(model, 1)
+
+    def forms(winograd):
+        network = prepare_inference(model, torch.bfloat16, winograd=winograd)
+        convs = [m.prepared for m in network.modules() if getattr(m, "prepared", None) is not None]
+        assert {len(conv.weights) for conv in convs} == ({1} if winograd is False else {1, 4})
+        return guided(network, *conditions_of(network, *features), latent)
+
+    direct, fast = forms(False), forms(True)
+    assert 0 < relative_error(direct, fast) < 0.1
+
+
 def test_wrong_calls():
     model, _ = golden_model("model_tiny")
     with pytest.raises(ValueError, match="dtype is torch.float32, wanted torch.bfloat16 or"):

@@ -20,9 +20,9 @@ class Preparable:
 
     prepared: PreparedConv | None = None
 
-    def prepare(self, dtype: torch.dtype) -> None:
+    def prepare(self, dtype: torch.dtype, winograd: bool | None = None) -> None:
         """Hold the weight as inference in `dtype` wants it, in place of the parameter."""
-        self.prepared = wk.prepare_conv(self.weight, dtype=dtype, winograd=None)
+        self.prepared = wk.prepare_conv(self.weight, dtype=dtype, winograd=winograd)
         self.weight = None
 
     @property
@@ -76,12 +76,12 @@ class SwiGLU(nn.Module):
         self.w2 = layer(inner, dim)
         self.w3 = layer(dim, inner)
 
-    def prepare(self, dtype: torch.dtype) -> None:
+    def prepare(self, dtype: torch.dtype, winograd: bool | None = None) -> None:
         """Hold w1 and w3 joined as inference in `dtype` wants them, and w2 likewise."""
         pair = [self.w1.weight, self.w3.weight]
-        self.prepared = wk.prepare_conv(pair, dtype=dtype, winograd=None)
+        self.prepared = wk.prepare_conv(pair, dtype=dtype, winograd=winograd)
         self.w1 = self.w3 = None
-        self.w2.prepare(dtype)
+        self.w2.prepare(dtype, winograd)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.prepared is not None:
@@ -133,10 +133,10 @@ class AttentionInput(nn.Module):
         self.q_norm = nn.RMSNorm(dim // num_heads, eps=RMS_NORM_EPS)
         self.k_norm = nn.RMSNorm(dim // num_heads, eps=RMS_NORM_EPS)
 
-    def prepare(self, dtype: torch.dtype) -> None:
+    def prepare(self, dtype: torch.dtype, winograd: bool | None = None) -> None:
         """Hold the projection's weight as inference in `dtype` wants it."""
         weight, self.bias = self._projection()
-        self.prepared = wk.prepare_conv(weight, dtype=dtype, winograd=None)
+        self.prepared = wk.prepare_conv(weight, dtype=dtype, winograd=winograd)
         self.qkv = None
 
     def _projection(self) -> tuple[Tensor, Tensor]:

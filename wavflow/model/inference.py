@@ -18,7 +18,7 @@ Network = TypeVar("Network", bound=nn.Module)
 PREPARED_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def prepare_inference(model: Network, dtype: torch.dtype) -> Network:
+def prepare_inference(model: Network, dtype: torch.dtype, *, winograd: bool = True) -> Network:
     """A copy of `model` without gradients, its matrices prepared for inputs of `dtype`.
 
     It shares no memory with the model. Biases, norms and embeddings keep their dtypes.
@@ -26,6 +26,7 @@ def prepare_inference(model: Network, dtype: torch.dtype) -> Network:
     Args:
         model: a network of the blocks in :mod:`wavflow.model.blocks`.
         dtype: torch.bfloat16 or torch.float16: what autocast casts to where the copy runs.
+        winograd: let Winograd's F(2,3) take the convolutions that it can.
 
     Raises:
         ValueError: another dtype, in which plain weights are more exact; a prepared network.
@@ -36,7 +37,7 @@ def prepare_inference(model: Network, dtype: torch.dtype) -> Network:
         raise ValueError(f"dtype is {dtype}, wanted torch.bfloat16 or torch.float16")
     parameters: dict[int, Any] = {id(p): p for p in model.parameters()}  # not copied just yet
     prepared = copy.deepcopy(model, parameters)
-    _prepare(prepared, dtype)
+    _prepare(prepared, dtype, None if winograd else False)
     for module in prepared.modules():
         for name, left in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(left.detach().clone(), requires_grad=False))
@@ -44,12 +45,12 @@ def prepare_inference(model: Network, dtype: torch.dtype) -> Network:
     return prepared.eval()
 
 
-def _prepare(module: nn.Module, dtype: torch.dtype) -> None:
+def _prepare(module: nn.Module, dtype: torch.dtype, winograd: bool | None) -> None:
     prepare = getattr(module, "prepare", None)
     if prepare is not None:
-        return prepare(dtype)
+        return prepare(dtype, winograd)
     for child in module.children():
-        _prepare(child, dtype)
+        _prepare(child, dtype, winograd)
 
 
 class PreparedNetwork:
