@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +16,11 @@ from wavflow import checkpoint
 from wavflow.audio import load_audio
 from wavflow.build import build_model
 from wavflow.config import Config, DataConfig, ModelConfig, load_config
-from wavflow.errors import InputError
+from wavflow.errors import Cancelled, InputError
 from wavflow.infer import infer, infer_config, row_seed
+from wavflow.memory import clip_bytes
 from wavflow.sampler import Sampler, Sound
+from wavflow.solvers import BEST, time_grid
 
 TINY = ["model.hidden_dim=32", "model.depth=2", "model.fused_depth=1", "model.num_heads=1"]
 CPU = torch.device("cpu")
@@ -187,12 +194,212 @@ def test_from_files(saved, world, tmp_path):
         ({"captions": ["a"], "seeds": [1, 2]}, "2 seeds for 1 rows"),
         ({"captions": ["a"], "solver": "rk9"}, "solver is 'rk9'; wanted one of euler, midpoint"),
         ({"captions": ["a"], "steps": 0}, "steps is 0"),
+        ({"captions": ["a"], "slope": -1.0}, "slope is -1.0; wanted 0 or more"),
+        ({"captions": ["a"], "seconds": -1.0}, "row 0: seconds is -1.0; wanted more than 0"),
+        ({"captions": ["a"], "seconds": [1.0, 2.0]}, "2 seconds for 1 rows"),
+        ({"captions": ["a"], "seconds": 0.01}, "seconds is 0.01; its video has no frame"),
+        ({"captions": ["a"], "negative_captions": "b"}, "negative_captions is 'b'; wanted a list"),
+        ({"captions": ["a"], "negative_captions": []}, "0 negative_captions for 1 rows"),
+        ({"captions": ["a"], "guidance_interval": (0.5, 0.2)}, "guidance_interval is 0.5 to 0.2"),
+        ({"captions": ["a"], "guidance_rescale": 2.0}, "guidance_rescale is 2.0; wanted 0 to 1"),
+        ({"captions": ["a"], "batch_size": 0}, "batch_size is 0"),
         ({"videos": ["gone.mp4"]}, "gone.mp4"),
     ],
 )
 def test_bad_requests(arguments, message):
     with pytest.raises(InputError, match=message):
         tiny_sampler().generate(**arguments)
+
+
+def test_the_plan():
+    sampler = tiny_sampler()
+    plan = sampler.plan()
+    assert (plan.solver, plan.steps, plan.slope) == BEST and plan.guidance == 4.0
+    public = sampler.plan(solver="euler", guidance=0.5)
+    assert (public.steps, public.slope) == (4, 0.0)  # the configuration's steps, even times
+    assert not public.guided and public.weight(0.5) == 1.0
+    part = sampler.plan(guidance_interval=(0.2, 0.6), steps=9)
+    assert (part.solver, part.steps) == (BEST.solver, 9)
+    assert [part.weight(t) for t in (0.1, 0.2, 0.6, 0.7)] == [1.0, 4.0, 4.0, 1.0]
+
+
+def test_lengths_are_mixed_and_rows_come_as_they_finish():
+    sampler, seconds = tiny_sampler(), [2.0, 0.5, 2.0, 3.0, 0.5]
+    captions = ["a bell", "a drum", None, "a bird", "a bell"]
+    options = {"seeds": [1, 2, 3, 4, 5], "guidance": 2.0, "batch_size": 2, "steps": 3}
+    done = []
+    completed = sampler.as_completed(
+        captions, seconds=seconds, progress=lambda *at: done.append(at), **options
+    )
+    assert not done
+    row, first = next(completed)
+    assert row == 0 and first.wave.shape == (16000,) and done == [(2, 5)]
+    rest = dict(completed)
+    assert list(rest) == [2, 1, 4, 3] and done == [(2, 5), (4, 5), (5, 5)]
+    for at, sound in {0: first, **rest}.items():
+        assert sound.wave.numel() == round(8000 * seconds[at])
+        (alone,) = sampler.generate(
+            [captions[at]], [None], seconds=seconds[at], **{**options, "seeds": [at + 1]}
+        )
+        torch.testing.assert_close(sound.wave, alone.wave, atol=2e-5, rtol=1e-4)
+
+
+def test_guidance_outside_its_interval_runs_one_pass(monkeypatch):
+    sampler, row = tiny_sampler(), [random_features(1)]
+    rows = []
+    transform = type(sampler.model)._transform
+    monkeypatch.setattr(
+        type(sampler.model),
+        "_transform",
+        lambda m, x, *a: rows.append(len(x)) or transform(m, x, *a),
+    )
+    options = {"solver": "euler", "steps": 4, "slope": 7.0}
+    part = sampler.generate_features(row, [1], guidance_interval=(0.3, 0.7), **options)
+    assert rows == [1, 1, 2, 1]  # t = 0, 0.14, 0.5, 0.86
+    never = sampler.generate_features(row, [1], guidance_interval=(0.9, 1.0), **options)
+    plain = sampler.generate_features(row, [1], guidance=1.0, **options)
+    assert torch.equal(never[0].wave, plain[0].wave) and rows[4:] == [1] * 8
+    whole = sampler.generate_features(row, [1], **options)
+    assert not torch.allclose(part[0].wave, whole[0].wave, atol=1e-3)
+    assert not torch.allclose(part[0].wave, plain[0].wave, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["euler", "adaptive"])
+def test_negative_captions_and_rescale_change_what_guidance_does(solver):
+    sampler = tiny_sampler(prediction_type="v")
+    call = lambda **options: sampler.generate(  # noqa: E731
+        ["a bell", "a drum"], seeds=[1, 2], solver=solver, guidance=40.0, **options
+    )
+    plain, away = call(), call(negative_captions=[None, "a bird sings"])
+    assert (plain[0].wave - away[0].wave).norm() < 1e-3 * plain[0].wave.norm()
+    assert not torch.allclose(plain[1].wave, away[1].wave, atol=1e-3)
+    rescaled = call(guidance_rescale=1.0)
+    assert not torch.allclose(plain[0].wave, rescaled[0].wave, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_steps_report_and_preview(prediction):
+    sampler = tiny_sampler(prediction_type=prediction)
+    seen, previews = [], []
+
+    def on_step(step):
+        seen.append((step.rows, step.done, step.total, round(step.t, 3)))
+        previews.append(step.preview())
+
+    options = {"solver": "euler", "guidance": 2.0, "batch_size": 2}
+    sounds = sampler.generate_features(mixed()[:3], [1, 2, 3], on_step=on_step, **options)
+    times = [round(float(t), 3) for t in time_grid(4, shift=10.0)[:4]]
+    rows = [(0, 1)] * 4 + [(2,)] * 4
+    assert seen == [(r, i % 4 + 1, 4, times[i % 4]) for i, r in enumerate(rows)]
+    # Euler's last step ends on the data that it expects.
+    for made, last in zip(sounds, [*previews[3], *previews[7]], strict=True):
+        assert last.rate == 8000 and made.wave.shape == last.wave.shape
+        torch.testing.assert_close(made.wave, last.wave, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(previews[0][0].wave, sounds[0].wave, atol=1e-3)
+
+
+def test_adaptive_steps_report_without_a_total():
+    seen = []
+    tiny_sampler(prediction_type="v").generate_features(
+        [{}], [1], solver="adaptive", on_step=lambda s: seen.append((s.done, s.total))
+    )
+    assert seen == [(i + 1, None) for i in range(len(seen))] and len(seen) > 6
+
+
+def test_cancelling():
+    sampler, cancel, steps = tiny_sampler(), threading.Event(), []
+
+    def on_step(step):
+        steps.append(step.done)
+        if len(steps) == 6:
+            cancel.set()
+
+    done = []
+    with pytest.raises(Cancelled, match="cancelled after 2 steps"):
+        sampler.generate_features(
+            mixed(),
+            range(5),
+            solver="euler",
+            batch_size=2,
+            on_step=on_step,
+            cancel=cancel,
+            progress=lambda *at: done.append(at),
+        )
+    assert steps == [1, 2, 3, 4, 1, 2] and done == [(2, 5)]
+    with pytest.raises(Cancelled, match="after 0 steps"):
+        sampler.generate_features(mixed(), range(5), cancel=cancel)
+    assert len(sampler.generate_features(mixed()[:1], [1], cancel=threading.Event())) == 1
+
+
+def test_memory_splits_batches_and_refuses_what_cannot_fit(caplog):
+    sampler = tiny_sampler()
+    clip = clip_bytes(sampler.model.config, torch.float32, True)
+    rows = []
+    options = {"solver": "euler", "on_step": lambda s: s.done == 1 and rows.append(s.rows)}
+    with caplog.at_level("INFO", "wavflow"):
+        sampler.generate_features([{}] * 5, range(5), memory=int(2.5 * clip), **options)
+    assert rows == [(0, 1), (2, 3), (4,)]
+    assert "5 clips of 2 s, 2 at a time: about 0.01 GB of 0.01 GB" in caplog.text
+    with pytest.raises(InputError, match=r"a clip of 2 s needs about 0\.01 GB, and generation may"):
+        sampler.generate_features([{}], [1], memory=clip - 1)
+    with pytest.raises(InputError, match=r"a clip of 2e\+06 s needs about .* fewer seconds"):
+        sampler.generate(["a bell"], seconds=2e6)
+
+
+PEAK = """
+import sys, torch
+from test_sampler import CPU, random_model
+from wavflow.config import load_config
+from wavflow.memory import clip_bytes
+from wavflow.sampler import Sampler
+
+torch.set_num_threads(1)
+config = load_config("toy_8k")
+dtype = getattr(torch, sys.argv[1])
+sampler = Sampler(random_model(config), config, CPU, dtype)
+
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
+
+
+sampler.generate_features([{}], [0], steps=2)
+before = status("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+sampler.generate_features([{}] * 48, range(48), steps=2, batch_size=48)
+print((status("VmHWM") - before) / 48 / clip_bytes(sampler.model.config, dtype, True))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_stays_below_the_estimate(dtype):
+    folders = [str(Path(__file__).parent), str(Path(wavflow.__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    child = subprocess.run(
+        [sys.executable, "-c", PEAK, dtype],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0.3 < float(child.stdout) <= 1.0
+
+
+def test_empty_conditions_are_made_once_for_a_length(monkeypatch):
+    sampler = tiny_sampler()
+    made = []
+    empty = type(sampler.model).get_empty_conditions
+    monkeypatch.setattr(
+        type(sampler.model),
+        "get_empty_conditions",
+        lambda model, count, **options: made.append(count) or empty(model, count, **options),
+    )
+    for _ in range(2):
+        sampler.generate(["a", "b"], seconds=[2.0, 1.0], steps=1)
+    assert made == [1, 1]
 
 
 def test_wrong_features():

@@ -122,18 +122,40 @@ def generate(
     config: Annotated[str | None, typer.Option(help="For a checkpoint that carries none.")] = None,
     ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
     seed: Seed = 42,
+    seconds: Annotated[float | None, typer.Option(help="Length; default as trained.")] = None,
+    negative_caption: Annotated[
+        str | None, typer.Option(help="What guidance leads away from.")
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale, 1 or less is none; default as trained.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Solver steps; default as trained.")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float], typer.Option(help="Times of guidance, from 0 (noise) to 1 (sound).")
+    ] = (0.0, 1.0),
+    guidance_rescale: Annotated[
+        float, typer.Option(help="0 to 1: how much of guidance's gain in loudness to take back.")
+    ] = 0.0,
     solver: Annotated[
-        str, typer.Option(help="euler, midpoint, heun, rk4, ab2, 2m, adaptive.")
-    ] = "euler",
+        str | None,
+        typer.Option(
+            help="euler (with --steps 50 the public behaviour), midpoint, heun, rk4, ab2, 2m or "
+            "adaptive; default the best measured, with its own steps and times."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver steps; with --solver the default is as trained.")
+    ] = None,
+    slope: Annotated[
+        float | None, typer.Option(help="Of sigmoid-spaced times; 0 for even times.")
+    ] = None,
     loudness: Annotated[float, typer.Option(help="LUFS of the output.")] = -23.0,
     keep_loudness: Annotated[bool, typer.Option("--keep-loudness", help="As generated.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Clips at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Clips at a time, at most.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="auto, eager, graph (CUDA graphs), compile.")
+    ] = "auto",
 ) -> None:
     """Generate sound for a caption, a video, both, or a table of them."""
     from wavflow.config import load_config
@@ -142,11 +164,22 @@ def generate(
 
     if (csv is None) == (caption is None and video is None):
         raise InputError("give --caption, --video or both, or --csv alone")
+    if csv is not None and negative_caption is not None:
+        raise InputError("--negative-caption goes with --caption or --video, not with --csv")
     level = None if keep_loudness else loudness
     sampler = Sampler.load(
-        checkpoint, device, dtype, ema, None if config is None else load_config(config)
+        checkpoint, device, dtype, ema, None if config is None else load_config(config), engine
     )
-    options = {"guidance": guidance, "steps": steps, "solver": solver, "batch_size": batch_size}
+    options = {
+        "solver": solver,
+        "steps": steps,
+        "slope": slope,
+        "guidance": guidance,
+        "guidance_interval": guidance_interval,
+        "guidance_rescale": guidance_rescale,
+        "seconds": seconds,
+        "batch_size": batch_size,
+    }
     with counter("generate") as progress:
         if csv is not None:
             result = infer(
@@ -155,7 +188,10 @@ def generate(
         else:
             if out.suffix.lower() not in (".wav", ".flac"):
                 raise InputError(f"--out is {out}; wanted a .wav or .flac file")
-            (sound,) = sampler.generate([caption], [video], seed=seed, **options)
+            negative = None if negative_caption is None else [negative_caption]
+            (sound,) = sampler.generate(
+                [caption], [video], negative_captions=negative, seed=seed, **options
+            )
     if csv is not None:
         _say(f"{result.out}: {result.done} generated, {result.failed} failed")
         _exit(result.done, result.failed, result.report)

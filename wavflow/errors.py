@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line that names the file, row or option, what was found and what was
     wanted, so that a command line can print it as it is.
     """
+
+
+class Cancelled(Exception):
+    """Generation was told to stop before it was done."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wavflow.config import Config
 from wavflow.data.manifest import ReportRow, Row, read_manifest, write_report
@@ -43,13 +43,10 @@ def infer(
     *,
     data_root: str | os.PathLike[str] | None = None,
     seed: int = 42,
-    guidance: float | None = None,
-    steps: int | None = None,
-    solver: str = "euler",
     batch_size: int = 8,
-    trim: bool = True,
     loudness: float | None = -23.0,
     progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> InferResult:
     """Generates `<out>/<id>.wav` for every row of a table.
 
@@ -62,8 +59,10 @@ def infer(
         out: gets the wavs and report.csv.
         data_root: where relative video paths start, by default the table's folder.
         seed: base seed; each row's own is `row_seed`.
+        batch_size: rows that are decoded together and generated at a time, at most.
         loudness: LUFS of the output, None leaves it.
         progress: called with (rows finished, rows in all).
+        options: as of `Sampler.generate_features`.
 
     Raises:
         InputError: the table cannot be read, or has neither video_path nor caption. A row that
@@ -74,20 +73,18 @@ def infer(
     if not {"video_path", "caption"} & set(rows.columns):
         raise InputError(f"{csv_path}: no column 'video_path' or 'caption'")
     outcome = {e.row_number: ReportRow(e.id, "skipped", str(e)) for e in rows.errors}
+    seconds = options.get("seconds")
     finished = 0
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
         for at in range(0, len(rows), batch_size):
             batch = rows[at : at + batch_size]
-            encoded = list(pool.map(lambda row: _encode(sampler, row), batch))
+            encoded = list(pool.map(lambda row: _encode(sampler, row, seconds), batch))
             good = [(r, f) for r, f in zip(batch, encoded, strict=True) if not isinstance(f, str)]
             sounds = sampler.generate_features(
                 [f for _, f in good],
                 [row_seed(seed, row.id) for row, _ in good],
-                guidance=guidance,
-                steps=steps,
-                solver=solver,
                 batch_size=batch_size,
-                trim=trim,
+                **options,
             )
             for row, reason in zip(batch, encoded, strict=True):
                 if isinstance(reason, str):
@@ -136,10 +133,12 @@ def infer_config(
     )
 
 
-def _encode(sampler: Sampler, row: Row) -> dict[str, Tensor] | str:
+def _encode(sampler: Sampler, row: Row, seconds: float | None) -> dict[str, Tensor] | str:
     try:
         return sampler.encode(
-            row.caption if row.text_exist else None, row.video_path if row.video_exist else None
+            row.caption if row.text_exist else None,
+            row.video_path if row.video_exist else None,
+            seconds,
         )
     except InputError as error:
         return f"row {row.number}: {error}"

@@ -1,8 +1,14 @@
-"""How this process holds memory on a CPU."""
+"""How this process holds memory, how much is left, and how much generation takes."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+
+import torch
+
+from wavflow.model.blocks import swiglu_inner
+from wavflow.model.networks import WavflowConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -21,3 +27,43 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that `device` has left: of the GPU and torch's cache on it, or of the machine.
+
+    On Linux what other processes only hold as file cache counts as left.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as file:
+            left = dict(line.split(":") for line in file)
+        return int(left["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def clip_bytes(config: WavflowConfig, dtype: torch.dtype, guided: bool) -> int:
+    """An upper estimate of what one clip adds to the memory of generation.
+
+    The largest moment of a step is the feed-forward of the audio's input projection or of a block:
+    its residual, input and modulated input, the halves of the gated product in the convolution's
+    layout and in ours, with Winograd's form on the CPU transformed inputs and four products a pair
+    of tokens. Beside it lie the other streams and, in float32, modulations, conditions and the
+    solver's state. The factors cover what was measured for the CPU, with what malloc loses.
+
+    Args:
+        config: the network's sizes, with the token counts of the clip.
+        dtype: of the matrix products.
+        guided: whether a clip is two rows of the network's batch.
+    """
+    hidden, inner = config.hidden_dim, swiglu_inner(max(4 * config.hidden_dim, config.ffn_width))
+    tokens = config.latent_seq_len
+    others = config.clip_seq_len + config.sync_seq_len + config.text_seq_len
+    rounded = tokens * (14 * hidden + 9 * inner) + others * 14 * hidden
+    exact = 2 * (tokens + others) * hidden
+    state = 8 * tokens * config.latent_dim
+    rows = 2 if guided else 1
+    return rows * (rounded * dtype.itemsize + exact * 4) + state * 4

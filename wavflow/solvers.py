@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ ADAPTIVE_END = 1e-3
 
 Prediction = Callable[[Tensor, Tensor], Tensor]
 GuidedPrediction = Callable[[Tensor, Tensor], "Tensor | tuple[Tensor, Tensor]"]
+After = Callable[[int, Tensor, "Tensor | tuple[Tensor, Tensor]"], None]
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -211,9 +213,25 @@ SOLVERS: dict[str, Callable[[float, float, float | None, str], Step]] = {
 }
 
 
+class Recommended(NamedTuple):
+    """A solver with its steps and the slope of its sigmoid-spaced times."""
+
+    solver: str
+    steps: int
+    slope: float
+
+
+#: What ``python -m bench.run solvers`` found best: at most Euler-50's error on even times.
+BEST = Recommended("euler", 14, 7.0)
+
+
 @torch.no_grad()
 def solve(
-    fn: GuidedPrediction, x0: Tensor, table: Tensor, plain: Prediction | None = None
+    fn: GuidedPrediction,
+    x0: Tensor,
+    table: Tensor,
+    plain: Prediction | None = None,
+    after: After | None = None,
 ) -> Tensor:  # (b n d), (evaluations, 2 + k (k + 1))
     """Carries x0 through every row of ``table``; one call of the network a row, no gradients.
 
@@ -223,6 +241,8 @@ def solve(
         x0: (b n d), the start. The state is float32 whatever its dtype, float64 for float64.
         table: made by ``solver_table``.
         plain: called in place of ``fn`` for rows of weight 1, which need no pair.
+        after: ``after(row, x, prediction)`` is called once a row is done, with the row's number,
+            its point of evaluation and what the network returned there.
 
     Returns:
         (b n d) in x0's dtype.
@@ -230,19 +250,38 @@ def solve(
     Raises:
         ValueError: a prediction of another shape than x0.
     """
-    slots = (math.isqrt(4 * (table.shape[1] - 2) + 1) - 1) // 2
-    state = _state(x0).new_zeros(slots, *x0.shape)
+    slots = table_slots(table)
+    state = _wide(x0).new_zeros(slots, *x0.shape)
     state[0] = x0
-    unguided = (table[:, 1] == 1).tolist()
+    alone = is_unguided(table)
     table = table.to(state)
     index = torch.zeros(1, dtype=torch.int64, device=x0.device)
-    for t, alone in zip(table[:, 0].unbind(), unguided, strict=True):
+    for row, t in enumerate(table[:, 0].unbind()):
         # A copy: fn may keep its x, and the state is updated in place.
         x = state[0].to(x0.dtype, copy=True)
-        pred = plain(t, x) if alone and plain is not None else fn(t, x)
-        pred, pred_uncond = pred if isinstance(pred, tuple) else (pred, None)
-        wavflow_kernels.ode_step_(state, pred, table, index, pred_uncond=pred_uncond)
+        prediction = plain(t, x) if alone[row] and plain is not None else fn(t, x)
+        advance(state, table, index, prediction)
+        if after is not None:
+            after(row, x, prediction)
     return state[0].to(x0.dtype)
+
+
+def advance(
+    state: Tensor, table: Tensor, index: Tensor, prediction: Tensor | tuple[Tensor, Tensor]
+) -> None:
+    """Takes ``state`` (k b n d) through the table's row ``index`` (1,), and adds 1 to it."""
+    pair = prediction if isinstance(prediction, tuple) else (prediction, None)
+    wavflow_kernels.ode_step_(state, pair[0], table, index, pred_uncond=pair[1])
+
+
+def table_slots(table: Tensor) -> int:
+    """k of a table with rows of 2 + k (k + 1) numbers."""
+    return (math.isqrt(4 * (table.shape[1] - 2) + 1) - 1) // 2
+
+
+def is_unguided(table: Tensor) -> list[bool]:
+    """Of each row, whether its guidance weight is 1."""
+    return (table[:, 1] == 1).tolist()
 
 
 @torch.no_grad()
@@ -278,7 +317,7 @@ def adaptive(
     from torchdiffeq import odeint
 
     check_prediction(prediction)
-    state, calls = _state(x0), 0
+    state, calls = _wide(x0), 0
 
     def predict(t: Tensor, x: Tensor) -> Tensor:
         nonlocal calls
@@ -313,5 +352,6 @@ def check_prediction(prediction: str) -> None:
         raise ValueError(f"prediction is {prediction!r}, wanted 'x' or 'v'")
 
 
-def _state(x0: Tensor) -> Tensor:
+def _wide(x0: Tensor) -> Tensor:
+    """x0 in float32, or in float64 if it is that."""
     return x0.to(torch.promote_types(x0.dtype, torch.float32))

@@ -55,17 +55,22 @@ class TokenLinear(Preparable, nn.Linear):
         return wk.conv1d(x, self.operand, self.bias)
 
 
+def swiglu_inner(width: int) -> int:
+    """The inner width of a :class:`SwiGLU`: two thirds of ``width``, up to a multiple of 256."""
+    return -(-(2 * width // 3) // 256) * 256
+
+
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) without biases; the layers are convolutions if given a kernel size.
 
-    The inner width is two thirds of ``width``, rounded up to a multiple of 256.
+    The inner width is :func:`swiglu_inner`.
     """
 
     prepared: PreparedConv | None = None
 
     def __init__(self, dim: int, width: int, kernel_size: int | None = None) -> None:
         super().__init__()
-        inner = -(-(2 * width // 3) // 256) * 256
+        inner = swiglu_inner(width)
 
         def layer(in_dim: int, out_dim: int) -> nn.Module:
             if kernel_size is None:

@@ -157,8 +157,9 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if k > 1:
         return F.conv1d(x.transpose(1, 2), weight, bias, padding=k // 2).transpose(1, 2)
     weight = weight.squeeze(2)
-    if x.dtype == torch.float32 and prepared_conv.fast(x):
-        # MKL, where F.linear goes, runs at half of oneDNN's speed on AMD CPUs.
+    if x.dtype == torch.float32 and prepared_conv.fast(x) and not torch.compiler.is_compiling():
+        # MKL, where F.linear goes, runs at half of oneDNN's speed on AMD CPUs. Inductor lowers
+        # oneDNN's call with constant weights only.
         return prepared_conv.linear(x.contiguous(), weight.contiguous(), bias)
     return F.linear(x, weight, bias)
 

@@ -1,0 +1,311 @@
+"""How the steps of a solver run on a network: one by one, as CUDA graphs, or compiled."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wavflow.model.networks import Conditions, WavflowModel
+from wavflow.solvers import After, advance, is_unguided, table_slots
+
+log = logging.getLogger("wavflow")
+
+ENGINES = ("auto", "eager", "graph", "compile")
+#: Rows of the table that a captured graph has room for; longer tables get graphs of their own.
+TABLE_ROWS = 64
+#: Runs of a step before it is captured: kernels are compiled and libraries pick theirs in them.
+WARMUP = 3
+
+# What a step returns: the prediction, or predictions with and without conditions.
+Output = Tensor | tuple[Tensor, Tensor]
+
+
+def rescale_guidance(cond: Tensor, uncond: Tensor, weight: Tensor | float, share: float) -> Tensor:
+    """The guided prediction with `share` of its standard deviation brought back to `cond`'s.
+
+    Strong guidance makes sounds louder than any that was learned; this takes the gain back (Lin
+    et al., arXiv 2305.08891, equations 15 and 16), for each clip over all its samples.
+
+    Args:
+        cond, uncond: (b n d) predictions with and without conditions.
+        weight: of guidance, a number or a 0-d tensor.
+        share: 0 changes nothing, 1 gives the standard deviation of `cond`.
+
+    Returns:
+        (b n d), float32 at least.
+    """
+    cond, uncond = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (cond, uncond))
+    guided = torch.lerp(uncond, cond, torch.as_tensor(weight).to(cond))
+    gain = cond.std((1, 2), keepdim=True) / guided.std((1, 2), keepdim=True).clamp_min(1e-12)
+    return guided * torch.lerp(torch.ones_like(gain), gain, share)
+
+
+def mix_guidance(predicted: Output, weight: float) -> Tensor:
+    """The guided prediction, float32 at least, of what a step returned."""
+    cond, uncond = predicted if isinstance(predicted, tuple) else (predicted, None)
+    cond = cond.to(torch.promote_types(cond.dtype, torch.float32))
+    return cond if uncond is None else torch.lerp(uncond.to(cond), cond, weight)
+
+
+class Engine:
+    """Runs a model through a solver's table.
+
+    - ``eager``: the network's operations one by one.
+    - ``graph``: a step is captured once as a CUDA graph and replayed: the table, the row's number,
+      the state and the conditions lie on the device at fixed places, so that one graph serves
+      every step, solver and clip of one batch size and length; a step without guidance has one of
+      its own. The last `limit` batch sizes and lengths are kept.
+    - ``compile``: the step by ``torch.compile``, for the kinds of GPU code that cannot be captured.
+    - ``auto``: ``graph`` on a GPU, else ``eager``. If a capture fails, the reason is logged and
+      ``compile`` takes over for good.
+
+    ``kind`` says which of them runs. Results agree within the tolerances of the ops.
+
+    Args:
+        model: the network, or for half precision its prepared copy.
+        kind: one of ENGINES.
+        dtype: what autocast casts to, float32 or float64 for no autocast.
+        limit: batch sizes and lengths that are kept captured or compiled.
+
+    Raises:
+        ValueError: an unknown kind, or ``graph`` for a model that is not on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: WavflowModel,
+        kind: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        limit: int = 4,
+    ) -> None:
+        if kind not in ENGINES:
+            raise ValueError(f"engine is {kind!r}, wanted one of {', '.join(ENGINES)}")
+        gpu = model.device.type == "cuda"
+        if kind == "graph" and not gpu:
+            raise ValueError(f"engine 'graph' needs a model on a GPU, it is on {model.device}")
+        self.may_fall_back = kind == "auto"
+        self.kind = ("graph" if gpu else "eager") if kind == "auto" else kind
+        self.model, self.dtype, self.limit = model, dtype, limit
+        self._kept: OrderedDict[tuple[Any, ...], _Steps] = OrderedDict()
+        self._compiled: Callable[..., Output] | None = None
+
+    def cast(self) -> AbstractContextManager[Any]:
+        """The autocast that the network runs under."""
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(
+            self.model.device.type,
+            self.dtype if half else None,
+            enabled=half,
+            cache_enabled=self.kind != "graph",  # a graph cannot hold what was cast outside of it
+        )
+
+    @torch.inference_mode()
+    def solve(
+        self,
+        noise: Tensor,  # b n d
+        table: Tensor,  # evaluations 2+k(k+1)
+        conditions: Conditions,
+        empty: Conditions | None = None,
+        *,
+        rescale: float = 0.0,
+        after: After | None = None,
+    ) -> Tensor:  # b n d
+        """Carries `noise` through the rows of `table`, as ``solvers.solve`` does.
+
+        Args:
+            noise: float32 or float64.
+            conditions, empty: of the clips, and of nothing; without the latter all rows run
+                unguided.
+            rescale: share of ``rescale_guidance``.
+            after: as ``solvers.solve`` calls it; what it is given is overwritten by the next step.
+        """
+        alone = [plain or empty is None for plain in is_unguided(table)]
+        given = (noise, table, conditions, empty)
+        if self.kind == "graph":
+            try:
+                steps = self._captured(*given, rescale, set(alone))
+            except RuntimeError as error:
+                if not self.may_fall_back:
+                    raise
+                log.warning("no CUDA graph of the step (%s): it is compiled instead", error)
+                self.kind = "compile"
+                self._kept.clear()
+        if self.kind == "compile" and self._compiled is None:
+            self._compiled = torch.compile(_predict, dynamic=False)
+        if self.kind != "graph":
+            steps = _Steps(self.model, self._compiled or _predict, *given, rescale)
+        with self.cast():
+            return steps.run(alone, after)
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        t: Tensor,  # 0-d
+        x: Tensor,  # b n d
+        conditions: Conditions,
+        empty: Conditions | None,
+        weight: float,
+        rescale: float = 0.0,
+    ) -> Output:
+        """What the network says of x at t, by its operations one by one.
+
+        A pair (with, without conditions), unless `empty` is None, `weight` 1 or they are rescaled.
+        """
+        with self.cast():
+            alone = None if weight == 1 else empty
+            return _predict(self.model, t, x, conditions, alone, torch.tensor(weight), rescale)
+
+    def _captured(
+        self,
+        noise: Tensor,
+        table: Tensor,
+        conditions: Conditions,
+        empty: Conditions | None,
+        rescale: float,
+        kinds: set[bool],
+    ) -> _Steps:
+        """Captured steps of these shapes, which hold the given values."""
+        rows = -(-len(table) // TABLE_ROWS) * TABLE_ROWS
+        room = F.pad(table, (0, 0, 0, rows - len(table)))
+        lengths = tuple(len(f) for f in (conditions.rope, conditions.sync_tokens.index))
+        key = (noise.shape, noise.dtype, lengths, room.shape, empty is None, rescale)
+        steps = self._kept.pop(key, None)
+        if steps is None:
+            while len(self._kept) >= self.limit:
+                self._kept.popitem(last=False)
+            own = _clone(conditions), None if empty is None else _clone(empty)
+            steps = _Steps(self.model, _predict, noise, room, *own, rescale)
+        self._kept[key] = steps
+        with self.cast():
+            steps.capture(kinds)
+        steps.load(noise, room, conditions, empty)
+        return steps
+
+
+def _predict(
+    model: WavflowModel,
+    t: Tensor,
+    x: Tensor,
+    conditions: Conditions,
+    empty: Conditions | None,
+    weight: Tensor,
+    rescale: float,
+) -> Output:
+    """What the network says of x (b n d) at a 0-d t."""
+    if empty is None:
+        return model.predict_flow(x, t.expand(len(x)), conditions)
+    pair = model.predict_flow_pair(x, t, conditions, empty)
+    return rescale_guidance(*pair, weight, rescale) if rescale else pair
+
+
+class _Steps:
+    """Everything that a step reads and writes, at places that stay, and its graphs."""
+
+    def __init__(
+        self,
+        model: WavflowModel,
+        predict: Callable[..., Output],
+        noise: Tensor,
+        table: Tensor,
+        conditions: Conditions,
+        empty: Conditions | None,
+        rescale: float,
+    ) -> None:
+        self.model, self.predict, self.rescale = model, predict, rescale
+        self.conditions, self.empty = conditions, empty
+        self.state = noise.new_zeros(table_slots(table), *noise.shape)
+        self.state[0] = noise
+        self.point = torch.empty_like(noise)
+        self.table = table.to(noise)
+        self.index = torch.zeros(1, dtype=torch.int64, device=noise.device)
+        # By whether a step is unguided: what replays it, and what it writes its prediction to.
+        self.graphs: dict[bool, tuple[Callable[[], None], Output]] = {}
+
+    def load(
+        self, noise: Tensor, table: Tensor, conditions: Conditions, empty: Conditions | None
+    ) -> None:
+        """Starts anew from these values, of the same shapes."""
+        self.state.zero_()
+        self.state[0] = noise
+        self.table.copy_(table)
+        self.index.zero_()
+        _copy(self.conditions, conditions)
+        if empty is not None:
+            _copy(self.empty, empty)
+
+    def step(self, alone: bool) -> Output:
+        """Evaluates the network for row `index` and takes the state there; returns the former."""
+        row = self.table.index_select(0, self.index)[0]
+        self.point.copy_(self.state[0])
+        predicted = self.predict(
+            self.model,
+            row[0],
+            self.point,
+            self.conditions,
+            None if alone else self.empty,
+            row[1],
+            self.rescale,
+        )
+        advance(self.state, self.table, self.index, predicted)
+        return predicted
+
+    def capture(self, kinds: set[bool]) -> None:
+        """Captures the kinds of steps that are not yet."""
+        for alone in kinds - self.graphs.keys():
+            self.graphs[alone] = capture(lambda alone=alone: self.step(alone), self.index.zero_)
+
+    def run(self, alone: list[bool], after: After | None) -> Tensor:  # b n d
+        for row, kind in enumerate(alone):
+            if kind in self.graphs:
+                replay, predicted = self.graphs[kind]
+                replay()
+            else:
+                predicted = self.step(kind)
+            if after is not None:
+                after(row, self.point, predicted)
+        return self.state[0].clone()
+
+
+def capture(
+    step: Callable[[], Output], rewind: Callable[[], Any]
+) -> tuple[Callable[[], None], Output]:
+    """A CUDA graph of `step`: what replays it, and the tensors it writes its result to.
+
+    Args:
+        step: runs on the current device without synchronising.
+        rewind: undoes what a warm-up run of `step` must not leave.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP):
+            rewind()
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    rewind()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    return graph.replay, output
+
+
+def _tensors(conditions: Conditions) -> dict[str, Tensor]:
+    values = {f.name: getattr(conditions, f.name) for f in fields(conditions)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _clone(conditions: Conditions) -> Conditions:
+    return replace(conditions, **{n: t.clone() for n, t in _tensors(conditions).items()})
+
+
+def _copy(to: Conditions, conditions: Conditions) -> None:
+    for name, tensor in _tensors(conditions).items():
+        getattr(to, name).copy_(tensor)
