@@ -14,10 +14,12 @@ import torch
 from golden_weights import relative_error
 from test_model import golden_model, inputs
 
-from bench import gpu, harness, peers, plain, plot, run, sample
+from bench import gpu, harness, peers, plain, plot, run, sample, stages
 from bench.peaks import Peaks
 from wavflow import memory
-from wavflow_kernels import REGISTRY
+from wavflow.model.networks import PRESETS
+from wavflow.solvers import solve, solver_table, time_grid
+from wavflow_kernels import REGISTRY, unpatchify
 from wavflow_kernels._registry import tensors
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -202,7 +204,61 @@ def test_sample_compares_a_step_with_another_checkout(
     assert set(row["seconds"]) == {"ours", "plain", "plain, weights cast", other}
     assert row["difference"]["ours"] == row["difference"][other]
     assert 0 < row["difference"]["ours"] < 2 * row["difference"]["plain"]
-    assert "ours is faster by" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ours is faster by" in said and "peak memory" in said and "preparation" in said
+    parts = row["stages"]
+    assert set(parts) == {"conditions", "preparation", *stages.PARTS} | {
+        "network", "update", "unpatchify"
+    }  # fmt: skip
+    assert 0 < sum(parts[part] for part in stages.PARTS) < parts["network"]
+    assert row["of_gemm_peak"] > 0 and row["steps_a_second"] > row["audio_seconds_a_second"] / 2
+    held = row["memory"]
+    assert held["weights"] < held["peak"] and 0 < held["above"] < held["peak"]
+
+
+def test_a_meter_takes_medians_of_the_rounds_sums() -> None:
+    now = 0
+    meter = stages.Meter(lambda: now)
+    for parts in ((1, 2), (10,), (4, 1)):
+        meter.round += 1
+        for amount in parts:
+            with meter.stage("work"):
+                now += amount
+        now += 100
+    with meter.stage("once"):
+        now += 7
+    assert meter.medians() == {"work": 5, "once": 7}
+
+
+def test_stages_leave_no_hooks_and_give_the_samplers_sound() -> None:
+    model, _ = golden_model("model_tiny")
+    latent, *features, _ = inputs(model, 2)
+    meter = stages.Meter(lambda: 0)
+    wave = stages.generate(model, [*features, latent], 4.5, torch.float32, 3, meter)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with torch.inference_mode():
+        given = model.preprocess_conditions(*features), model.get_empty_conditions(2)
+        table = solver_table("euler", time_grid(3), guidance=4.5)
+        tokens = solve(lambda t, x: model.predict_flow_pair(x, t, *given), latent, table)
+    assert torch.equal(wave, unpatchify(tokens))
+
+
+def test_operations_are_those_of_the_matrix_products() -> None:
+    one, two = (
+        stages.operations("toy_8k", shapes(batch), guidance)
+        for batch, guidance in ((2, 1.0), (2, 4.5))
+    )
+    assert two["audio input"] == one["audio input"]  # shared by both passes
+    assert two["fused blocks"] == 2 * one["fused blocks"]
+    c = PRESETS["toy_8k"]
+    final = 2 * 7 * c.hidden_dim * c.latent_dim * c.latent_seq_len * 2
+    assert one["final layer"] == final + 2 * 2 * c.hidden_dim * 2 * c.hidden_dim
+    assert sum(one[part] for part in stages.PARTS) < one["network"]
+
+
+def shapes(batch: int) -> list[torch.Size]:
+    given = sample.inputs(sample.filled("toy_8k", CPU), batch)
+    return [x.shape for x in given[:-1]]
 
 
 def test_sample_refuses_what_it_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
