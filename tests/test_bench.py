@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -14,9 +15,13 @@ import torch
 from golden_weights import relative_error
 from test_model import golden_model, inputs
 
-from bench import gpu, harness, peers, plain, plot, run, sample, stages
+from bench import fidelity, gpu, harness, peers, plain, plot, run, sample, stages
 from bench.peaks import Peaks
-from wavflow import memory
+from wavflow import checkpoint, memory
+from wavflow.build import build_model
+from wavflow.config import load_config
+from wavflow.data.toy import write_toy_world
+from wavflow.features.extract import extract
 from wavflow.model.networks import PRESETS
 from wavflow.solvers import solve, solver_table, time_grid
 from wavflow_kernels import REGISTRY, unpatchify
@@ -271,6 +276,82 @@ def test_sample_refuses_what_it_cannot_run(capsys: pytest.CaptureFixture[str]) -
         with pytest.raises(SystemExit) as error:
             sample.main(**options)
         assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_relative_l2_and_log_spectral_distance_have_their_units() -> None:
+    wave = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0))
+    found = torch.stack((2 * wave[0], wave[1]))
+    assert fidelity.relative_l2(found, wave).tolist() == [1, 0]
+    distance = fidelity.log_spectral_distance(found, wave)
+    assert distance.tolist() == pytest.approx([20 * math.log10(2), 0], abs=1e-4)
+    # Silence counts as the floor; what lies below it on both sides as equal.
+    tone = torch.sin(0.3 * torch.arange(4000.0))[None]
+    assert 0 < fidelity.log_spectral_distance(0 * tone, tone).item() < -fidelity.FLOOR_DB
+    assert fidelity.log_spectral_distance(tone + 1e-7 * wave[:1], tone).item() < 0.1
+    assert fidelity.log_spectral_distance(0 * tone, 0 * tone).item() == 0
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the guard reads of a demo's folder, with a network of random weights."""
+    out = tmp_path_factory.mktemp("demo")
+    sizes = ("hidden_dim=32", "num_heads=1", "depth=2", "fused_depth=1")
+    config = load_config("toy_8k", [f"model.{x}" for x in sizes] + ["sampling.num_steps=3"])
+    write_toy_world(out / "toy", 12, 0, heldout=3, workers=1)
+    assert (
+        extract(out / "toy" / "heldout.csv", out / "features", config=config, workers=0).done == 3
+    )
+    torch.manual_seed(0)
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05)
+    content = {"model": model.state_dict(), "config": config.to_dict()}
+    checkpoint.save(out / "run" / "toy" / checkpoint.LATEST, content)
+    return out
+
+
+def test_fidelity_compares_choices_and_scores_them(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    short = [c for c in fidelity.CHOICES if (c.solver or ("", 0))[1] <= 25 or c.against is None]
+    wrong = fidelity.Choice("int8", "float32", {"dtype": torch.int8})
+    monkeypatch.setattr(fidelity, "CHOICES", [*short, wrong])
+    path = tmp_path / "rows.json"
+    files = sorted(demo.rglob("*"))
+    fidelity.main(demo, ema="none", device="cpu", clips=2, batch=2, json_path=path)
+    assert sorted(demo.rglob("*")) == files
+    found = json.loads(path.read_text())
+    rows = {row["choice"]: row for row in found["rows"]}
+    assert found["clips"] == 2 and list(rows) == [choice.name for choice in fidelity.CHOICES]
+    assert "wanted torch.bfloat16" in rows["int8"]["left_out"]
+    assert "relative_l2" not in rows["fine solution"]
+    error = {name: row["relative_l2"] for name, row in rows.items() if "relative_l2" in row}
+    assert 0 < error["float32, reference backend"]["worst"] < 1e-4
+    assert 1e-4 < error["bfloat16, no Winograd"]["median"] <= error["bfloat16"]["worst"] < 0.2
+    assert error["float32, euler 25"]["median"] < error["float32"]["median"]
+    assert all(0 <= row["onset_recall"] <= 1 for row in rows.values() if "left_out" not in row)
+    assert "2 held-out clips" in capsys.readouterr().out
+
+
+def test_fidelity_names_what_is_missing(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    for options, message in (
+        ({"demo": tmp_path / "nix"}, "nix: no such folder"),
+        ({"demo": tmp_path}, "it has 0 files run/*/checkpoint_latest.pth, wanted one; give --che"),
+        ({"demo": demo, "ema": "ema1"}, "it has no model_ema1"),
+        (
+            {"demo": tmp_path, "checkpoint": fidelity.find_checkpoint(demo), "ema": "none"},
+            "heldout.csv",
+        ),
+    ):
+        with pytest.raises(SystemExit) as error:
+            fidelity.main(**options)
+        said = capsys.readouterr().err
+        assert error.value.code == 2 and message in said and said.count("\n") == 1
 
 
 def test_freed_memory_is_kept_where_glibc_is(monkeypatch: pytest.MonkeyPatch) -> None:
