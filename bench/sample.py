@@ -182,7 +182,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     batch: Annotated[int, typer.Option(help="Clips.")] = 1,
     guidance: Annotated[float, typer.Option(help="Above 1: two passes.")] = 4.5,
-    steps: Annotated[int, typer.Option(help="Of a whole generation.")] = 25,
+    steps: Annotated[int, typer.Option(help="Of a whole generation.", min=1)] = 25,
     seconds: Annotated[float, typer.Option(help="Per variant.")] = 20.0,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="The plain way compiled, too.")
@@ -294,10 +294,7 @@ def show(row: dict[str, Any]) -> None:
 
 def stage_table(row: dict[str, Any]) -> Table:
     """Our stages: what a generation has once, and the parts of a step between."""
-    seconds, counts = (
-        whole | {"the rest": whole["network"] - sum(whole[part] for part in stages.PARTS)}
-        for whole in (row["stages"], row["operations"])
-    )
+    seconds, counts = row["stages"], row["operations"]
     step = seconds["network"] + seconds["update"]
     table = Table("stage", "ms", "of a step", "GFLOP", "of the matrix-product peak")
     for name in (*ONCE[:2], *stages.PARTS, "the rest", "update", ONCE[2]):

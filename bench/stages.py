@@ -71,10 +71,15 @@ class Meter:
             yield
 
     def medians(self) -> dict[str, float]:
-        """A stage's amount in a round, by the stage's name: the median of the rounds with it."""
+        """A stage's amount in a round, by the stage's name: the median of the rounds with it.
+
+        ``the rest`` is what a watched network does outside its parts.
+        """
         sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
         for name, number, start, end in self._spans:
             sums[name][number] += self._passed(start, end)
+        for number, whole in sums.get("network", {}).items():
+            sums["the rest"][number] = whole - sum(sums[part][number] for part in PARTS)
         return {name: statistics.median(rounds.values()) for name, rounds in sums.items()}
 
 
@@ -150,7 +155,7 @@ def seconds(
 ) -> dict[str, float]:
     """Median seconds of the stages: those of a step, and those that a generation has once.
 
-    ``network`` is the whole prediction, of which PARTS are hooked.
+    ``network`` is the whole prediction: PARTS and ``the rest``.
     """
     meter = clock(model.device)
     for _ in range(generations):

@@ -213,9 +213,9 @@ def test_sample_compares_a_step_with_another_checkout(
     assert "ours is faster by" in said and "peak memory" in said and "preparation" in said
     parts = row["stages"]
     assert set(parts) == {"conditions", "preparation", *stages.PARTS} | {
-        "network", "update", "unpatchify"
+        "network", "the rest", "update", "unpatchify"
     }  # fmt: skip
-    assert 0 < sum(parts[part] for part in stages.PARTS) < parts["network"]
+    assert all(0 < seconds < 60 for seconds in parts.values())
     assert row["of_gemm_peak"] > 0 and row["steps_a_second"] > row["audio_seconds_a_second"] / 2
     held = row["memory"]
     assert held["weights"] < held["peak"] and 0 < held["above"] < held["peak"]
@@ -258,7 +258,7 @@ def test_operations_are_those_of_the_matrix_products() -> None:
     c = PRESETS["toy_8k"]
     final = 2 * 7 * c.hidden_dim * c.latent_dim * c.latent_seq_len * 2
     assert one["final layer"] == final + 2 * 2 * c.hidden_dim * 2 * c.hidden_dim
-    assert sum(one[part] for part in stages.PARTS) < one["network"]
+    assert sum(one[part] for part in stages.PARTS) + one["the rest"] == one["network"]
 
 
 def shapes(batch: int) -> list[torch.Size]:

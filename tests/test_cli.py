@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from rich.console import Console
 
 from wavflow import __version__, console
