@@ -4,10 +4,14 @@ Rows are the workloads of the ops, forward and, where training needs it, forward
 Whole calls are timed, outputs allocated in them on every side from memory that is kept between
 calls. The plain copy moves as many bytes as the op must at least move, into memory of its own: the
 floor of a memory-bound op. Percentages are of this machine's own peaks, measured in the same run.
+
+``python -m bench.run sample`` times whole steps of the network (:mod:`bench.sample`);
+``python -m bench.run fidelity`` says what fast choices cost in sound (:mod:`bench.fidelity`).
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -351,10 +355,7 @@ def show(rows: Sequence[dict[str, Any]], dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["sample"]:
-        from bench import sample
-
-        del sys.argv[1]
-        typer.run(sample.main)
+    if sys.argv[1:2] in (["sample"], ["fidelity"]):
+        typer.run(importlib.import_module(f"bench.{sys.argv.pop(1)}").main)
     else:
         typer.run(main)

@@ -5,6 +5,11 @@ Ours runs through the drop-in path alone: ``inference_mode``, autocast, ``prepro
 it: the network as it is usually written (:mod:`bench.plain`) under autocast and with its weights
 cast, compiled if asked for, and another checkout's ``wavflow.model.networks`` in a process of its
 own. Differences are relative to the plain network in float32.
+
+Then, apart from the comparison: the seconds of our stages (:mod:`bench.stages`), their share of
+this machine's own matrix-product peak, and the memory that a generation needs in a fresh process
+(CUDA: of tensors). Operations are the direct form's: where Winograd's convolutions do fewer, as in
+bfloat16 on a CPU, a share may pass 100 %.
 """
 
 from __future__ import annotations
@@ -14,9 +19,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench import plain
+from bench import peaks, plain, stages
 from bench.harness import fail, machine
 from wavflow.files import write_json
 from wavflow.memory import keep_freed_memory
@@ -34,6 +40,7 @@ from wavflow.model.networks import PRESETS, WavflowModel, get_wavflow_model
 from wavflow_kernels._timing import interleaved
 
 T, SEED = 0.4, 0
+ONCE = ("conditions", "preparation", "unpatchify")  # of a generation
 CLIP_SECONDS = {name: 2.0 if name == "toy_8k" else 8.0 for name in PRESETS}
 CHILD = """
 import sys, torch
@@ -156,12 +163,26 @@ def steps_of(
     return calls
 
 
+def memory(
+    name: str, device: str, dtype: torch.dtype, batch: int, guidance: float, threads: int
+) -> dict[str, int] | None:
+    """Bytes of the preset's weights, and the peak of a short generation; for a fresh process."""
+    torch.set_num_threads(threads)
+    network = filled(name, torch.device(device))
+    *given, _ = inputs(network, batch)
+    found = stages.peak_memory(
+        network.device, lambda: stages.seconds(network, given, guidance, dtype, 2, 1)
+    )
+    return found and {"weights": sum(p.nbytes for p in network.parameters())} | found
+
+
 def main(
     model: Annotated[str, typer.Option(help=", ".join(PRESETS) + ".")] = "medium_16k",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     batch: Annotated[int, typer.Option(help="Clips.")] = 1,
     guidance: Annotated[float, typer.Option(help="Above 1: two passes.")] = 4.5,
+    steps: Annotated[int, typer.Option(help="Of a whole generation.", min=1)] = 25,
     seconds: Annotated[float, typer.Option(help="Per variant.")] = 20.0,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="The plain way compiled, too.")
@@ -171,7 +192,7 @@ def main(
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
 ) -> None:
-    """Time a guided step and print how many times faster than each other way it is."""
+    """Time a guided step against each other way, and our stages; show what they need."""
     name = "bench.run sample"
     if model not in PRESETS:
         fail(f"{name}: --model is '{model}', wanted one of {', '.join(PRESETS)}")
@@ -188,10 +209,7 @@ def main(
     given = inputs(network, batch)
     calls = steps_of(network, given, guidance, kind, compiled)
     truth = calls.pop("float32")().float()
-    first = time.perf_counter()
-    outputs = {"ours": calls["ours"]().float()}
-    first = time.perf_counter() - first  # with the weights' preparation
-    outputs |= {way: call().float() for way, call in calls.items() if way != "ours"}
+    outputs = {way: call().float() for way, call in calls.items()}
     with tempfile.TemporaryDirectory() as folder:
         other = None
         if against is not None:
@@ -210,17 +228,33 @@ def main(
         times = interleaved(calls, where, seconds, warmup=1, rounds=3)
         if other is not None:
             other.close()
+    ours = times["ours"].median
+    few = min(steps, max(3, int(seconds / 3 / ours)))
+    *given, _ = given
+    parts = stages.seconds(network, given, guidance, kind, few)
+    whole = sum(parts[name] for name in ONCE) + steps * (ours + parts["update"])
+    operations = stages.operations(model, [x.shape for x in given], guidance)
+    peak = peaks.measure(where, kind)
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        job = (model, device, kind, batch, guidance, torch.get_num_threads())
+        held = fresh.submit(memory, *job).result()
     row = {
         "model": model,
         "batch": batch,
         "guidance": guidance,
         "dtype": dtype,
         "seconds": {way: asdict(timing) for way, timing in times.items()},
-        "first_step": first,
         "difference": {
             way: ((out - truth).norm() / truth.norm()).item() for way, out in outputs.items()
         },
-        "audio_seconds_a_step": CLIP_SECONDS[model] * batch,
+        "steps": steps,
+        "steps_a_second": 1 / ours,
+        "audio_seconds_a_second": CLIP_SECONDS[model] * batch / whole,
+        "stages": parts,
+        "operations": operations,
+        "peaks": asdict(peak),
+        "of_gemm_peak": operations["network"] / ours / peak.gemm,
+        "memory": held,
     } | machine(where)
     if json_path is not None:
         write_json(json_path, row)
@@ -239,10 +273,37 @@ def show(row: dict[str, Any]) -> None:
             f"{timing['median'] / ours:.2f}",
             f"{row['difference'][way]:.2e}",
         )
-    Console(width=110).print(table)
+    console = Console(width=110)
+    console.print(table)
+    console.print(stage_table(row))
     print(
-        f"{row['model']}, batch {row['batch']}, guidance {row['guidance']}, {row['dtype']}; "
-        f"first step {row['first_step']:.2f} s; with 25 steps "
-        f"{row['audio_seconds_a_step'] / (24 * ours + row['first_step']):.2f} audio seconds a "
-        f"second\n{row['device']}, torch {row['torch']}, {row['threads']} threads"
+        f"{row['model']}, batch {row['batch']}, guidance {row['guidance']}, {row['dtype']}: "
+        f"{row['steps_a_second']:.2f} steps a second; with {row['steps']} steps "
+        f"{row['audio_seconds_a_second']:.2f} audio seconds a second\n"
+        f"a step reaches {row['of_gemm_peak']:.0%} of a matrix product's "
+        f"{row['peaks']['gemm'] / 1e12:.2f} TFLOP/s here, Winograd's convolutions counted as direct"
     )
+    if row["memory"] is not None:
+        weights, peak, above = (x / 2**20 for x in row["memory"].values())
+        print(
+            f"peak memory {peak:.0f} MiB, {above:.0f} MiB above what the loaded model takes "
+            f"(weights: {weights:.0f} MiB)"
+        )
+    print(f"{row['device']}, torch {row['torch']}, {row['threads']} threads")
+
+
+def stage_table(row: dict[str, Any]) -> Table:
+    """Our stages: what a generation has once, and the parts of a step between."""
+    seconds, counts = row["stages"], row["operations"]
+    step = seconds["network"] + seconds["update"]
+    table = Table("stage", "ms", "of a step", "GFLOP", "of the matrix-product peak")
+    for name in (*ONCE[:2], *stages.PARTS, "the rest", "update", ONCE[2]):
+        inside, count = name not in ONCE, counts.get(name, 0)
+        table.add_row(
+            f"  {name}" if inside else name,
+            f"{seconds[name] * 1e3:.2f}",
+            f"{seconds[name] / step:.1%}" if inside else "",
+            f"{count / 1e9:.2f}" if count else "",
+            f"{count / seconds[name] / row['peaks']['gemm']:.0%}" if count else "",
+        )
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -14,10 +15,16 @@ import torch
 from golden_weights import relative_error
 from test_model import golden_model, inputs
 
-from bench import gpu, harness, peers, plain, plot, run, sample
+from bench import fidelity, gpu, harness, peers, plain, plot, run, sample, stages
 from bench.peaks import Peaks
-from wavflow import memory
-from wavflow_kernels import REGISTRY
+from wavflow import checkpoint, memory
+from wavflow.build import build_model
+from wavflow.config import load_config
+from wavflow.data.toy import write_toy_world
+from wavflow.features.extract import extract
+from wavflow.model.networks import PRESETS
+from wavflow.solvers import solve, solver_table, time_grid
+from wavflow_kernels import REGISTRY, unpatchify
 from wavflow_kernels._registry import tensors
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -202,7 +209,61 @@ def test_sample_compares_a_step_with_another_checkout(
     assert set(row["seconds"]) == {"ours", "plain", "plain, weights cast", other}
     assert row["difference"]["ours"] == row["difference"][other]
     assert 0 < row["difference"]["ours"] < 2 * row["difference"]["plain"]
-    assert "ours is faster by" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ours is faster by" in said and "peak memory" in said and "preparation" in said
+    parts = row["stages"]
+    assert set(parts) == {"conditions", "preparation", *stages.PARTS} | {
+        "network", "the rest", "update", "unpatchify"
+    }  # fmt: skip
+    assert all(0 < seconds < 60 for seconds in parts.values())
+    assert row["of_gemm_peak"] > 0 and row["steps_a_second"] > row["audio_seconds_a_second"] / 2
+    held = row["memory"]
+    assert held["weights"] < held["peak"] and 0 < held["above"] < held["peak"]
+
+
+def test_a_meter_takes_medians_of_the_rounds_sums() -> None:
+    now = 0
+    meter = stages.Meter(lambda: now)
+    for parts in ((1, 2), (10,), (4, 1)):
+        meter.round += 1
+        for amount in parts:
+            with meter.stage("work"):
+                now += amount
+        now += 100
+    with meter.stage("once"):
+        now += 7
+    assert meter.medians() == {"work": 5, "once": 7}
+
+
+def test_stages_leave_no_hooks_and_give_the_samplers_sound() -> None:
+    model, _ = golden_model("model_tiny")
+    latent, *features, _ = inputs(model, 2)
+    meter = stages.Meter(lambda: 0)
+    wave = stages.generate(model, [*features, latent], 4.5, torch.float32, 3, meter)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with torch.inference_mode():
+        given = model.preprocess_conditions(*features), model.get_empty_conditions(2)
+        table = solver_table("euler", time_grid(3), guidance=4.5)
+        tokens = solve(lambda t, x: model.predict_flow_pair(x, t, *given), latent, table)
+    assert torch.equal(wave, unpatchify(tokens))
+
+
+def test_operations_are_those_of_the_matrix_products() -> None:
+    one, two = (
+        stages.operations("toy_8k", shapes(batch), guidance)
+        for batch, guidance in ((2, 1.0), (2, 4.5))
+    )
+    assert two["audio input"] == one["audio input"]  # shared by both passes
+    assert two["fused blocks"] == 2 * one["fused blocks"]
+    c = PRESETS["toy_8k"]
+    final = 2 * 7 * c.hidden_dim * c.latent_dim * c.latent_seq_len * 2
+    assert one["final layer"] == final + 2 * 2 * c.hidden_dim * 2 * c.hidden_dim
+    assert sum(one[part] for part in stages.PARTS) + one["the rest"] == one["network"]
+
+
+def shapes(batch: int) -> list[torch.Size]:
+    given = sample.inputs(sample.filled("toy_8k", CPU), batch)
+    return [x.shape for x in given[:-1]]
 
 
 def test_sample_refuses_what_it_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,6 +276,82 @@ def test_sample_refuses_what_it_cannot_run(capsys: pytest.CaptureFixture[str]) -
         with pytest.raises(SystemExit) as error:
             sample.main(**options)
         assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_relative_l2_and_log_spectral_distance_have_their_units() -> None:
+    wave = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0))
+    found = torch.stack((2 * wave[0], wave[1]))
+    assert fidelity.relative_l2(found, wave).tolist() == [1, 0]
+    distance = fidelity.log_spectral_distance(found, wave)
+    assert distance.tolist() == pytest.approx([20 * math.log10(2), 0], abs=1e-4)
+    # Silence counts as the floor; what lies below it on both sides as equal.
+    tone = torch.sin(0.3 * torch.arange(4000.0))[None]
+    assert 0 < fidelity.log_spectral_distance(0 * tone, tone).item() < -fidelity.FLOOR_DB
+    assert fidelity.log_spectral_distance(tone + 1e-7 * wave[:1], tone).item() < 0.1
+    assert fidelity.log_spectral_distance(0 * tone, 0 * tone).item() == 0
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the guard reads of a demo's folder, with a network of random weights."""
+    out = tmp_path_factory.mktemp("demo")
+    sizes = ("hidden_dim=32", "num_heads=1", "depth=2", "fused_depth=1")
+    config = load_config("toy_8k", [f"model.{x}" for x in sizes] + ["sampling.num_steps=3"])
+    write_toy_world(out / "toy", 12, 0, heldout=3, workers=1)
+    assert (
+        extract(out / "toy" / "heldout.csv", out / "features", config=config, workers=0).done == 3
+    )
+    torch.manual_seed(0)
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05)
+    content = {"model": model.state_dict(), "config": config.to_dict()}
+    checkpoint.save(out / "run" / "toy" / checkpoint.LATEST, content)
+    return out
+
+
+def test_fidelity_compares_choices_and_scores_them(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    short = [c for c in fidelity.CHOICES if (c.solver or ("", 0))[1] <= 25 or c.against is None]
+    wrong = fidelity.Choice("int8", "float32", {"dtype": torch.int8})
+    monkeypatch.setattr(fidelity, "CHOICES", [*short, wrong])
+    path = tmp_path / "rows.json"
+    files = sorted(demo.rglob("*"))
+    fidelity.main(demo, ema="none", device="cpu", clips=2, batch=2, json_path=path)
+    assert sorted(demo.rglob("*")) == files
+    found = json.loads(path.read_text())
+    rows = {row["choice"]: row for row in found["rows"]}
+    assert found["clips"] == 2 and list(rows) == [choice.name for choice in fidelity.CHOICES]
+    assert "wanted torch.bfloat16" in rows["int8"]["left_out"]
+    assert "relative_l2" not in rows["fine solution"]
+    error = {name: row["relative_l2"] for name, row in rows.items() if "relative_l2" in row}
+    assert 0 < error["float32, reference backend"]["worst"] < 1e-4
+    assert 1e-4 < error["bfloat16, no Winograd"]["median"] <= error["bfloat16"]["worst"] < 0.2
+    assert error["float32, euler 25"]["median"] < error["float32"]["median"]
+    assert all(0 <= row["onset_recall"] <= 1 for row in rows.values() if "left_out" not in row)
+    assert "2 held-out clips" in capsys.readouterr().out
+
+
+def test_fidelity_names_what_is_missing(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    for options, message in (
+        ({"demo": tmp_path / "nix"}, "nix: no such folder"),
+        ({"demo": tmp_path}, "it has 0 files run/*/checkpoint_latest.pth, wanted one; give --che"),
+        ({"demo": demo, "ema": "ema1"}, "it has no model_ema1"),
+        (
+            {"demo": tmp_path, "checkpoint": fidelity.find_checkpoint(demo), "ema": "none"},
+            "heldout.csv",
+        ),
+    ):
+        with pytest.raises(SystemExit) as error:
+            fidelity.main(**options)
+        said = capsys.readouterr().err
+        assert error.value.code == 2 and message in said and said.count("\n") == 1
 
 
 def test_freed_memory_is_kept_where_glibc_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
-from wavflow import __version__
+from wavflow import __version__, console
 from wavflow.audio import load_audio
 from wavflow.cli import main
 
@@ -47,6 +50,18 @@ def trained(tmp_path_factory):
         == 0
     )
     return root, root / "runs/toy_8k/checkpoint_latest.pth"
+
+
+def test_a_counter_shows_rate_and_time_left(monkeypatch):
+    out = io.StringIO()
+    shown = Console(file=out, force_terminal=True, width=100)
+    monkeypatch.setattr(console, "console", lambda: shown)
+    now = iter((100.0, 104.0))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with console.counter("work") as progress:
+        progress(0, 160)
+        progress(8, 160)
+    assert "8/160  2.0/s  1:16 left" in out.getvalue()
 
 
 def test_generate_by_caption_video_and_both(trained, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -53,16 +54,23 @@ def progress_bar(text: str) -> Progress:
 
 @contextmanager
 def counter(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar behind a function (done, total); it starts at the first call.
+    """A progress bar with rate and time left, behind a function (done, total).
 
-    Its thread must not exist yet when a job forks its workers.
+    Time counts from the start of the block; the bar starts at the first call. Its thread must not
+    exist yet when a job forks its workers.
     """
-    bar = progress_bar("{task.completed}/{task.total}")
-    task = bar.add_task(what, total=None)
+    bar = progress_bar("{task.completed}/{task.total}  {task.fields[pace]}")
+    task = bar.add_task(what, total=None, pace="")
+    begun = time.monotonic()
 
     def show(done: int, total: int) -> None:
+        pace = ""
+        if done:
+            each = (time.monotonic() - begun) / done
+            left = int(each * (total - done))
+            pace = f"{1 / max(each, 1e-9):.1f}/s  {left // 60}:{left % 60:02d} left"
         bar.start()
-        bar.update(task, completed=done, total=total)
+        bar.update(task, completed=done, total=total, pace=pace)
 
     try:
         yield show

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wavflow.demo.metrics import KindClassifier, Matches, match, onsets
 from wavflow.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: What a demo must reach, at least.
 WANTED = {
@@ -38,11 +41,17 @@ def recompute(out: Path) -> dict[str, Any]:
     """
     out = Path(out)
     clips = read_json(out / "events.json")
-    heard = _Listener(out)
+    heard = Listener(out)
+
+    def figures_of(mode: str, control: str | None) -> dict[str, float]:
+        judged = [clip for clip in clips if clip["mode"] == mode and clip["control"] == control]
+        return heard.figures(mode, judged, [heard.load(out / c["generated"]) for c in judged])
+
     own = {clip["id"]: clip for clip in clips}
-    true_onsets = {id: heard.onsets(clip["true"]) for id, clip in own.items()}
+    true = {id: heard.load(out / clip["true"]) for id, clip in own.items()}
+    true_onsets = {id: heard.onsets(wave) for id, wave in true.items()}
     kinds = [clip["kind"] for clip in own.values()]
-    said = heard.kinds([clip["true"] for clip in own.values()])
+    said = heard.kinds(true.values())
     shifts = [[list(own)[i - by] for i in range(len(own))] for by in range(1, len(own))]
     chance = _onset_figures(
         (true_onsets[other], own[id]["events"])
@@ -50,10 +59,9 @@ def recompute(out: Path) -> dict[str, Any]:
         for id, other in zip(own, shift, strict=True)
     )
     rolled = [kinds[by:] + kinds[:by] for by in range(1, len(own))]
-    figures: dict[str, Any] = {mode: _figures(heard, clips, mode, None) for mode in MODES}
+    figures: dict[str, Any] = {mode: figures_of(mode, None) for mode in MODES}
     figures["controls"] = {
-        control: {mode: _figures(heard, clips, mode, control) for mode in MODES}
-        for control in CONTROLS
+        control: {mode: figures_of(mode, control) for mode in MODES} for control in CONTROLS
     }
     figures["chance"] = chance | {
         "class_accuracy": float(np.mean([_share(said, shift) for shift in rolled] or [0.0]))
@@ -88,42 +96,45 @@ def bars(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-class _Listener:
-    """Reads sounds below a demo's folder and says what is heard in them."""
+class Listener:
+    """Says what is heard in sounds; learns the kinds from the training audio in `out/toy`.
+
+    Raises:
+        InputError: a file that is missing or cannot be read.
+    """
 
     def __init__(self, out: Path) -> None:
         from wavflow.audio import load_audio
         from wavflow.data.manifest import read_manifest
 
-        self.out = out
         rows = read_manifest(out / "toy" / "train.csv", ("id", "audio_path"))[:CLASSIFIER_CLIPS]
         world = read_json(out / "toy" / "events.json")
         self.rate = _rate(rows[0].audio_path)
         self._load = load_audio
-        self.classifier = KindClassifier(self.rate).fit(
-            [load_audio(row.audio_path, self.rate) for row in rows],
-            [world[row.id]["kind"] for row in rows],
+        self._classifier = KindClassifier(self.rate).fit(
+            [self.load(row.audio_path) for row in rows], [world[row.id]["kind"] for row in rows]
         )
 
-    def onsets(self, path: str) -> np.ndarray:
-        return onsets(self._load(self.out / path, self.rate), self.rate)
+    def load(self, path: Path) -> Tensor:  # (t,)
+        """A sound file's wave at the rate of the training audio."""
+        return self._load(path, self.rate)
 
-    def kinds(self, paths: Iterable[str]) -> list[str]:
-        return self.classifier.predict(self._load(self.out / p, self.rate) for p in paths)
+    def onsets(self, wave: Tensor) -> np.ndarray:
+        return onsets(wave, self.rate)
 
+    def kinds(self, waves: Iterable[Tensor]) -> list[str]:
+        return self._classifier.predict(waves)
 
-def _figures(
-    heard: _Listener, clips: list[dict[str, Any]], mode: str, control: str | None
-) -> dict[str, float]:
-    clips = [clip for clip in clips if clip["mode"] == mode and clip["control"] == control]
-    accuracy = _share(
-        heard.kinds(clip["generated"] for clip in clips), [clip["kind"] for clip in clips]
-    )
-    figures = {"class_accuracy": accuracy}
-    if "onset_recall" in WANTED[mode]:
-        pairs = ((heard.onsets(clip["generated"]), clip["events"]) for clip in clips)
-        figures = _onset_figures(pairs) | figures
-    return figures
+    def figures(
+        self, mode: str, clips: Sequence[dict[str, Any]], waves: Sequence[Tensor]
+    ) -> dict[str, float]:
+        """The mode's figures: waves (t,) judged by `kind` and `events` (s) of their clips."""
+        figures = {"class_accuracy": _share(self.kinds(waves), [clip["kind"] for clip in clips])}
+        if "onset_recall" in WANTED[mode]:
+            heard = map(self.onsets, waves)
+            pairs = zip(heard, (clip["events"] for clip in clips), strict=True)
+            figures = _onset_figures(pairs) | figures
+        return figures
 
 
 def _onset_figures(

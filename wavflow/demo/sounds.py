@@ -48,6 +48,25 @@ def other_conditions(kinds: list[str], seed: int) -> list[int]:
     return [others[i] for i in range(len(kinds))]
 
 
+def read_heldout(
+    out: Path, config: Config
+) -> tuple[list[Row], list[dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    """The held-out clips of the world in `out/toy`: rows, all their features, scenes by id.
+
+    Raises:
+        InputError: a clip that cannot be read.
+    """
+    rows = read_manifest(out / "toy" / "heldout.csv", ("id", "audio_path", "video_path"))
+    table = read_manifest(out / "features" / "heldout.csv", ("id", "features_path"))
+    features = {row.id: row.features_path for row in table}
+    for row in rows:
+        if row.id not in features:
+            raise InputError(f"{table.path}: no row {row.id}")
+    shapes = config.data.feature_shapes
+    given = [read_features(features[row.id], shapes, shapes) for row in rows]
+    return rows, given, read_json(out / "toy" / "events.json")
+
+
 def generate_all(
     out: Path,
     sampler: Sampler,
@@ -69,15 +88,7 @@ def generate_all(
     Raises:
         InputError: a clip that cannot be read.
     """
-    rows = read_manifest(out / "toy" / "heldout.csv", ("id", "audio_path", "video_path"))
-    table = read_manifest(out / "features" / "heldout.csv", ("id", "features_path"))
-    features = {row.id: row.features_path for row in table}
-    for row in rows:
-        if row.id not in features:
-            raise InputError(f"{table.path}: no row {row.id}")
-    shapes = sampler.config.data.feature_shapes
-    given = [read_features(features[row.id], shapes, shapes) for row in rows]
-    world = read_json(out / "toy" / "events.json")
+    rows, given, world = read_heldout(out, sampler.config)
     other = other_conditions([world[row.id]["kind"] for row in rows], seed)
     shuffled = [given[i] for i in other]
 
