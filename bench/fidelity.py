@@ -37,7 +37,6 @@ from wavflow.errors import InputError
 from wavflow.files import write_json
 from wavflow.infer import row_seed
 from wavflow.model.inference import prepare_inference
-from wavflow.model.networks import WavflowModel
 from wavflow.precision import resolve_device
 from wavflow.sampler import Sampler
 
@@ -53,6 +52,7 @@ class Choice:
     prepared    arguments of prepare_inference; None: the float32 parameters as they are
     solver      with its steps; None: the configuration's
     backend     of all ops
+    engine      how steps run
     """
 
     name: str
@@ -60,6 +60,7 @@ class Choice:
     prepared: dict[str, Any] | None = None
     solver: tuple[str, int] | None = None
     backend: str | None = None
+    engine: str = "eager"
 
 
 CHOICES = (
@@ -73,6 +74,7 @@ CHOICES = (
     Choice("float32, prepared", "float32", {"dtype": torch.float32}),
     Choice("bfloat16, no Winograd", "float32", {"dtype": torch.bfloat16, "winograd": False}),
     Choice("bfloat16", "float32", {"dtype": torch.bfloat16}),
+    Choice("bfloat16, CUDA graph", "float32", {"dtype": torch.bfloat16}, engine="graph"),
 )
 
 
@@ -114,9 +116,9 @@ class Clips:
         self.model = build_model(self.config)
         load_into(self.model, weights.state, checkpoint)
         rows, features, world = read_heldout(demo, self.config)
-        self._sampler = Sampler(self.model, self.config, device, torch.float32)
-        self._features = features[:count]
-        self._seeds = [row_seed(self.config.training.seed, row.id) for row in rows[:count]]
+        self.model.to(device).eval().requires_grad_(False)
+        self.features = features[:count]
+        self.seeds = [row_seed(self.config.training.seed, row.id) for row in rows[:count]]
         scenes = [world[row.id] for row in rows[:count]]
         self._clips = [{"kind": scene["kind"], "events": scene["times"]} for scene in scenes]
         self._heard = Listener(demo)
@@ -124,33 +126,39 @@ class Clips:
     def __len__(self) -> int:
         return len(self._clips)
 
+    def first(self, count: int) -> Clips:
+        """The same with fewer clips."""
+        fewer = copy.copy(self)
+        fewer.features, fewer.seeds = self.features[:count], self.seeds[:count]
+        fewer._clips = self._clips[:count]
+        return fewer
+
     def solver(self, choice: Choice) -> tuple[str, int]:
         sampling = self.config.sampling
         return choice.solver or (sampling.method, sampling.num_steps)
 
-    def network(self, choice: Choice) -> WavflowModel:
-        """What the choice runs; a ValueError says why the library does not offer it."""
+    def sampler(self, choice: Choice) -> Sampler:
+        """What generates; a ValueError says why the library does not offer it here."""
+        dtype = torch.float32
         if choice.prepared is not None:
-            return prepare_inference(self.model, **choice.prepared)
-        same = copy.copy(self.model)
-        same.is_prepared = True  # the parameters are used as they are
-        return same
+            network, dtype = (
+                prepare_inference(self.model, **choice.prepared),
+                choice.prepared["dtype"],
+            )
+        else:
+            network = copy.copy(self.model)
+            network.is_prepared = True  # the parameters are used as they are
+        return Sampler(network, self.config, network.device, dtype, choice.engine)
 
     def waves(
-        self,
-        choice: Choice,
-        network: WavflowModel,
-        batch: int,
-        progress: Callable[[int, int], None],
+        self, choice: Choice, sampler: Sampler, batch: int, progress: Callable[[int, int], None]
     ) -> Tensor:  # (clips t)
         """The choice's sounds."""
-        sampler = copy.copy(self._sampler)
-        sampler.model, sampler.dtype = network, (choice.prepared or {}).get("dtype", torch.float32)
         method, steps = self.solver(choice)
         with wk.use_backend(choice.backend):
             sounds = sampler.generate_features(
-                self._features,
-                self._seeds,
+                self.features,
+                self.seeds,
                 steps=steps,
                 solver=method,
                 batch_size=batch,
@@ -188,11 +196,11 @@ def results(
 
         before += len(clips) * steps
         try:
-            network = clips.network(choice)
+            sampler = clips.sampler(choice)
         except ValueError as error:
             rows.append(row | {"left_out": str(error)})
             continue
-        found = made[choice.name] = clips.waves(choice, network, batch, show)
+        found = made[choice.name] = clips.waves(choice, sampler, batch, show)
         if choice.against is not None:
             row |= compared(found, made[choice.against])
         rows.append(row | clips.figures(found))

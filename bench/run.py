@@ -6,7 +6,8 @@ calls. The plain copy moves as many bytes as the op must at least move, into mem
 floor of a memory-bound op. Percentages are of this machine's own peaks, measured in the same run.
 
 ``python -m bench.run sample`` times whole steps of the network (:mod:`bench.sample`);
-``python -m bench.run fidelity`` says what fast choices cost in sound (:mod:`bench.fidelity`).
+``python -m bench.run fidelity`` says what fast choices cost in sound (:mod:`bench.fidelity`);
+``python -m bench.run solvers`` how far every solver ends from the exact one (:mod:`bench.solvers`).
 """
 
 from __future__ import annotations
@@ -355,7 +356,7 @@ def show(rows: Sequence[dict[str, Any]], dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["sample"], ["fidelity"]):
+    if sys.argv[1:2] in (["sample"], ["fidelity"], ["solvers"]):
         typer.run(importlib.import_module(f"bench.{sys.argv.pop(1)}").main)
     else:
         typer.run(main)

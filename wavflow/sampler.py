@@ -147,7 +147,7 @@ class Sampler:
     seed alone, whatever else is in the batch.
 
     Args:
-        model: the network, with the weights to use.
+        model: the network with the weights to use, or its copy prepared for `dtype`.
         config: what it was trained with.
         device: where it runs.
         dtype: of its matrix products.
@@ -164,7 +164,8 @@ class Sampler:
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         model = model.to(device).eval().requires_grad_(False)
-        self.model = model if dtype == torch.float32 else prepare_inference(model, dtype)
+        plain = model.is_prepared or dtype == torch.float32
+        self.model = model if plain else prepare_inference(model, dtype)
         try:
             self.engine = Engine(self.model, engine, dtype)
         except ValueError as error:

@@ -1,0 +1,309 @@
+"""``python -m bench.run solvers``: how far from the exact trajectory each solver ends, and when.
+
+The network, noise and conditions are those of a finished demo's held-out clips. One evaluation is
+one guided step. The error is the norm of the difference of the final tokens over their norm, over
+all clips, of a float32 generation from a reference solution: float64, by the Runge-Kutta method of
+order 4. A second reference, by another solver on other times, says how exact the first is; their
+difference is reported beside the smallest error and should be a tenth of it at most.
+
+The demo's figures (onset recall and precision, kind of sound) are those of more clips, generated
+as ``wavflow generate`` does.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import wavflow_kernels as wk
+from bench.fidelity import Clips, find_checkpoint
+from bench.harness import fail, machine
+from bench.plot import INK, RULE
+from wavflow.console import counter
+from wavflow.engine import Engine
+from wavflow.errors import InputError
+from wavflow.files import atomic_write, write_json
+from wavflow.precision import resolve_device, resolve_dtype
+from wavflow.sampler import Sampler
+from wavflow.solvers import solver_table, time_grid
+
+#: Evaluations that are compared.
+BUDGETS = (8, 10, 14, 20, 28, 50)
+#: Of them, those whose sounds are judged.
+JUDGED = (14, 50)
+#: Calls of the network a step.
+CALLS = {"euler": 1, "ab2": 1, "2m": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A solver and the slope of its sigmoid-spaced times; slope 0: even times, as the public."""
+
+    solver: str
+    slope: float
+
+    def steps(self, evaluations: int) -> int:
+        """As many as take no more than these evaluations, but one."""
+        return max(1, evaluations // CALLS[self.solver])
+
+    @property
+    def name(self) -> str:
+        return f"{self.solver}, {f'slope {self.slope:g}' if self.slope else 'even times'}"
+
+
+WAYS = (
+    Way("euler", 0),
+    *(Way("euler", slope) for slope in (5, 7, 10)),
+    Way("2m", 0),
+    *(Way("2m", slope) for slope in (5, 7, 10)),
+    Way("ab2", 7),
+    Way("midpoint", 7),
+    Way("heun", 7),
+    Way("rk4", 7),
+)
+#: The reference solution and the one that it is compared with: solver, slope, steps per `exact`.
+REFERENCES = (("rk4", 7.0, 1), ("midpoint", 10.0, 2))
+
+
+class Problem:
+    """Noise and conditions of a demo's first clips, at one weight of guidance.
+
+    Args:
+        clips: of the demo.
+        count: how many of them.
+        guidance: 1 for none.
+    """
+
+    def __init__(self, clips: Clips, count: int, guidance: float) -> None:
+        self.guidance, self.sampling = guidance, clips.config.sampling
+        self._model = clips.model
+        self._features = [
+            torch.stack([row[key] for row in clips.features[:count]]).to(clips.model.device)
+            for key in clips.config.data.feature_shapes
+        ]
+        self._noise = wk.philox_normal(
+            torch.tensor(clips.seeds[:count], device=clips.model.device),
+            clips.model.latent_seq_len,
+            clips.model.latent_dim,
+            noise_scale=self.sampling.noise_scale,
+        )
+
+    def table(self, solver: str, slope: float, steps: int) -> Tensor:
+        shift = 1.0 if slope else self.sampling.noise_shift
+        grid = time_grid(steps, 0.0, 1.0 - self.sampling.min_sigma, shift, slope)
+        return solver_table(
+            solver, grid, prediction=self.sampling.prediction_type, guidance=self.guidance
+        )
+
+    def solve(
+        self, table: Tensor, dtype: torch.dtype, evaluated: Callable[[int], None]
+    ) -> Tensor:  # b n d
+        """The final tokens by a network of `dtype`; `evaluated` is told after every row."""
+        model = copy.deepcopy(self._model).to(dtype)
+        with torch.inference_mode():
+            conditions = model.preprocess_conditions(*(f.to(dtype) for f in self._features))
+            empty = model.get_empty_conditions(len(self._noise))
+        return Engine(model, "eager", dtype).solve(
+            self._noise.to(dtype),
+            table,
+            conditions,
+            empty if self.guidance > 1 else None,
+            after=lambda row, *_: evaluated(row),
+        )
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """The norm of the difference over the norm of what is wanted, over all clips."""
+    found, wanted = found.double(), wanted.double()
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def study(problem: Problem, exact: int, evaluated: Callable[[int], None]) -> dict[str, Any]:
+    """Errors and seconds of all ways and budgets, and how exact the reference is."""
+    solutions = [
+        problem.solve(problem.table(solver, slope, exact * factor), torch.float64, evaluated)
+        for solver, slope, factor in REFERENCES
+    ]
+    rows = []
+    for way in WAYS:
+        for budget in BUDGETS:
+            table = problem.table(way.solver, way.slope, way.steps(budget))
+            begun = time.perf_counter()
+            found = problem.solve(table, torch.float32, evaluated)
+            rows.append(
+                {
+                    **asdict(way),
+                    "evaluations": len(table),
+                    "error": difference(found, solutions[0]),
+                    "seconds": time.perf_counter() - begun,
+                }
+            )
+    return {
+        "guidance": problem.guidance,
+        "reference_difference": difference(solutions[1], solutions[0]),
+        "smallest_error": min(row["error"] for row in rows),
+        "rows": rows,
+    }
+
+
+def judge(
+    clips: Clips, guidance: float, batch: int, evaluated: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """The demo's figures of all ways at the budgets JUDGED, in the dtype of `wavflow generate`."""
+    dtype = resolve_dtype("auto", clips.model.device)
+    sampler = Sampler(copy.deepcopy(clips.model), clips.config, clips.model.device, dtype)
+    rows = []
+    for way in WAYS:
+        for budget in JUDGED:
+            sounds = sampler.generate_features(
+                clips.features,
+                clips.seeds,
+                solver=way.solver,
+                steps=way.steps(budget),
+                slope=way.slope,
+                guidance=guidance,
+                batch_size=batch,
+                on_step=lambda step: evaluated(step.done - 1),
+            )
+            judged = clips.figures(torch.stack([sound.wave for sound in sounds]))
+            rows.append({**asdict(way), "evaluations": budget, **judged})
+    return rows
+
+
+def evaluations(exact: int, batches: int, guidances: int) -> int:
+    """All calls of the network in a run, for its progress bar."""
+    fine = sum(CALLS[solver] * exact * factor for solver, _, factor in REFERENCES)
+    studied, judged = (
+        sum(CALLS[way.solver] * way.steps(budget) for way in WAYS for budget in budgets)
+        for budgets in (BUDGETS, JUDGED)
+    )
+    return guidances * (fine + studied + batches * judged)
+
+
+def main(
+    demo: Annotated[Path, typer.Option(help="Folder of a finished wavflow demo; is only read.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Default: the demo's.")] = None,
+    ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    guidance: Annotated[tuple[float, float], typer.Option(help="Two weights, 1 for none.")] = (
+        1.0,
+        4.5,
+    ),
+    clips: Annotated[int, typer.Option(help="Whose errors are measured.", min=1)] = 4,
+    judged: Annotated[int, typer.Option(help="Whose sounds are judged.", min=2)] = 32,
+    exact: Annotated[int, typer.Option(help="Steps of the reference solution.", min=1)] = 200,
+    batch: Annotated[int, typer.Option(help="Judged clips at a time.", min=1)] = 16,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
+) -> None:
+    """Measure every solver's error against its evaluations on a trained network."""
+    name = "bench.run solvers"
+    try:
+        where = resolve_device(device)
+        given = Clips(demo, checkpoint or find_checkpoint(demo), ema, where, max(clips, judged))
+        total = evaluations(exact, -(-judged // batch), len(guidance))
+        results = []
+        with counter("evaluations") as progress:
+            done = 0
+
+            def evaluated(_: int) -> None:
+                nonlocal done
+                done += 1
+                progress(done, total)
+
+            for weight in guidance:
+                found = study(Problem(given, clips, weight), exact, evaluated)
+                found["judged"] = judge(given.first(judged), weight, batch, evaluated)
+                results.append(found)
+    except InputError as error:
+        fail(f"{name}: {error}")
+    result = {
+        "parameters": sum(p.numel() for p in given.model.parameters()),
+        "clips": clips,
+        "judged_clips": judged,
+        "exact": exact,
+        "studies": results,
+    } | machine(where)
+    if json_path is not None:
+        write_json(json_path, result)
+    if plot is not None:
+        draw(result, plot)
+    show(result)
+
+
+def show(result: dict[str, Any]) -> None:
+    for found in result["studies"]:
+        table = Table("solver, times", *(str(budget) for budget in BUDGETS), "s at 50")
+        for figure in ("recall", "precision", "kind"):
+            for budget in JUDGED:
+                table.add_column(f"{figure} at {budget}")
+        for way in WAYS:
+            key = asdict(way)
+            rows = [row for row in found["rows"] if key.items() <= row.items()]
+            marks = [row for row in found["judged"] if key.items() <= row.items()]
+            cells = [f"{row['error']:.3f}" for row in rows] + [f"{rows[-1]['seconds']:.2f}"]
+            for figure in ("onset_recall", "onset_precision", "class_accuracy"):
+                cells += [f"{row[figure]:.3f}" for row in marks]
+            table.add_row(way.name, *cells)
+        print(f"guidance {found['guidance']:g}: error after so many evaluations")
+        Console(width=150).print(table)
+        print(
+            f"the references differ by {found['reference_difference']:.2e}, "
+            f"{found['reference_difference'] / found['smallest_error']:.3f} of the smallest error"
+        )
+    print(
+        f"{result['parameters'] / 1e6:.1f} M parameters, errors of {result['clips']} clips, "
+        f"figures of {result['judged_clips']}\n{result['device']}, torch {result['torch']}, "
+        f"{result['threads']} threads"
+    )
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Write a PNG: a panel for each weight of guidance, error over evaluations, a line a way."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    colours = {"euler": "#4c78a8", "2m": "#c8556b", "ab2": "#f2a13a"}
+    colours |= {"midpoint": "#54a868", "heun": "#7c6fb0", "rk4": "#8a6d3b"}
+    dashes = {0: ":", 5: "-.", 7: "-", 10: "--"}
+    style = {"font.size": 9, "axes.edgecolor": RULE, "text.color": INK, "ytick.color": INK}
+    with rc_context(style):
+        studies = result["studies"]
+        figure = Figure((5.2 * len(studies), 4.4), dpi=150, layout="constrained")
+        panels = figure.subplots(1, len(studies), sharey=True, squeeze=False)[0]
+        for panel, found in zip(panels, studies, strict=True):
+            for way in WAYS:
+                rows = [row for row in found["rows"] if asdict(way).items() <= row.items()]
+                panel.plot(
+                    [row["evaluations"] for row in rows],
+                    [row["error"] for row in rows],
+                    dashes[way.slope],
+                    color=colours[way.solver],
+                    marker="o",
+                    markersize=2.5,
+                    linewidth=1.3,
+                    label=way.name,
+                )
+            panel.set(xscale="log", yscale="log", xlabel="evaluations of the network")
+            panel.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.grid(color=RULE, which="both", linewidth=0.5)
+            panel.set_title(f"guidance {found['guidance']:g}", fontsize=10)
+        panels[0].set_ylabel("relative error of the trajectory's end")
+        panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+        figure.suptitle(
+            f"Error against evaluations, {result['parameters'] / 1e6:.1f} M parameters", fontsize=11
+        )
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png")
