@@ -164,7 +164,7 @@ class Sampler:
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         model = model.to(device).eval().requires_grad_(False)
-        self.model = model if dtype == torch.float32 else prepare_inference(model, dtype)
+        self.model = prepare_inference(model, dtype)
         try:
             self.engine = Engine(self.model, engine, dtype)
         except ValueError as error:
