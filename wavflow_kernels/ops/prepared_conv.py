@@ -24,7 +24,7 @@ from . import swiglu
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 _HINT = 512  # tokens that oneDNN is told to lay weights out for; any number works
-# Elements of the weights from which Winograd in float32 is worth its rounding error.
+# Elements of the weights from which Winograd is worth its rounding error in float32.
 _WIDE = 1 << 20
 
 
@@ -299,8 +299,8 @@ def prepare_conv(
     :func:`conv1d` and :func:`conv_swiglu` take the result in place of their weights. On a CPU that
     oneDNN runs on, in float32 and bfloat16, the weights are stored as its kernels read them (it
     reorders plain ones at every call) and w1 and w3 are joined; elsewhere they are cast alone. So
-    are float32 ones of widths above 1 without Winograd: oneDNN's form of the convolution on
-    channels-last tokens has 3 to 4 times the error of ``F.conv1d``, where plain weights go.
+    are float32 ones of widths above 1 without Winograd: oneDNN's convolution on channels-last
+    tokens has up to 4 times the error of ``F.conv1d``, where plain weights go.
 
     Args:
         weight: (o, c, k) or (o, c) for :func:`conv1d`; [w1, w3] for :func:`conv_swiglu`.
