@@ -126,18 +126,41 @@ def test_property_prepared_weights_give_the_same(
 
 
 @winograd_runs
-@given(b=st.integers(0, 2), n=N, c=C, o=C, gated=st.booleans(), dtype=HALF)
+@given(
+    b=st.integers(0, 2),
+    n=N,
+    c=C,
+    o=C,
+    gated=st.booleans(),
+    strided=st.booleans(),
+    dtype=HALF,
+    backend=st.sampled_from(["cpp", "reference"]),
+)
 def test_property_winograd_is_the_convolution(
-    b: int, n: int, c: int, o: int, gated: bool, dtype: torch.dtype
+    b: int,
+    n: int,
+    c: int,
+    o: int,
+    gated: bool,
+    strided: bool,
+    dtype: torch.dtype,
+    backend: str,
 ) -> None:
     """Any length, odd and 1 included: within a few roundings of its factors."""
     x, weights = normal(b, n, c, dtype=dtype), [filters(o, c, 3, s) for s in (1, 2)]
+    if strided:
+        x = normal(c, n, b + 1, dtype=dtype).transpose(0, 2)[1:]
     truth, *rest = (conv1d.plain(x.double(), w.double()) for w in weights)
-    if gated:
-        out = wk.conv_swiglu(x, wk.prepare_conv(weights, dtype=dtype, winograd=True))
-        truth = F.silu(truth) * rest[0]
-    else:
-        out = wk.conv1d(x, wk.prepare_conv(weights[0], dtype=dtype, winograd=True))
+    given = weights if gated else weights[0]
+    prepared = wk.prepare_conv(given, dtype=dtype, winograd=True)
+    with wk.use_backend(backend):
+        if gated:
+            out = wk.conv_swiglu(x, prepared)
+            truth = F.silu(truth) * rest[0]
+        else:
+            bias = normal(o, seed=3, dtype=dtype)
+            out = wk.conv1d(x, prepared, bias)
+            truth = truth + bias.double()
     assert out.shape == truth.shape and out.dtype == dtype
     if b:
         error = (out.double() - truth).abs().max() / truth.abs().max().clamp_min(1)
@@ -153,7 +176,7 @@ def test_property_winograd_weights_are_prepared_as_written(
     given = [filters(o, c, 6, seed)[..., ::2] for seed in range(1 + pair)]
     four = prepared_conv.winograd_weights(torch.cat(given))
     for source in (torch.float32, torch.float64):
-        prepared = wk.prepare_conv([w.to(source) for w in given], dtype=dtype, winograd=None)
+        prepared = wk.prepare_conv([w.to(source) for w in given], dtype=dtype, winograd=True)
         for weight, wanted in zip(prepared.weights, four, strict=True):
             assert torch.equal(weight.to_dense(), wanted.to(dtype))
 
@@ -165,6 +188,37 @@ def test_property_winograd_error_is_twice_the_direct_ones() -> None:
     direct = relative(wk.conv1d(x, wk.prepare_conv(w, dtype=x.dtype)), truth)
     winograd = relative(wk.conv1d(x, wk.prepare_conv(w, dtype=x.dtype, winograd=True)), truth)
     assert direct < winograd < 2.5 * direct
+
+
+@winograd_runs
+@pytest.mark.parametrize("gated", [False, True])
+def test_property_winograd_error_in_float32(gated: bool) -> None:
+    """At the medium network's width it is 2.6 times that of the direct form."""
+    x, weights = normal(1, 101, 896), [filters(300, 896, 3, s) for s in (1, 2)]
+    truth, other = (conv1d.plain(x.double(), w.double()) for w in weights)
+    truth = F.silu(truth) * other if gated else truth
+    errors = []
+    for winograd in (False, True):
+        prepared = wk.prepare_conv(weights if gated else weights[0], winograd=winograd)
+        out = wk.conv_swiglu(x, prepared) if gated else wk.conv1d(x, prepared)
+        errors.append(relative(out, truth))
+    assert errors[0] < errors[1] < min(4 * errors[0], 1e-6)
+
+
+@winograd_runs
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_the_form_is_chosen_by_width_and_size(k: int) -> None:
+    """Float32 keeps F.conv1d, and its bits, except for large weights of width 3."""
+    x, small, large = normal(2, 9, 64), filters(48, 64, k), filters(1024, 350, k)
+    for winograd in (None, False):
+        prepared = wk.prepare_conv(small, winograd=winograd)
+        assert prepared.packed == (k == 1) and len(prepared.weights) == 1
+        assert torch.equal(wk.conv1d(x, prepared), wk.conv1d(x, small))
+    for weight in (large, [large[:512], large[512:]]):
+        for dtype in (torch.float32, torch.bfloat16):
+            prepared = wk.prepare_conv(weight, dtype=dtype, winograd=None)
+            assert (len(prepared.weights) == 4) == (k == 3)
+            assert prepared.packed == (k < 7 or dtype == torch.bfloat16)
 
 
 @winograd_runs

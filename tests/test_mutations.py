@@ -251,6 +251,12 @@ MUTATIONS = {
     ("prepared_conv", "sign of the fourth product"): variant(
         prepared_conv.reference, a1=lambda w: [*w[:3], -w[3]] if len(w) == 4 else w
     ),
+    ("prepared_conv", "inner products swapped"): variant(
+        prepared_conv.reference, a1=lambda w: [w[0], w[2], w[1], w[3]] if len(w) == 4 else w
+    ),
+    ("prepared_conv", "pairs one token off"): variant(
+        prepared_conv.reference, a0=lambda x: x.roll(1, 1)
+    ),
     ("prepared_conv", "halves swapped"): variant(
         prepared_conv.reference, a1=lambda w: [t.roll(t.shape[0] // 2, 0) for t in w]
     ),

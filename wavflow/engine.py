@@ -70,7 +70,7 @@ class Engine:
     ``kind`` says which of them runs. Results agree within the tolerances of the ops.
 
     Args:
-        model: the network, or for half precision its prepared copy.
+        model: the network, or its prepared copy.
         kind: one of ENGINES.
         dtype: what autocast casts to, float32 or float64 for no autocast.
         limit: batch sizes and lengths that are kept captured or compiled.

@@ -164,8 +164,7 @@ class Sampler:
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         model = model.to(device).eval().requires_grad_(False)
-        plain = model.is_prepared or dtype == torch.float32
-        self.model = model if plain else prepare_inference(model, dtype)
+        self.model = model if model.is_prepared else prepare_inference(model, dtype)
         try:
             self.engine = Engine(self.model, engine, dtype)
         except ValueError as error:

@@ -106,8 +106,9 @@ PRESETS: dict[str, WavflowConfig] = {
 class Conditions:
     """Projected features of b clips: what the network needs of them at every step.
 
-    Made without gradients they also keep the network's weights as half precision wants them, from
-    the first step that uses them: steps with the same conditions do not see later changes.
+    Made without gradients they also keep a copy of the network's weights as inference wants them,
+    from the first step that uses them and while they live: steps with the same conditions do not
+    see later changes. There is none in float64, nor off the CPU in the weights' own dtype.
     """
 
     clip_f: Tensor  # (b n_clip c)

@@ -24,6 +24,8 @@ from . import swiglu
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 _HINT = 512  # tokens that oneDNN is told to lay weights out for; any number works
+# Elements of the weights from which Winograd is worth its rounding error in float32.
+_WIDE = 1 << 20
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: bool) -> None:
@@ -188,16 +190,27 @@ def _transformed(given: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _picture(given: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Weights (o c k) one below the other, laid out for a height-1 picture: (o c 1 k)."""
+    _, c, k = given[0].shape
+    joined = torch.cat([w.detach().to(dtype) for w in given]).unsqueeze(2)
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        joined, [0, k // 2], [1, 1], [1, 1], 1, [1, c, 1, _HINT]
+    )
+
+
 def _workload(winograd: bool) -> Workload:
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         b, n, c, inner = 2, 640, 896, 2560
         x = torch.randn(b, n, c, device=device, dtype=dtype)
         pair = [torch.randn(inner, c, 3, device=device) * (3 * c) ** -0.5 for _ in range(2)]
-        if device.type == "cpu":
-            weights = prepare_conv(pair, dtype=dtype, winograd=winograd).weights
-        else:  # oneDNN's layout exists on the CPU alone
+        if device.type != "cpu":  # oneDNN's layout exists on the CPU alone
             joined = torch.cat(pair)
             weights = winograd_weights(joined) if winograd else [joined.unsqueeze(2)]
+        elif winograd:
+            weights = prepare_conv(pair, dtype=dtype, winograd=True).weights
+        else:
+            weights = [_picture(pair, dtype)]
         return x, [w if w.layout == torch._mkldnn else w.to(dtype) for w in weights], None, True
 
     return make
@@ -285,19 +298,22 @@ def prepare_conv(
 
     :func:`conv1d` and :func:`conv_swiglu` take the result in place of their weights. On a CPU that
     oneDNN runs on, in float32 and bfloat16, the weights are stored as its kernels read them (it
-    reorders plain ones at every call) and w1 and w3 are joined; elsewhere they are cast alone.
+    reorders plain ones at every call) and w1 and w3 are joined; elsewhere they are cast alone. So
+    are float32 ones of widths above 1 without Winograd: oneDNN's convolution on channels-last
+    tokens has up to 4 times the error of ``F.conv1d``, where plain weights go.
 
     Args:
         weight: (o, c, k) or (o, c) for :func:`conv1d`; [w1, w3] for :func:`conv_swiglu`.
         dtype: of the activations; None: the weight's own.
         winograd: compute widths of 3 by Winograd's F(2,3), on the CPU, the weights transformed in
-            float32 before they are cast; None: where that can run. In bfloat16 the error of
-            :func:`conv1d` is 2.4 times that of the direct form (4.0e-3 against 1.7e-3), of
-            :func:`conv_swiglu` 1.8 times (5.5e-3 against 3.1e-3); in float32 it is below that of
-            the prepared direct form (5.0e-7 and 7.3e-7, with 1.9e-7 for ``F.conv1d``). [w1, w3] on
-            2 x 640 tokens of 896 channels to 2560 take 29.4 ms in bfloat16 and 59.6 in float32; the
-            prepared direct form takes 39.6 and 80.9, ``F.conv1d`` twice and the gate 46.6 and 90.7,
-            on a 2-core AMD EPYC (Zen 5).
+            float32 before they are cast; None: where that can run, in float32 from 2^20 weights on
+            (w1 and w3 counted together). In bfloat16 the error of :func:`conv1d` is 2.4 times that
+            of the direct form (4.0e-3 against 1.7e-3), of :func:`conv_swiglu` 1.8 times (5.5e-3
+            against 3.1e-3); in float32 it is 2.7 times that of ``F.conv1d`` (5.0e-7 against 1.9e-7)
+            and 2.6 times (7.3e-7 against 2.8e-7). [w1, w3] on 2 x 640 tokens of 896 channels to
+            2560 take 29.4 ms in bfloat16 and 59.6 in float32; the prepared direct form takes 39.6
+            in bfloat16, ``F.conv1d`` twice and the gate 46.6 and 90.7, on a 2-core AMD EPYC (Zen
+            5).
 
     Returns:
         :class:`PreparedConv`. It shares no memory with parameters that training changes.
@@ -316,34 +332,31 @@ def prepare_conv(
     for name, w in zip(names, given, strict=True):
         check_dtype(op, name, w, *FLOATS)
     require(dtype in FLOATS, f"{op}: dtype must be a float dtype, got {dtype}")
-    c, k, gated = sizes["c"], sizes["k"], len(given) == 2
+    k, gated = sizes["k"], len(given) == 2
     require(k % 2 == 1, f"{op}: the width of the weight must be odd, got {k}")
     require(not winograd or k == 3, f"{op}: Winograd needs width 3, got {k}")
     with torch.no_grad():
         device = given[0].device
-        packed = fast(torch.empty(1, device=device, dtype=dtype))
+        runs = fast(torch.empty(1, device=device, dtype=dtype))
+        exact = dtype == torch.float32
         if winograd is None:
-            winograd = packed and k == 3
-        if not packed:
+            wide = sum(w.numel() for w in given) >= _WIDE
+            winograd = runs and k == 3 and (wide or not exact)
+        if winograd and not runs:
             reason = _backend.unavailable(OP, "cpp", device, dtype) or "torch has no oneDNN"
-            require(not winograd, f"{op}: Winograd cannot run: {reason}")
+            raise ValueError(f"{op}: Winograd cannot run: {reason}")
+        if not runs or (exact and k > 1 and not winograd):
             # A copy even where nothing is cast.
             return PreparedConv(
                 tuple(w.detach().to(dtype, copy=True) for w in given), k, gated, False
             )
-        mkldnn = torch.ops.mkldnn
-        if winograd:
-            # oneDNN's GEMMs read their own layout.
-            four = _transformed(given, dtype).unbind()
-            weights = [mkldnn._reorder_linear_weight(w, _HINT) for w in four]
-        elif k == 1:
-            joined = torch.cat([w.detach().squeeze(2).to(dtype) for w in given])
-            weights = [mkldnn._reorder_linear_weight(joined, _HINT)]
-        else:
-            picture = torch.cat([w.detach().to(dtype) for w in given]).unsqueeze(2)
-            weights = [
-                mkldnn._reorder_convolution_weight(
-                    picture, [0, k // 2], [1, 1], [1, 1], 1, [1, c, 1, _HINT]
-                )
-            ]
-        return PreparedConv(tuple(weights), k, gated, True)
+        if k > 1 and not winograd:
+            return PreparedConv((_picture(given, dtype),), k, gated, True)
+        # oneDNN's GEMMs read their own layout.
+        matrices = (
+            _transformed(given, dtype).unbind()
+            if winograd
+            else [torch.cat([w.detach().squeeze(2).to(dtype) for w in given])]
+        )
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        return PreparedConv(tuple(reorder(w, _HINT) for w in matrices), k, gated, True)
