@@ -223,6 +223,17 @@ def test_the_plan():
     assert [part.weight(t) for t in (0.1, 0.2, 0.6, 0.7)] == [1.0, 4.0, 4.0, 1.0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_engine_agrees(dtype):
+    config = load_config("toy_8k", TINY)
+    wanted = Sampler(random_model(config), config, CPU, dtype).generate(["a bell"])[0].wave
+    sampler = Sampler(random_model(config), config, CPU, dtype, "compile")
+    made = sampler.generate(["a bell"])[0].wave
+    assert sampler.engine.kind == "compile"
+    assert (made - wanted).norm() < (1e-4 if dtype == torch.float32 else 0.1) * wanted.norm()
+
+
 def test_lengths_are_mixed_and_rows_come_as_they_finish():
     sampler, seconds = tiny_sampler(), [2.0, 0.5, 2.0, 3.0, 0.5]
     captions = ["a bell", "a drum", None, "a bird", "a bell"]

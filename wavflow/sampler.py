@@ -164,7 +164,9 @@ class Sampler:
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         model = model.to(device).eval().requires_grad_(False)
-        self.model = model if model.is_prepared else prepare_inference(model, dtype)
+        # torch.compile cannot trace weights in oneDNN's layout.
+        plain = model.is_prepared or (engine == "compile" and device.type == "cpu")
+        self.model = model if plain else prepare_inference(model, dtype)
         try:
             self.engine = Engine(self.model, engine, dtype)
         except ValueError as error:
