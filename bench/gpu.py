@@ -218,6 +218,17 @@ def plan(capability: tuple[int, int], gpu: str, workers: int) -> list[Stage]:
             unless=no_plots,
             needs="bench",
         ),
+        *(
+            Stage(
+                f"sample-{batch}",
+                [*python, "-m", "bench.run", "sample", "--device", "cuda", "--batch", str(batch),
+                 "--seconds", "5", "--compiled",
+                 "--json", str(results / f"sample-{slug(gpu)}-{batch}.json")],
+                150,
+                needs="build",
+            )
+            for batch in (1, 8)
+        ),
     ]  # fmt: skip
 
 

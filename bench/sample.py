@@ -4,7 +4,8 @@ Ours runs through the drop-in path alone: ``inference_mode``, autocast, ``prepro
 ``get_empty_conditions``, ``ode_wrapper``. Peers run on the same weights and inputs, in turns with
 it: the network as it is usually written (:mod:`bench.plain`) under autocast and with its weights
 cast, compiled if asked for, and another checkout's ``wavflow.model.networks`` in a process of its
-own. Differences are relative to the plain network in float32.
+own. On a GPU there is also our step as the sampler runs it there, a CUDA graph with the solver's
+update (:mod:`wavflow.engine`). Differences are relative to the plain network in float32.
 
 Then, apart from the comparison: the seconds of our stages (:mod:`bench.stages`), their share of
 this machine's own matrix-product peak, and the memory that a generation needs in a fresh process
@@ -34,9 +35,12 @@ from torch import Tensor
 
 from bench import peaks, plain, stages
 from bench.harness import fail, machine
+from wavflow.engine import Engine, Output, mix_guidance
 from wavflow.files import write_json
 from wavflow.memory import keep_freed_memory
+from wavflow.model.inference import prepare_inference
 from wavflow.model.networks import PRESETS, WavflowModel, get_wavflow_model
+from wavflow.solvers import solver_table
 from wavflow_kernels._timing import interleaved
 
 T, SEED = 0.4, 0
@@ -147,20 +151,43 @@ def steps_of(
 
         return step
 
-    half = dtype != torch.float32
-    calls = {
-        "ours": ready(model, dtype, half, lambda network, *args: network.ode_wrapper(*args)),
-        "plain": ready(model, dtype, half, plain.guided),
-    }
+    half, gpu = dtype != torch.float32, kind == "cuda"
+    calls = {"ours": ready(model, dtype, half, lambda network, *args: network.ode_wrapper(*args))}
+    if gpu:
+        calls["ours, CUDA graph"] = engine_step(model, given, guidance, dtype, "graph")
+    calls["plain"] = ready(model, dtype, half, plain.guided)
     if half:
         cast = copy.deepcopy(model).to(dtype)
         calls["plain, weights cast"] = ready(cast, dtype, False, plain.guided)
     if compiled:
         source = cast if half else model
-        compiled_call = torch.compile(plain.guided, dynamic=False)
-        calls["plain, compiled"] = ready(source, dtype, False, compiled_call)
+        for mode in ("default", "max-autotune") if gpu else ("default",):
+            compiled_call = torch.compile(plain.guided, dynamic=False, mode=mode)
+            calls[f"plain, compiled, {mode}"] = ready(source, dtype, False, compiled_call)
     calls["float32"] = ready(model, torch.float32, False, plain.guided)
     return calls
+
+
+def engine_step(
+    model: WavflowModel, given: list[Tensor], guidance: float, dtype: torch.dtype, kind: str
+) -> Callable[[], Tensor]:
+    """A guided Euler step by the sampler's engine; returns the prediction."""
+    *features, latent, t = given
+    engine = Engine(prepare_inference(model, dtype), kind, dtype)
+    table = solver_table("euler", torch.stack((t, t + 0.01)).double().cpu(), guidance=guidance)
+    with torch.inference_mode(), engine.cast():
+        conditions = engine.model.preprocess_conditions(*features)
+        empty = engine.model.get_empty_conditions(len(latent))
+    predicted: list[Tensor] = []
+
+    def keep(row: int, x: Tensor, output: Output) -> None:
+        predicted[:] = [mix_guidance(output, guidance)]
+
+    def step() -> Tensor:
+        engine.solve(latent, table, conditions, empty, after=keep)
+        return predicted[0]
+
+    return step
 
 
 def memory(

@@ -221,6 +221,19 @@ def test_sample_compares_a_step_with_another_checkout(
     assert held["weights"] < held["peak"] and 0 < held["above"] < held["peak"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engines_step_is_the_drop_in_paths(dtype: torch.dtype) -> None:
+    model, _ = golden_model("model_tiny")
+    latent, *features, _ = inputs(model, 2)
+    step = sample.engine_step(model, [*features, latent, torch.tensor(0.4)], 4.5, dtype, "eager")
+    half = dtype != torch.float32
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=half):
+        given = model.preprocess_conditions(*features), model.get_empty_conditions(2)
+        wanted = model.ode_wrapper(torch.tensor(0.4), latent, *given, 4.5)
+    for _ in range(2):
+        assert relative_error(step(), wanted.float()) < (0.05 if half else 1e-6)
+
+
 def test_a_meter_takes_medians_of_the_rounds_sums() -> None:
     now = 0
     meter = stages.Meter(lambda: now)
@@ -493,6 +506,7 @@ def test_the_plan_fits_and_its_stages_exist() -> None:
     stages = gpu.plan((9, 0), "NVIDIA H100 80GB HBM3", workers=8)
     assert [s.name for s in stages] == [
         "build", "report", "test", "test-large", "tune", "bench", "plot",
+        "sample-1", "sample-8",
     ]  # fmt: skip
     assert gpu.TOTAL_SECONDS < 540
     assert all(s.needs in {"", *(other.name for other in stages)} for s in stages)
