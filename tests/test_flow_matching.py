@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 from wavflow.model.flow_matching import FlowMatching, log_normal_sample
 from wavflow.model.networks import WavflowModel
-from wavflow.solvers import SOLVERS, adaptive, shift_time, solve, solver_table, time_grid
+from wavflow.solvers import (
+    LOG_SNR,
+    SIGMOID_SLOPE,
+    SOLVERS,
+    adaptive,
+    log_snr_grid,
+    sampling_times,
+    shift_time,
+    solve,
+    solver_table,
+    time_grid,
+)
 
 TOLERANCE = 1e-5
 LOSSES = ("x_pred_x_loss", "x_pred_v_loss", "v_pred_v_loss", "v_pred_x_loss")
@@ -235,6 +246,23 @@ def test_solver_arguments():
         solver_table("rk4", time_grid(3), prediction="e")
     with pytest.raises(ValueError, match="slope is -1"):
         time_grid(3, slope=-1)
+
+
+def test_times_even_in_the_log_snr():
+    grid = log_snr_grid(12)
+    assert grid[0] == 0 and grid[-1] == 1 and len(grid) == 13 and grid.dtype == torch.float64
+    inner = torch.logit(grid[1:-1])
+    torch.testing.assert_close(inner, torch.linspace(*LOG_SNR, 11, dtype=torch.float64))
+    assert log_snr_grid(1).tolist() == [0, 1]
+    early = log_snr_grid(12, 0.9)
+    assert early[-1] == 0.9 and (early.diff() > 0).all()
+    assert torch.equal(sampling_times("even", 5, 0.9, 3.0), time_grid(5, 0.0, 0.9, 3.0))
+    assert torch.equal(sampling_times("sigmoid", 5), time_grid(5, slope=SIGMOID_SLOPE))
+    assert torch.equal(sampling_times("log-snr", 12, shift=3.0), grid)
+    with pytest.raises(ValueError, match="times is 'odd', wanted one of even, sigmoid, log-snr"):
+        sampling_times("odd", 5)
+    with pytest.raises(ValueError, match="steps is 0"):
+        log_snr_grid(0)
 
 
 def test_guidance_interval():

@@ -194,7 +194,7 @@ def test_from_files(saved, world, tmp_path):
         ({"captions": ["a"], "seeds": [1, 2]}, "2 seeds for 1 rows"),
         ({"captions": ["a"], "solver": "rk9"}, "solver is 'rk9'; wanted one of euler, midpoint"),
         ({"captions": ["a"], "steps": 0}, "steps is 0"),
-        ({"captions": ["a"], "slope": -1.0}, "slope is -1.0; wanted 0 or more"),
+        ({"captions": ["a"], "times": "odd"}, "times is 'odd'; wanted one of even, sigmoid"),
         ({"captions": ["a"], "seconds": -1.0}, "row 0: seconds is -1.0; wanted more than 0"),
         ({"captions": ["a"], "seconds": [1.0, 2.0]}, "2 seconds for 1 rows"),
         ({"captions": ["a"], "seconds": 0.01}, "seconds is 0.01; its video has no frame"),
@@ -214,9 +214,9 @@ def test_bad_requests(arguments, message):
 def test_the_plan():
     sampler = tiny_sampler()
     plan = sampler.plan()
-    assert (plan.solver, plan.steps, plan.slope) == BEST and plan.guidance == 4.0
+    assert (plan.solver, plan.steps, plan.times) == BEST and plan.guidance == 4.0
     public = sampler.plan(solver="euler", guidance=0.5)
-    assert (public.steps, public.slope) == (4, 0.0)  # the configuration's steps, even times
+    assert (public.steps, public.times) == (4, "even")  # the configuration's steps, even times
     assert not public.guided and public.weight(0.5) == 1.0
     part = sampler.plan(guidance_interval=(0.2, 0.6), steps=9)
     assert (part.solver, part.steps) == (BEST.solver, 9)
@@ -264,10 +264,10 @@ def test_guidance_outside_its_interval_runs_one_pass(monkeypatch):
         "_transform",
         lambda m, x, *a: rows.append(len(x)) or transform(m, x, *a),
     )
-    options = {"solver": "euler", "steps": 4, "slope": 7.0}
+    options = {"solver": "euler", "steps": 4, "times": "sigmoid"}
     part = sampler.generate_features(row, [1], guidance_interval=(0.3, 0.7), **options)
-    assert rows == [1, 1, 2, 1]  # t = 0, 0.14, 0.5, 0.86
-    never = sampler.generate_features(row, [1], guidance_interval=(0.9, 1.0), **options)
+    assert rows == [1, 1, 2, 1]  # t = 0, 0.07, 0.5, 0.93
+    never = sampler.generate_features(row, [1], guidance_interval=(0.95, 1.0), **options)
     plain = sampler.generate_features(row, [1], guidance=1.0, **options)
     assert torch.equal(never[0].wave, plain[0].wave) and rows[4:] == [1] * 8
     whole = sampler.generate_features(row, [1], **options)

@@ -145,8 +145,9 @@ def generate(
     steps: Annotated[
         int | None, typer.Option(help="Solver steps; with --solver the default is as trained.")
     ] = None,
-    slope: Annotated[
-        float | None, typer.Option(help="Of sigmoid-spaced times; 0 for even times.")
+    times: Annotated[
+        str | None,
+        typer.Option(help="even, sigmoid or log-snr; with --solver the default is even."),
     ] = None,
     loudness: Annotated[float, typer.Option(help="LUFS of the output.")] = -23.0,
     keep_loudness: Annotated[bool, typer.Option("--keep-loudness", help="As generated.")] = False,
@@ -173,7 +174,7 @@ def generate(
     options = {
         "solver": solver,
         "steps": steps,
-        "slope": slope,
+        "times": times,
         "guidance": guidance,
         "guidance_interval": guidance_interval,
         "guidance_rescale": guidance_rescale,

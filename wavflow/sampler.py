@@ -25,7 +25,7 @@ from wavflow.features.extract import encode_captions, encode_video, load_encoder
 from wavflow.memory import available_memory, clip_bytes
 from wavflow.model.inference import prepare_inference
 from wavflow.model.networks import Conditions, WavflowModel
-from wavflow.solvers import BEST, SOLVERS, adaptive, solver_table, time_grid
+from wavflow.solvers import BEST, SOLVERS, TIMES, adaptive, sampling_times, solver_table
 
 log = logging.getLogger("wavflow")
 
@@ -62,8 +62,8 @@ class Plan:
     Attributes:
         solver: a key of `wavflow.solvers.SOLVERS`, or `adaptive`.
         steps: of the solver; `adaptive` takes as many as it needs.
-        slope: of the sigmoid-spaced times (`wavflow.solvers.time_grid`); 0 for even times under
-            the configuration's noise_shift.
+        times: `even` under the configuration's noise_shift, `sigmoid` or `log-snr`
+            (`wavflow.solvers.sampling_times`).
         guidance: weight of classifier-free guidance; 1 or less runs the conditional pass alone.
         guidance_interval: times from and to which there is guidance, as the network sees them
             (0 noise, 1 data); a step outside costs half.
@@ -73,7 +73,7 @@ class Plan:
 
     solver: str
     steps: int
-    slope: float
+    times: str
     guidance: float
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
@@ -86,7 +86,7 @@ class Plan:
                 f"solver is {self.solver!r}; wanted one of {', '.join(SOLVERS)}, adaptive",
             ),
             (self.steps < 1, f"steps is {self.steps}; wanted at least 1"),
-            (self.slope < 0, f"slope is {self.slope}; wanted 0 or more"),
+            (self.times not in TIMES, f"times is {self.times!r}; wanted one of {', '.join(TIMES)}"),
             (
                 not 0 <= low <= high <= 1,
                 f"guidance_interval is {low:g} to {high:g}; wanted times from 0 to 1 in order",
@@ -222,14 +222,14 @@ class Sampler:
         *,
         solver: str | None = None,
         steps: int | None = None,
-        slope: float | None = None,
+        times: str | None = None,
         guidance: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
     ) -> Plan:
         """A `Plan` with what is not given filled in.
 
-        Without a solver it is the best one measured, with its steps and slope
+        Without a solver it is the best one measured, with its steps and times
         (`wavflow.solvers.BEST`). A named one takes the configuration's steps and even times, as
         the public system does. The guidance is the configuration's.
 
@@ -239,12 +239,12 @@ class Sampler:
         named = solver is not None
         if steps is None:
             steps = self.config.sampling.num_steps if named else BEST.steps
-        if slope is None:
-            slope = 0.0 if named else BEST.slope
+        if times is None:
+            times = "even" if named else BEST.times
         return Plan(
             solver=solver if named else BEST.solver,
             steps=steps,
-            slope=slope,
+            times=times,
             guidance=self.config.inference.cfg if guidance is None else guidance,
             guidance_interval=tuple(guidance_interval),
             guidance_rescale=guidance_rescale,
@@ -344,7 +344,7 @@ class Sampler:
             seeds: one per row, each the seed of that row's noise.
             seconds: of all sounds or of each; by default the configuration's. Features of a video
                 must be of as many.
-            solver, steps, slope, guidance, guidance_interval, guidance_rescale: of the
+            solver, steps, times, guidance, guidance_interval, guidance_rescale: of the
                 :class:`Plan`, by default :meth:`plan`'s.
             batch_size: rows at a time, at most; fewer where memory demands it.
             memory: bytes that generation may add to what is in use; by default 0.8 of what is
@@ -485,8 +485,7 @@ class Sampler:
         )
         kind, end = sampling.prediction_type, 1.0 - sampling.min_sigma
         steps = 1 if plan.solver == "adaptive" else plan.steps
-        shift = 1.0 if plan.slope else sampling.noise_shift
-        grid = time_grid(steps, 0.0, end, shift, plan.slope)
+        grid = sampling_times(plan.times, steps, end, sampling.noise_shift)
         times: list[float] = []
 
         def check_cancelled() -> None:

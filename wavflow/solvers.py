@@ -24,6 +24,10 @@ import wavflow_kernels
 
 # Smallest 1 - t that an x-prediction is divided by.
 MIN_REMAINDER = 1e-6
+TIMES = ("even", "sigmoid", "log-snr")
+SIGMOID_SLOPE = 10.0
+#: From t = 0.018, before which there is little to see, to t = 0.999, where the rest is one step.
+LOG_SNR = (-4.0, 6.9)
 # With x-prediction the velocity divides by 1 - t: adaptive integration ends this far from t = 1.
 ADAPTIVE_END = 1e-3
 
@@ -56,6 +60,34 @@ def time_grid(
         curve = torch.sigmoid(slope * (u - 0.5))
         u = (curve - curve[0]) / (curve[-1] - curve[0])
     return shift_time(torch.lerp(torch.full_like(u, t0), torch.full_like(u, t1), u), shift)
+
+
+def log_snr_grid(steps: int, t1: float = 1.0) -> Tensor:
+    r"""``steps + 1`` float64 times: 0, times even in :math:`\log(t/(1-t))`, and t1.
+
+    The logarithm of the signal-to-noise ratio runs from LOG_SNR's first to its second number.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, wanted at least 1")
+    inner = torch.sigmoid(torch.linspace(*LOG_SNR, steps - 1, dtype=torch.float64))
+    ends = torch.tensor([0.0, t1], dtype=torch.float64)
+    return torch.cat((ends[:1], inner[inner < t1], ends[1:]))
+
+
+def sampling_times(kind: str, steps: int, t1: float = 1.0, shift: float = 1.0) -> Tensor:
+    """Float64 times from 0 to t1 for ``steps`` steps.
+
+    Args:
+        kind: "even", before the shift, as the public system's; "sigmoid", with SIGMOID_SLOPE;
+            "log-snr" (``log_snr_grid``). The latter two are not shifted.
+    """
+    if kind not in TIMES:
+        raise ValueError(f"times is {kind!r}, wanted one of {', '.join(TIMES)}")
+    if kind == "log-snr":
+        return log_snr_grid(steps, t1)
+    if kind == "sigmoid":
+        return time_grid(steps, 0.0, t1, slope=SIGMOID_SLOPE)
+    return time_grid(steps, 0.0, t1, shift)
 
 
 def solver_table(
@@ -214,15 +246,15 @@ SOLVERS: dict[str, Callable[[float, float, float | None, str], Step]] = {
 
 
 class Recommended(NamedTuple):
-    """A solver with its steps and the slope of its sigmoid-spaced times."""
+    """A solver with its steps and times."""
 
     solver: str
     steps: int
-    slope: float
+    times: str
 
 
 #: What ``python -m bench.run solvers`` found best: at most Euler-50's error on even times.
-BEST = Recommended("euler", 14, 7.0)
+BEST = Recommended("2m", 14, "log-snr")
 
 
 @torch.no_grad()
