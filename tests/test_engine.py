@@ -42,7 +42,7 @@ class Recorder:
     def __init__(self):
         self.captured = 0
 
-    def __call__(self, step, rewind):
+    def __call__(self, step, rewind, device):
         self.captured += 1
         output = step()
         places = output if isinstance(output, tuple) else (output,)
@@ -110,7 +110,7 @@ def test_kept_graphs_are_bounded_and_the_oldest_goes(graphs):
 def test_a_failed_capture_is_logged_and_compiled(monkeypatch, graphs, caplog):
     model, *given = problem(method="euler")
 
-    def refuses(step, rewind):
+    def refuses(step, rewind, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     def compiled(function, **options):

@@ -260,7 +260,9 @@ class _Steps:
     def capture(self, kinds: set[bool]) -> None:
         """Captures the kinds of steps that are not yet."""
         for alone in kinds - self.graphs.keys():
-            self.graphs[alone] = capture(lambda alone=alone: self.step(alone), self.index.zero_)
+            self.graphs[alone] = capture(
+                lambda alone=alone: self.step(alone), self.index.zero_, self.state.device
+            )
 
     def run(self, alone: list[bool], after: After | None) -> Tensor:  # b n d
         for row, kind in enumerate(alone):
@@ -275,25 +277,26 @@ class _Steps:
 
 
 def capture(
-    step: Callable[[], Output], rewind: Callable[[], Any]
+    step: Callable[[], Output], rewind: Callable[[], Any], device: torch.device
 ) -> tuple[Callable[[], None], Output]:
     """A CUDA graph of `step`: what replays it, and the tensors it writes its result to.
 
     Args:
-        step: runs on the current device without synchronising.
+        step: runs on `device` without synchronising.
         rewind: undoes what a warm-up run of `step` must not leave.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUP):
-            rewind()
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    rewind()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP):
+                rewind()
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        rewind()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = step()
     return graph.replay, output
 
 
