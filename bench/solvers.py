@@ -3,11 +3,13 @@
 The network, noise and conditions are those of a finished demo's held-out clips. One evaluation is
 one guided step. A clip's error is the norm of the difference of its final tokens over their norm,
 of a float32 generation from a reference solution: float64, by the Runge-Kutta method of order 4 to
-t = 0.999 and the predicted data there. Where a path turns to another sound it is near 1: the median
-over clips says how exact a solver is, the norm over all clips mostly how often that happens. With guidance the prediction goes on changing as
-t nears 1, where the velocity divides by 1 - t: an end must be chosen. A second reference, by
-adaptive steps of order 5 to the same end, says how exact the first is; their difference is reported
-beside the smallest error and should be a tenth of it at most.
+t = 0.999 and the predicted data there. With guidance the prediction goes on changing as t nears 1,
+where the velocity divides by 1 - t: an end must be chosen. A second reference, by adaptive steps
+of order 5 to the same end, says how exact the first is; their difference is reported beside the
+smallest error and should be a tenth of it at most.
+
+Where a path turns to another sound the error is near 1: the median over clips says how exact a
+solver is, the norm over all clips mostly how often paths turn.
 
 The demo's figures (onset recall and precision, kind of sound) are those of more clips, generated
 as ``wavflow generate`` does.
