@@ -12,6 +12,8 @@ from typing import NoReturn
 
 import torch
 
+from wavflow.memory import available_memory
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,9 +28,7 @@ def free_memory(device: torch.device) -> int:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    return available_memory(device)
 
 
 def machine(device: torch.device) -> dict[str, object]:

@@ -255,7 +255,9 @@ def test_times_even_in_the_log_snr():
     torch.testing.assert_close(inner, torch.linspace(*LOG_SNR, 11, dtype=torch.float64))
     assert log_snr_grid(1).tolist() == [0, 1]
     early = log_snr_grid(12, 0.9)
-    assert early[-1] == 0.9 and (early.diff() > 0).all()
+    assert early[-1] == 0.9 and len(early) == 13 and (early.diff() > 0).all()
+    with pytest.raises(ValueError, match="t1 is 0.01, wanted a log-SNR above -4"):
+        log_snr_grid(12, 0.01)
     assert torch.equal(sampling_times("even", 5, 0.9, 3.0), time_grid(5, 0.0, 0.9, 3.0))
     assert torch.equal(sampling_times("sigmoid", 5), time_grid(5, slope=SIGMOID_SLOPE))
     assert torch.equal(sampling_times("log-snr", 12, shift=3.0), grid)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavflow.model.networks import Conditions, WavflowModel
-from wavflow.solvers import After, advance, is_unguided, table_slots
+from wavflow.solvers import advance, is_unguided, table_slots
 
 log = logging.getLogger("wavflow")
 
@@ -26,6 +26,8 @@ WARMUP = 3
 
 # What a step returns: the prediction, or predictions with and without conditions.
 Output = Tensor | tuple[Tensor, Tensor]
+# Told after a step: its row, its point of evaluation (b n d), what the network returned there.
+After = Callable[[int, Tensor, Output], None]
 
 
 def rescale_guidance(cond: Tensor, uncond: Tensor, weight: Tensor | float, share: float) -> Tensor:
@@ -125,7 +127,9 @@ class Engine:
             conditions, empty: of the clips, and of nothing; without the latter all rows run
                 unguided.
             rescale: share of ``rescale_guidance``.
-            after: as ``solvers.solve`` calls it; what it is given is overwritten by the next step.
+            after: ``after(row, x, prediction)`` is called once a row is done, with its number, its
+                point of evaluation and what the network returned there; the next step overwrites
+                both.
         """
         alone = [plain or empty is None for plain in is_unguided(table)]
         given = (noise, table, conditions, empty)

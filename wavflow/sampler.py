@@ -172,6 +172,7 @@ class Sampler:
         except ValueError as error:
             raise InputError(str(error)) from None
         self._empty: OrderedDict[tuple[int, ...], Conditions] = OrderedDict()
+        self._reported: dict[float, int] = {}
 
     @classmethod
     def load(
@@ -447,14 +448,15 @@ class Sampler:
             batches += [
                 _Batch(tuple(rows[at : at + size]), data) for at in range(0, len(rows), size)
             ]
-            log.info(
-                "%d clips of %g s, %d at a time: about %.2f GB of %.2f GB",
-                len(rows),
-                length,
-                size,
-                size * clip / 1e9,
-                memory / 1e9,
-            )
+            if self._reported.get(length) != size:
+                self._reported[length] = size
+                log.info(
+                    "clips of %g s, %d at a time: about %.2f GB of %.2f GB",
+                    length,
+                    size,
+                    size * clip / 1e9,
+                    memory / 1e9,
+                )
         return batches
 
     def _network_sizes(self, data: DataConfig) -> Any:

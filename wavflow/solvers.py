@@ -33,7 +33,6 @@ ADAPTIVE_END = 1e-3
 
 Prediction = Callable[[Tensor, Tensor], Tensor]
 GuidedPrediction = Callable[[Tensor, Tensor], "Tensor | tuple[Tensor, Tensor]"]
-After = Callable[[int, Tensor, "Tensor | tuple[Tensor, Tensor]"], None]
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -65,13 +64,20 @@ def time_grid(
 def log_snr_grid(steps: int, t1: float = 1.0) -> Tensor:
     r"""``steps + 1`` float64 times: 0, times even in :math:`\log(t/(1-t))`, and t1.
 
-    The logarithm of the signal-to-noise ratio runs from LOG_SNR's first to its second number.
+    The logarithm of the signal-to-noise ratio runs from LOG_SNR's first to its second number, or to
+    t1's where that is less.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, wanted at least 1")
-    inner = torch.sigmoid(torch.linspace(*LOG_SNR, steps - 1, dtype=torch.float64))
-    ends = torch.tensor([0.0, t1], dtype=torch.float64)
-    return torch.cat((ends[:1], inner[inner < t1], ends[1:]))
+    low, high = LOG_SNR
+    end = torch.tensor([t1], dtype=torch.float64)
+    if end.logit() <= low:
+        raise ValueError(f"t1 is {t1}, wanted a log-SNR above {low}")
+    if end.logit() > high:
+        inner = torch.linspace(low, high, steps - 1, dtype=torch.float64).sigmoid()
+    else:
+        inner = torch.linspace(low, end.logit().item(), steps, dtype=torch.float64)[:-1].sigmoid()
+    return torch.cat((torch.zeros_like(end), inner, end))
 
 
 def sampling_times(kind: str, steps: int, t1: float = 1.0, shift: float = 1.0) -> Tensor:
@@ -259,11 +265,7 @@ BEST = Recommended("euler", 14, "sigmoid")
 
 @torch.no_grad()
 def solve(
-    fn: GuidedPrediction,
-    x0: Tensor,
-    table: Tensor,
-    plain: Prediction | None = None,
-    after: After | None = None,
+    fn: GuidedPrediction, x0: Tensor, table: Tensor, plain: Prediction | None = None
 ) -> Tensor:  # (b n d), (evaluations, 2 + k (k + 1))
     """Carries x0 through every row of ``table``; one call of the network a row, no gradients.
 
@@ -273,8 +275,6 @@ def solve(
         x0: (b n d), the start. The state is float32 whatever its dtype, float64 for float64.
         table: made by ``solver_table``.
         plain: called in place of ``fn`` for rows of weight 1, which need no pair.
-        after: ``after(row, x, prediction)`` is called once a row is done, with the row's number,
-            its point of evaluation and what the network returned there.
 
     Returns:
         (b n d) in x0's dtype.
@@ -288,13 +288,11 @@ def solve(
     alone = is_unguided(table)
     table = table.to(state)
     index = torch.zeros(1, dtype=torch.int64, device=x0.device)
-    for row, t in enumerate(table[:, 0].unbind()):
+    for t, unguided in zip(table[:, 0].unbind(), alone, strict=True):
         # A copy: fn may keep its x, and the state is updated in place.
         x = state[0].to(x0.dtype, copy=True)
-        prediction = plain(t, x) if alone[row] and plain is not None else fn(t, x)
+        prediction = plain(t, x) if unguided and plain is not None else fn(t, x)
         advance(state, table, index, prediction)
-        if after is not None:
-            after(row, x, prediction)
     return state[0].to(x0.dtype)
 
 
