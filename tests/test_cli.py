@@ -78,6 +78,30 @@ def test_generate_by_caption_video_and_both(trained, tmp_path, capsys):
         assert f"{name}: 2.00 s at 8000 Hz" in capsys.readouterr().err
 
 
+def test_generate_with_every_option(trained, tmp_path, capsys):
+    root, checkpoint = trained
+    video = next(csv.DictReader(open(root / "toy/heldout.csv")))["video_path"]
+    out = tmp_path / "o.wav"
+    options = ["--checkpoint", checkpoint, "--caption", "a bell", "--out", out, "--seconds", 1]
+    options += ["--video", root / "toy" / video, "--negative-caption", "a drum", "--steps", 3]
+    options += ["--guidance-interval", 0.1, 0.9, "--guidance-rescale", 0.5]
+    options += ["--solver", "2m", "--times", "log-snr", "--engine", "eager", "--dtype", "float32"]
+    assert run("generate", *options) == 0
+    assert load_audio(out, 8000).shape == (8000,)
+    said = capsys.readouterr().err
+    assert "engine eager" in said and "clips of 1 s, 1 at a time: about" in said
+    for wrong, message in (
+        (["--times", "odd"], "times is 'odd'; wanted one of even, sigmoid, log-snr"),
+        (["--engine", "graph"], "engine 'graph' needs a model on a GPU"),
+        (["--engine", "warp"], "engine is 'warp', wanted one of auto"),
+    ):
+        assert run("generate", *options, *wrong) == 2
+        assert message in capsys.readouterr().err
+    table = ["--csv", root / "toy/heldout.csv", "--negative-caption", "a drum"]
+    assert run("generate", "--checkpoint", checkpoint, *table, "--out", tmp_path / "all") == 2
+    assert "--negative-caption goes with" in capsys.readouterr().err
+
+
 def test_generate_from_a_table(trained, tmp_path, capsys):
     root, checkpoint = trained
     options = ["generate", "--checkpoint", checkpoint, "--steps", 2]
