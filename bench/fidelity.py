@@ -39,6 +39,7 @@ from wavflow.infer import row_seed
 from wavflow.model.inference import prepare_inference
 from wavflow.precision import resolve_device
 from wavflow.sampler import Sampler
+from wavflow.solvers import BEST
 
 FLOOR_DB = -80.0  # of the reference's loudest bin
 WINDOW, HOP = 512, 128
@@ -50,7 +51,7 @@ class Choice:
 
     against     the choice it is compared with, made before it
     prepared    arguments of prepare_inference; None: the float32 parameters as they are
-    solver      with its steps; None: the configuration's
+    solver      with its steps and times; None: the configuration's
     backend     of all ops
     engine      how steps run
     """
@@ -58,18 +59,25 @@ class Choice:
     name: str
     against: str | None
     prepared: dict[str, Any] | None = None
-    solver: tuple[str, int] | None = None
+    solver: tuple[str, int, str] | None = None
     backend: str | None = None
     engine: str = "eager"
 
 
 CHOICES = (
-    Choice("fine solution", None, solver=("2m", 200)),
+    Choice("fine solution", None, solver=("2m", 200, "sigmoid")),
     Choice("float32", "fine solution"),
     *(
-        Choice(f"float32, {method} {steps}", "fine solution", solver=(method, steps))
-        for method, steps in (("2m", 100), ("euler", 50), ("euler", 25), ("2m", 14), ("2m", 8))
+        Choice(f"float32, {' '.join(map(str, solver))}", "fine solution", solver=solver)
+        for solver in (
+            ("2m", 100, "sigmoid"),
+            ("2m", 50, "sigmoid"),
+            ("2m", 14, "sigmoid"),
+            ("euler", 50, "even"),
+            ("euler", 25, "even"),
+        )
     ),
+    Choice("float32, default solver", "fine solution", solver=BEST),
     Choice("float32, reference backend", "float32", backend="reference"),
     Choice("float32, prepared", "float32", {"dtype": torch.float32}),
     Choice("bfloat16, no Winograd", "float32", {"dtype": torch.bfloat16, "winograd": False}),
@@ -133,9 +141,9 @@ class Clips:
         fewer._clips = self._clips[:count]
         return fewer
 
-    def solver(self, choice: Choice) -> tuple[str, int]:
+    def solver(self, choice: Choice) -> tuple[str, int, str]:
         sampling = self.config.sampling
-        return choice.solver or (sampling.method, sampling.num_steps)
+        return choice.solver or (sampling.method, sampling.num_steps, "even")
 
     def sampler(self, choice: Choice) -> Sampler:
         """What generates; a ValueError says why the library does not offer it here."""
@@ -154,13 +162,14 @@ class Clips:
         self, choice: Choice, sampler: Sampler, batch: int, progress: Callable[[int, int], None]
     ) -> Tensor:  # (clips t)
         """The choice's sounds."""
-        method, steps = self.solver(choice)
+        method, steps, times = self.solver(choice)
         with wk.use_backend(choice.backend):
             sounds = sampler.generate_features(
                 self.features,
                 self.seeds,
-                steps=steps,
                 solver=method,
+                steps=steps,
+                times=times,
                 batch_size=batch,
                 progress=progress,
             )
@@ -188,8 +197,9 @@ def results(
     rows = []
     before, total = 0, len(clips) * sum(clips.solver(choice)[1] for choice in choices)
     for choice in choices:
-        method, steps = clips.solver(choice)
-        row = {"choice": choice.name, "solver": method, "steps": steps, "against": choice.against}
+        method, steps, times = clips.solver(choice)
+        row = {"choice": choice.name, "solver": method, "steps": steps, "times": times}
+        row["against"] = choice.against
 
         def show(done: int, _: int, before: int = before, steps: int = steps) -> None:
             progress(before + done * steps, total)
@@ -262,7 +272,8 @@ def show(result: dict[str, Any]) -> None:
                "recall", "precision", "kind")  # fmt: skip
     table = Table(*headers)
     for row in result["rows"]:
-        cells = [row["choice"], f"{row['solver']} {row['steps']}", row["against"] or ""]
+        cells = [row["choice"], f"{row['solver']} {row['steps']} {row['times']}"]
+        cells.append(row["against"] or "")
         if "left_out" in row:
             table.add_row(*cells[:2], f"left out: {row['left_out']}")
             continue
