@@ -9,8 +9,8 @@ update (:mod:`wavflow.engine`). Differences are relative to the plain network in
 
 Then, apart from the comparison: the seconds of our stages (:mod:`bench.stages`), their share of
 this machine's own matrix-product peak, and the memory that a generation needs in a fresh process
-(CUDA: of tensors). Operations are the direct form's: where Winograd's convolutions do fewer, as in
-bfloat16 on a CPU, a share may pass 100 %.
+(CUDA: of tensors). Operations are the direct form's: where Winograd's convolutions do fewer, as on
+a CPU, a share may pass 100 %.
 """
 
 from __future__ import annotations
