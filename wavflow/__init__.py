@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Cancelled": "wavflow.errors",
     "Config": "wavflow.config",
     "FlowMatching": "wavflow.model.flow_matching",
     "InputError": "wavflow.errors",
@@ -23,6 +24,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Cancelled",
     "Config",
     "FlowMatching",
     "InputError",
@@ -38,7 +40,7 @@ __all__ = [
 if TYPE_CHECKING:
     from wavflow.config import Config, load_config
     from wavflow.data.toy import write_toy_world
-    from wavflow.errors import InputError
+    from wavflow.errors import Cancelled, InputError
     from wavflow.features.extract import extract
     from wavflow.model.flow_matching import FlowMatching
     from wavflow.model.networks import get_wavflow_model
