@@ -24,8 +24,16 @@ from wavflow.errors import Cancelled, InputError
 from wavflow.features.extract import encode_captions, encode_video, load_encoders
 from wavflow.memory import available_memory, clip_bytes
 from wavflow.model.inference import prepare_inference
-from wavflow.model.networks import Conditions, WavflowModel
-from wavflow.solvers import BEST, SOLVERS, TIMES, adaptive, sampling_times, solver_table
+from wavflow.model.networks import Conditions, WavflowConfig, WavflowModel
+from wavflow.solvers import (
+    BEST,
+    SOLVERS,
+    TIMES,
+    SolverError,
+    adaptive,
+    sampling_times,
+    solver_table,
+)
 
 log = logging.getLogger("wavflow")
 
@@ -127,7 +135,10 @@ class Step:
     _data: Callable[[], list[Sound]] = field(repr=False)
 
     def preview(self) -> list[Sound]:
-        """The clean sounds that the network expects at this step, one a row; no extra pass."""
+        """The clean sounds that the network expects at this step, one a row; no extra pass.
+
+        To be called within the callback: the next step overwrites what they are made of.
+        """
         return self._data()
 
 
@@ -459,7 +470,7 @@ class Sampler:
                 )
         return batches
 
-    def _network_sizes(self, data: DataConfig) -> Any:
+    def _network_sizes(self, data: DataConfig) -> WavflowConfig:
         return replace(
             self.model.config,
             latent_seq_len=data.latent_seq_len,
@@ -520,7 +531,7 @@ class Sampler:
 
             try:
                 return adaptive(predict, noise, *grid.tolist(), prediction=kind)
-            except RuntimeError as error:
+            except SolverError as error:
                 raise InputError(f"solver adaptive: {error}") from None
         table = solver_table(
             plan.solver,

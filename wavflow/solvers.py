@@ -251,6 +251,10 @@ SOLVERS: dict[str, Callable[[float, float, float | None, str], Step]] = {
 }
 
 
+class SolverError(RuntimeError):
+    """An adaptive solver could not reach the end."""
+
+
 class Recommended(NamedTuple):
     """A solver with its steps and times."""
 
@@ -342,7 +346,7 @@ def adaptive(
         (b n d) in x0's dtype.
 
     Raises:
-        RuntimeError: more than ``max_calls`` calls, or a step that came down to rounding.
+        SolverError: more than ``max_calls`` calls, or a step that came down to rounding.
     """
     from torchdiffeq import odeint
 
@@ -352,7 +356,7 @@ def adaptive(
     def predict(t: Tensor, x: Tensor) -> Tensor:
         nonlocal calls
         if calls == max_calls:
-            raise RuntimeError(
+            raise SolverError(
                 f"the adaptive solver is at t = {float(t):.4f} of {t1:.4f} after {calls} calls of "
                 "the network: allow more (max_calls), loosen rtol and atol, or use Euler"
             )
@@ -369,7 +373,7 @@ def adaptive(
         try:
             state = odeint(velocity, state, times[:2], rtol=rtol, atol=atol, method="dopri5")[-1]
         except AssertionError as error:  # torchdiffeq's report of a vanishing step or of NaN
-            raise RuntimeError(f"the adaptive solver failed: {error}") from error
+            raise SolverError(f"the adaptive solver failed: {error}") from error
     if end != t1:
         remainder = (times[2] - times[1]) / (1 - times[1])
         state = torch.lerp(state, predict(times[1], state), remainder)
