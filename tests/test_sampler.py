@@ -350,8 +350,8 @@ def test_memory_splits_batches_and_refuses_what_cannot_fit(caplog):
     with caplog.at_level("INFO", "wavflow"):
         sampler.generate_features([{}] * 5, range(5), memory=int(2.5 * clip), **options)
     assert rows == [(0, 1), (2, 3), (4,)]
-    assert "clips of 2 s, 2 at a time: about 0.01 GB of 0.01 GB" in caplog.text
-    with pytest.raises(InputError, match=r"a clip of 2 s needs about 0\.01 GB, and generation may"):
+    assert f"2 at a time: about {2 * clip / 1e6:.0f} MB of {2.5 * clip / 1e6:.0f} MB" in caplog.text
+    with pytest.raises(InputError, match=r"a clip of 2 s needs about \d+ MB, and generation may"):
         sampler.generate_features([{}], [1], memory=clip - 1)
     with pytest.raises(InputError, match=r"a clip of 2e\+06 s needs about .* fewer seconds"):
         sampler.generate(["a bell"], seconds=2e6)

@@ -451,8 +451,8 @@ class Sampler:
             clip = clip_bytes(self._network_sizes(data), self.dtype, plan.guided)
             if clip > memory:
                 raise InputError(
-                    f"a clip of {length:g} s needs about {clip / 1e9:.2f} GB, and generation may "
-                    f"use {memory / 1e9:.2f} GB: ask for fewer seconds"
+                    f"a clip of {length:g} s needs about {_size(clip)}, and generation may use "
+                    f"{_size(memory)}: ask for fewer seconds"
                 )
             rows = [row for row, seconds in enumerate(lasting) if seconds == length]
             size = min(batch_size, memory // clip, len(rows))
@@ -462,11 +462,11 @@ class Sampler:
             if self._reported.get(length) != size:
                 self._reported[length] = size
                 log.info(
-                    "clips of %g s, %d at a time: about %.2f GB of %.2f GB",
+                    "clips of %g s, %d at a time: about %s of %s",
                     length,
                     size,
-                    size * clip / 1e9,
-                    memory / 1e9,
+                    _size(size * clip),
+                    _size(memory),
                 )
         return batches
 
@@ -591,6 +591,10 @@ class Sampler:
             found = tuple(features[key].shape) if key in features else shape
             if found != shape:
                 raise InputError(f"row {row}: {key} is {found}; the model wants {shape}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _in_order(completed: Iterator[tuple[int, Sound]]) -> list[Sound]:
