@@ -107,6 +107,7 @@ class Problem:
             clips.model.latent_dim,
             noise_scale=self.sampling.noise_scale,
         )
+        self._float32 = self._ready(torch.float32)
 
     def table(self, way: Way, evaluations: int) -> Tensor:
         shifted = way.times != "unshifted"
@@ -130,8 +131,8 @@ class Problem:
 
     def solve(self, table: Tensor, evaluated: Callable[[], None]) -> Tensor:  # b n d
         """The final tokens by the float32 network; `evaluated` is called after every row."""
-        engine, *given = self._ready(torch.float32)
-        return engine.solve(given[0], table, *given[1:], after=lambda *_: evaluated())
+        engine, noise, conditions, empty = self._float32
+        return engine.solve(noise, table, conditions, empty, after=lambda *_: evaluated())
 
     def exact(self, steps: int, evaluated: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """The final tokens in float64, by Runge-Kutta steps and by adaptive ones."""

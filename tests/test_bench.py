@@ -207,7 +207,9 @@ def test_sample_compares_a_step_with_another_checkout(
     sample.main("toy_8k", seconds=0.01, against=harness.ROOT, json_path=path)
     row, other = json.loads(path.read_text()), str(harness.ROOT)
     assert set(row["seconds"]) == {"ours", "plain", "plain, weights cast", other}
-    assert row["difference"]["ours"] == pytest.approx(row["difference"][other], rel=0.05)
+    # Two processes that each compile the ops need not round alike.
+    slack = 0.05 if os.environ.get("WAVFLOW_BACKEND") == "compile" else 0
+    assert row["difference"]["ours"] == pytest.approx(row["difference"][other], rel=slack, abs=0)
     assert 0 < row["difference"]["ours"] < 2 * row["difference"]["plain"]
     said = capsys.readouterr().out
     assert "ours is faster by" in said and "peak memory" in said and "preparation" in said

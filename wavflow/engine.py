@@ -75,7 +75,7 @@ class Engine:
         model: the network, or its prepared copy.
         kind: one of ENGINES.
         dtype: what autocast casts to, float32 or float64 for no autocast.
-        limit: batch sizes and lengths that are kept captured or compiled.
+        limit: batch sizes and lengths that are kept captured.
 
     Raises:
         ValueError: an unknown kind, or ``graph`` for a model that is not on a GPU.
