@@ -8,6 +8,9 @@ where the velocity divides by 1 - t: an end must be chosen. A second reference, 
 of order 5 to the same end, says how exact the first is; their difference is reported beside the
 smallest error and should be a tenth of it at most.
 
+``--guidance-interval`` adds studies with guidance in that interval only: another equation, with a
+reference of its own.
+
 Where a path turns to another sound the error is near 1: the median over clips says how exact a
 solver is, the norm over all clips mostly how often paths turn.
 
@@ -51,6 +54,9 @@ JUDGED = (14, 50)
 CALLS = {"euler": 1, "ab2": 1, "2m": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 
 
+Interval = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Way:
     """A solver and its times: as `sampling_times` makes them, or "unshifted", even ones."""
@@ -81,6 +87,9 @@ WAYS = (
     Way("rk4", "log-snr"),
 )
 JUDGED_WAYS = tuple(way for way in WAYS if way.times != "unshifted")
+EVERYWHERE: Interval = (0.0, 1.0)
+#: Half the length of the reference's step over an end of the guidance interval.
+JUMP = 1e-9
 #: Bounds of the adaptive reference's error estimates, and about how many calls it takes.
 TOLERANCE, ADAPTIVE_CALLS = 1e-5, 400
 
@@ -92,10 +101,11 @@ class Problem:
         clips: of the demo.
         count: how many of them.
         guidance: 1 for none.
+        interval: the times with guidance.
     """
 
-    def __init__(self, clips: Clips, count: int, guidance: float) -> None:
-        self.guidance, self.sampling = guidance, clips.config.sampling
+    def __init__(self, clips: Clips, count: int, guidance: float, interval: Interval) -> None:
+        self.guidance, self.interval, self.sampling = guidance, interval, clips.config.sampling
         self._model = clips.model
         self._features = [
             torch.stack([row[key] for row in clips.features[:count]]).to(clips.model.device)
@@ -120,7 +130,9 @@ class Problem:
 
     def _table(self, solver: str, times: Tensor) -> Tensor:
         kind = self.sampling.prediction_type
-        return solver_table(solver, times, prediction=kind, guidance=self.guidance)
+        return solver_table(
+            solver, times, prediction=kind, guidance=self.guidance, interval=self.interval
+        )
 
     def _ready(self, dtype: torch.dtype) -> tuple[Engine, Tensor, Conditions, Conditions | None]:
         model = copy.deepcopy(self._model).to(dtype)
@@ -137,26 +149,33 @@ class Problem:
     def exact(self, steps: int, evaluated: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """The final tokens in float64, by Runge-Kutta steps and by adaptive ones."""
         engine, noise, conditions, empty = self._ready(torch.float64)
-        end = 1 - ADAPTIVE_END
-        times = torch.cat((time_grid(steps, 0.0, end, slope=10.0), torch.ones(1).double()))
+        grid = time_grid(steps, 0.0, 1 - ADAPTIVE_END, slope=10.0)
+        edges = torch.tensor([edge for edge in self.interval if 0 < edge < 1], dtype=torch.float64)
+        # Where guidance begins or ends a step of next to no length takes the jump.
+        times = torch.cat((grid, edges - JUMP, edges + JUMP, torch.ones(1).double())).sort().values
         table = self._table("rk4", times)
         fixed = engine.solve(noise, table, conditions, empty, after=lambda *_: evaluated())
 
-        def predict(t: Tensor, x: Tensor) -> Tensor:
-            evaluated()
-            predicted = engine.predict(t, x, conditions, empty, self.guidance)
-            return mix_guidance(predicted, self.guidance)
+        stepped, low, (begin, stop) = noise, 0.0, self.interval
+        for high, weight in ((begin, 1.0), (stop, self.guidance), (1.0, 1.0)):
+            if low == high:
+                continue
 
-        stepped = adaptive(
-            predict,
-            noise,
-            0.0,
-            1.0,
-            prediction=self.sampling.prediction_type,
-            rtol=TOLERANCE,
-            atol=TOLERANCE,
-            max_calls=10_000,
-        )
+            def predict(t: Tensor, x: Tensor, weight: float = weight) -> Tensor:
+                evaluated()
+                return mix_guidance(engine.predict(t, x, conditions, empty, weight), weight)
+
+            stepped = adaptive(
+                predict,
+                stepped,
+                low,
+                high,
+                prediction=self.sampling.prediction_type,
+                rtol=TOLERANCE,
+                atol=TOLERANCE,
+                max_calls=10_000,
+            )
+            low = high
         return fixed, stepped
 
 
@@ -186,6 +205,7 @@ def study(problem: Problem, exact: int, evaluated: Callable[[], None]) -> dict[s
             )
     return {
         "guidance": problem.guidance,
+        "interval": problem.interval,
         "reference_difference": difference(other, wanted)["error"],
         "smallest_error": min(row["error"] for row in rows),
         "rows": rows,
@@ -193,7 +213,7 @@ def study(problem: Problem, exact: int, evaluated: Callable[[], None]) -> dict[s
 
 
 def judge(
-    clips: Clips, guidance: float, batch: int, evaluated: Callable[[], None]
+    clips: Clips, guidance: float, interval: Interval, batch: int, evaluated: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """The demo's figures of all ways at the budgets JUDGED, in the dtype of `wavflow generate`."""
     dtype = resolve_dtype("auto", clips.model.device)
@@ -208,6 +228,7 @@ def judge(
                 steps=way.steps(budget),
                 times=way.times,
                 guidance=guidance,
+                guidance_interval=interval,
                 batch_size=batch,
                 on_step=lambda _: evaluated(),
             )
@@ -216,14 +237,14 @@ def judge(
     return rows
 
 
-def evaluations(exact: int, batches: int, guidances: int) -> int:
+def evaluations(exact: int, batches: int, studies: int) -> int:
     """About all calls of the network in a run, for its progress bar."""
     studied, judged = (
         sum(CALLS[way.solver] * way.steps(budget) for way in ways for budget in budgets)
         for ways, budgets in ((WAYS, BUDGETS), (JUDGED_WAYS, JUDGED))
     )
     fine = CALLS["rk4"] * exact + ADAPTIVE_CALLS
-    return guidances * (fine + studied + batches * judged)
+    return studies * (fine + studied + batches * judged)
 
 
 def main(
@@ -235,6 +256,10 @@ def main(
         1.0,
         4.5,
     ),
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="The weights above 1 also with guidance between these times only."),
+    ] = None,
     clips: Annotated[int, typer.Option(help="Whose errors are measured.", min=1)] = 8,
     judged: Annotated[int, typer.Option(help="Whose sounds are judged.", min=2)] = 32,
     exact: Annotated[int, typer.Option(help="Steps of the reference solution.", min=1)] = 100,
@@ -247,7 +272,10 @@ def main(
     try:
         where = resolve_device(device)
         given = Clips(demo, checkpoint or find_checkpoint(demo), ema, where, max(clips, judged))
-        total = evaluations(exact, -(-judged // batch), len(guidance))
+        cases = [(weight, EVERYWHERE) for weight in guidance]
+        if guidance_interval is not None:
+            cases += [(weight, guidance_interval) for weight in guidance if weight > 1]
+        total = evaluations(exact, -(-judged // batch), len(cases))
         results = []
         with counter("evaluations") as progress:
             done = 0
@@ -257,9 +285,9 @@ def main(
                 done += 1
                 progress(done, total)
 
-            for weight in guidance:
-                found = study(Problem(given, clips, weight), exact, evaluated)
-                found["judged"] = judge(given.first(judged), weight, batch, evaluated)
+            for case in cases:
+                found = study(Problem(given, clips, *case), exact, evaluated)
+                found["judged"] = judge(given.first(judged), *case, batch, evaluated)
                 results.append(found)
     except InputError as error:
         fail(f"{name}: {error}")
@@ -277,6 +305,13 @@ def main(
     show(result)
 
 
+def describe(found: dict[str, Any]) -> str:
+    """A study's guidance in words."""
+    low, high = found["interval"]
+    part = "" if (low, high) == EVERYWHERE else f" for t in {low:g} to {high:g}"
+    return f"guidance {found['guidance']:g}{part}"
+
+
 def show(result: dict[str, Any]) -> None:
     for found in result["studies"]:
         table = Table("solver, times", *(str(budget) for budget in BUDGETS), "s at 50")
@@ -291,7 +326,7 @@ def show(result: dict[str, Any]) -> None:
             for figure in ("onset_recall", "onset_precision", "class_accuracy"):
                 cells.append(", ".join(f"{row[figure]:.3f}" for row in marks))
             table.add_row(way.name, *cells)
-        print(f"guidance {found['guidance']:g}: error of all and median, by evaluations")
+        print(f"{describe(found)}: error of all and median, by evaluations")
         Console(width=150).print(table)
         print(
             f"the references differ by {found['reference_difference']:.2e}, "
@@ -335,7 +370,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             panel.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
             panel.xaxis.set_minor_locator(NullLocator())
             panel.grid(color=RULE, which="both", linewidth=0.5)
-            panel.set_title(f"guidance {found['guidance']:g}", fontsize=10)
+            panel.set_title(describe(found), fontsize=10)
         panels[0].set_ylabel("relative error of the trajectory's end, median of clips")
         panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
         figure.suptitle(

@@ -382,6 +382,7 @@ def test_solvers_are_measured_against_an_agreed_reference(
         ema="none",
         device="cpu",
         guidance=(1.0, 2.0),
+        guidance_interval=(0.2, 0.7),
         clips=2,
         judged=2,
         exact=40,
@@ -390,7 +391,8 @@ def test_solvers_are_measured_against_an_agreed_reference(
         plot=picture,
     )
     found = json.loads(path.read_text())
-    assert [study["guidance"] for study in found["studies"]] == [1.0, 2.0]
+    cases = [(study["guidance"], tuple(study["interval"])) for study in found["studies"]]
+    assert cases == [(1.0, (0.0, 1.0)), (2.0, (0.0, 1.0)), (2.0, (0.2, 0.7))]
     for study in found["studies"]:
         assert study["reference_difference"] < 0.5 * study["smallest_error"]
         errors = {(r["solver"], r["times"], r["evaluations"]): r["error"] for r in study["rows"]}
@@ -399,7 +401,8 @@ def test_solvers_are_measured_against_an_agreed_reference(
         assert all(0 < error < 10 for error in errors.values())
         assert all(0 <= row["class_accuracy"] <= 1 for row in study["judged"])
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "errors of 2 clips, figures of 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "errors of 2 clips, figures of 2" in said and "guidance 2 for t in 0.2 to 0.7" in said
 
 
 def test_freed_memory_is_kept_where_glibc_is(monkeypatch: pytest.MonkeyPatch) -> None:
