@@ -39,7 +39,7 @@ from wavflow.infer import row_seed
 from wavflow.model.inference import prepare_inference
 from wavflow.precision import resolve_device
 from wavflow.sampler import Sampler
-from wavflow.solvers import BEST
+from wavflow.solvers import BEST, Recommended
 
 FLOOR_DB = -80.0  # of the reference's loudest bin
 WINDOW, HOP = 512, 128
@@ -51,7 +51,7 @@ class Choice:
 
     against     the choice it is compared with, made before it
     prepared    arguments of prepare_inference; None: the float32 parameters as they are
-    solver      with its steps and times; None: the configuration's
+    solver      with steps, times and guidance interval; None: the configuration's
     backend     of all ops
     engine      how steps run
     """
@@ -59,16 +59,18 @@ class Choice:
     name: str
     against: str | None
     prepared: dict[str, Any] | None = None
-    solver: tuple[str, int, str] | None = None
+    solver: Recommended | None = None
     backend: str | None = None
     engine: str = "eager"
 
 
 CHOICES = (
-    Choice("fine solution", None, solver=("2m", 200, "sigmoid")),
+    Choice("fine solution", None, solver=Recommended("2m", 200, "sigmoid")),
     Choice("float32", "fine solution"),
     *(
-        Choice(f"float32, {' '.join(map(str, solver))}", "fine solution", solver=solver)
+        Choice(
+            f"float32, {' '.join(map(str, solver))}", "fine solution", solver=Recommended(*solver)
+        )
         for solver in (
             ("2m", 100, "sigmoid"),
             ("2m", 50, "sigmoid"),
@@ -141,9 +143,9 @@ class Clips:
         fewer._clips = self._clips[:count]
         return fewer
 
-    def solver(self, choice: Choice) -> tuple[str, int, str]:
+    def solver(self, choice: Choice) -> Recommended:
         sampling = self.config.sampling
-        return choice.solver or (sampling.method, sampling.num_steps, "even")
+        return choice.solver or Recommended(sampling.method, sampling.num_steps, "even")
 
     def sampler(self, choice: Choice) -> Sampler:
         """What generates; a ValueError says why the library does not offer it here."""
@@ -162,14 +164,15 @@ class Clips:
         self, choice: Choice, sampler: Sampler, batch: int, progress: Callable[[int, int], None]
     ) -> Tensor:  # (clips t)
         """The choice's sounds."""
-        method, steps, times = self.solver(choice)
+        way = self.solver(choice)
         with wk.use_backend(choice.backend):
             sounds = sampler.generate_features(
                 self.features,
                 self.seeds,
-                solver=method,
-                steps=steps,
-                times=times,
+                solver=way.solver,
+                steps=way.steps,
+                times=way.times,
+                guidance_interval=way.guidance_interval,
                 batch_size=batch,
                 progress=progress,
             )
@@ -195,16 +198,15 @@ def results(
     """The rows; `left_out` says why one has no figures. Progress is in steps of a clip."""
     made: dict[str, Tensor] = {}
     rows = []
-    before, total = 0, len(clips) * sum(clips.solver(choice)[1] for choice in choices)
+    before, total = 0, len(clips) * sum(clips.solver(choice).steps for choice in choices)
     for choice in choices:
-        method, steps, times = clips.solver(choice)
-        row = {"choice": choice.name, "solver": method, "steps": steps, "times": times}
-        row["against"] = choice.against
+        way = clips.solver(choice)
+        row = {"choice": choice.name, **way._asdict(), "against": choice.against}
 
-        def show(done: int, _: int, before: int = before, steps: int = steps) -> None:
+        def show(done: int, _: int, before: int = before, steps: int = way.steps) -> None:
             progress(before + done * steps, total)
 
-        before += len(clips) * steps
+        before += len(clips) * way.steps
         try:
             sampler = clips.sampler(choice)
         except ValueError as error:

@@ -29,6 +29,8 @@ MODULES = (
     "torchdiffeq", "typer", "rich",
 )  # fmt: skip
 PROGRAMS = ("cmake", "ninja")
+#: What the trainer's benchmark needs beside these.
+TRAINING = ("omegaconf", "soundfile")
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ def plan(capability: tuple[int, int], gpu: str, workers: int) -> list[Stage]:
     if importlib.util.find_spec("xdist") is not None:
         parallel = ["-n", str(workers)]
     no_plots = "" if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
+    absent = [name for name in TRAINING if importlib.util.find_spec(name) is None]
+    no_training = f"{' and '.join(absent)} not installed" if absent else ""
 
     def keep_tables() -> None:
         """The installed package holds the new table; the sources get it too."""
@@ -228,6 +232,15 @@ def plan(capability: tuple[int, int], gpu: str, workers: int) -> list[Stage]:
                 needs="build",
             )
             for batch in (1, 8)
+        ),
+        Stage(
+            "train",
+            [*python, "-m", "bench.run", "train", "--device", "cuda", "--model", "medium_16k",
+             "--batch", "8", "--seconds", "5", "--compile",
+             "--json", str(results / f"train-{slug(gpu)}.json")],
+            150,
+            unless=no_training,
+            needs="build",
         ),
     ]  # fmt: skip
 

@@ -1,18 +1,26 @@
-"""WavFlow's network as it is usually written: eager torch modules, nothing shared or fused.
+"""WavFlow's network and training as usually written: eager torch, nothing shared or fused.
 
-It runs on the weights of a :class:`WavflowModel`; sampling speed is compared with it. Every
+It runs on the weights of a :class:`WavflowModel`; sampling and training are compared with it. Every
 token has its own modulation, guidance takes two calls, q, k and v are cut, normed, rotated and
 joined by separate operations, and convolutions permute to channels-first and back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import wavflow_kernels as wk
+from wavflow.config import Config
+from wavflow.data.dataset import ClipBatch
+from wavflow.ema import warmed_up_decay
 from wavflow.model.blocks import RMS_NORM_EPS, AttentionInput, SwiGLU, TransformerBlock
-from wavflow.model.networks import Conditions, WavflowModel
+from wavflow.model.flow_matching import log_normal_sample
+from wavflow.model.networks import SYNC_SEGMENT, Conditions, WavflowModel
+from wavflow.solvers import shift_time
 
 
 def conv(layer: nn.Module, x: Tensor) -> Tensor:
@@ -98,6 +106,35 @@ def predict(model: WavflowModel, latent: Tensor, t: Tensor, conditions: Conditio
     return conv(model.final_layer.conv, modulated(x, shift, scale))
 
 
+def conditions(model: WavflowModel, clip: Tensor, sync: Tensor, text: Tensor) -> Conditions:
+    """Projected features (b n_clip clip_dim), (b n_sync sync_dim), (b n_text text_dim)."""
+    segments = sync.unflatten(1, (-1, SYNC_SEGMENT)) + model.sync_pos_emb
+    projected = []
+    for layers, given in (
+        (model.clip_input_proj, clip),
+        (model.sync_input_proj, segments.flatten(1, 2)),
+        (model.text_input_proj, text),
+    ):
+        projected.append(feed_forward(layers[-1], conv(layers[0], given)))
+    clip_f, sync_rows, text_f = projected
+    return Conditions(
+        clip_f=clip_f,
+        text_f=text_f,
+        clip_f_c=model.clip_cond_proj(clip_f.mean(dim=1)),
+        text_f_c=model.text_cond_proj(text_f.mean(dim=1)),
+        sync_rows=sync_rows,
+        sync_tokens=model._sync_tokens(),
+        rope=model._rope(),
+    )
+
+
+def forward(
+    model: WavflowModel, latent: Tensor, clip: Tensor, sync: Tensor, text: Tensor, t: Tensor
+) -> Tensor:
+    """The prediction (b n d) for latent (b n d) and raw features at t (b), as in training."""
+    return predict(model, latent, t, conditions(model, clip, sync, text))
+
+
 def guided(
     model: WavflowModel,
     t: Tensor,
@@ -110,3 +147,93 @@ def guided(
     times = t.expand(len(latent))
     cond, uncond = (predict(model, latent, times, c) for c in (conditions, empty))
     return cfg_strength * cond + (1 - cfg_strength) * uncond
+
+
+def loss(
+    model: WavflowModel,
+    config: Config,
+    batch: ClipBatch,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    forward: Callable[..., Tensor] = forward,
+) -> Tensor:  # b
+    """The loss by torch operations; times, noise and what is dropped are drawn if not given."""
+    data, sampling = config.data, config.sampling
+    device, count = batch.wave.device, len(batch.wave)
+    dropped = config.training.label_drop_prob
+    with wk.use_backend("reference"), torch.autocast(device.type, enabled=False):
+        x_1 = wk.lift_patchify(
+            batch.wave,
+            batch.lengths,
+            token_size=data.audio_dim,
+            tokens=data.latent_seq_len,
+            audio_scale=data.audio_scale,
+        )
+        if t is None:
+            t = log_normal_sample(x_1, None, sampling.mean, sampling.scale)
+            t = shift_time(t, sampling.noise_shift)
+        if noise is None:
+            noise = sampling.noise_scale * torch.randn_like(x_1)
+        at = t[:, None, None]
+        x_t = (1 - (1 - sampling.min_sigma) * at) * noise + at * x_1
+    video, text = (
+        (flag & (torch.rand(count, device=device) >= dropped))[:, None, None]
+        for flag in (batch.has_video, batch.has_text)
+    )
+    clip, sync, caption = batch.features.values()
+    pred = forward(
+        model,
+        x_t,
+        torch.where(video, clip, model.get_empty_clip_sequence(count)),
+        torch.where(video, sync, model.get_empty_sync_sequence(count)),
+        torch.where(text, caption, model.get_empty_string_sequence(count)),
+        t,
+    )
+    with wk.use_backend("reference"), torch.autocast(device.type, enabled=False):
+        return wk.flow_loss(
+            pred,
+            x_1,
+            t,
+            x_t=x_t,
+            x_0=noise,
+            prediction=sampling.prediction_type,
+            loss=config.training.loss_type,
+            sigma_min=sampling.min_sigma,
+        )
+
+
+def training_step(
+    model: WavflowModel,
+    config: Config,
+    batch: ClipBatch,
+    dtype: torch.dtype,
+    compiled: bool = False,
+) -> Callable[[], None]:
+    """A step on `batch`: ``torch.optim.AdamW`` as it comes, averages parameter by parameter."""
+    settings = config.training
+    kind = model.device.type
+    network = torch.compile(forward, dynamic=False) if compiled else forward
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.peak_lr(), betas=(0.9, 0.95))
+    averages = {
+        decay: {name: p.detach().clone() for name, p in model.named_parameters()}
+        for decay in (settings.ema_decay1, settings.ema_decay2)
+    }
+    age = 0
+
+    def step() -> None:
+        nonlocal age
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            value = loss(model, config, batch, forward=network).mean()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)
+        optimizer.step()
+        with torch.no_grad():
+            for decay, average in averages.items():
+                now = warmed_up_decay(decay, age)
+                for name, p in model.named_parameters():
+                    average[name].mul_(now).add_(p, alpha=1 - now)
+        age += 1
+
+    return step

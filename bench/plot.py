@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from bench.harness import fail
+from wavflow.pictures import INK, QUIET, RULE, STYLE, can_draw
 
-INK, QUIET, RULE = "#1f2430", "#6b7280", "#e5e7eb"
 # In this order from the top of each group; the same colour means the same peer everywhere.
 PEERS = {"reference": ("eager torch", "#4c78a8"), "compile": ("torch.compile", "#f2a13a")}
 BEST = ("best other call", "#54a868")
@@ -50,15 +49,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    style = {
-        "font.size": 9,
-        "text.color": INK,
-        "axes.edgecolor": RULE,
-        "axes.labelcolor": QUIET,
-        "xtick.color": QUIET,
-        "ytick.color": INK,
-    }
-    with rc_context(style):
+    with rc_context(STYLE | {"ytick.color": INK}):
         height = 0.52 * len(rows) + 1.9  # inches; the head and foot take 1.9
         figure = Figure((11, height), dpi=150, layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -133,7 +124,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="The PNG; default beside the results.")] = None,
 ) -> None:
     """Draw the results of a run as bars."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_draw():
         fail("bench.plot: matplotlib is not installed (pip install matplotlib)")
     try:
         rows = json.loads(results.read_text(encoding="utf-8"))

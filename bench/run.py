@@ -7,7 +7,8 @@ floor of a memory-bound op. Percentages are of this machine's own peaks, measure
 
 ``python -m bench.run sample`` times whole steps of the network (:mod:`bench.sample`);
 ``python -m bench.run fidelity`` says what fast choices cost in sound (:mod:`bench.fidelity`);
-``python -m bench.run solvers`` how far every solver ends from the exact one (:mod:`bench.solvers`).
+``python -m bench.run solvers`` how far every solver ends from the exact one (:mod:`bench.solvers`);
+``python -m bench.run train`` times whole training steps (:mod:`bench.train`).
 """
 
 from __future__ import annotations
@@ -356,7 +357,7 @@ def show(rows: Sequence[dict[str, Any]], dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["sample"], ["fidelity"], ["solvers"]):
+    if sys.argv[1:2] in (["sample"], ["fidelity"], ["solvers"], ["train"]):
         typer.run(importlib.import_module(f"bench.{sys.argv.pop(1)}").main)
     else:
         typer.run(main)

@@ -70,13 +70,17 @@ with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torc
 
 
 class Checkout:
-    """Another checkout's network in a child process, one step for a line on its stdin."""
+    """Another checkout's network in a child process, one step for a line on its stdin.
 
-    def __init__(self, path: Path, job: dict[str, Any], folder: Path) -> None:
+    `program` reads the path of the saved job from its first line; of a line that is not empty it
+    takes a path to save the step's output to.
+    """
+
+    def __init__(self, path: Path, job: dict[str, Any], folder: Path, program: str = CHILD) -> None:
         torch.save(job, folder / "job.pt")
         self._output = folder / "out.pt"
         self._child = subprocess.Popen(
-            [sys.executable, "-c", CHILD],
+            [sys.executable, "-c", program],
             env={**os.environ, "PYTHONPATH": str(path)},
             cwd=folder,
             stdin=subprocess.PIPE,
@@ -91,7 +95,7 @@ class Checkout:
     def _step(self, line: str) -> None:
         self._ask(line)
         if not self._child.stdout.readline():
-            fail(f"bench.run sample: the checkout's process ended with code {self._child.wait()}")
+            fail(f"bench.run: the checkout's process ended with code {self._child.wait()}")
 
     def step(self) -> None:
         self._step("")
@@ -107,12 +111,17 @@ class Checkout:
 
 def filled(name: str, device: torch.device) -> WavflowModel:
     """A preset with random weights everywhere: fresh ones predict zeros."""
-    torch.manual_seed(SEED)
     model = get_wavflow_model(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02).add_(1 if parameter.dim() == 1 else 0)
+    fill(model)
     return model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fill(model: WavflowModel) -> None:
+    """Gives a network on the CPU random weights everywhere, the same ones each time."""
+    generator = torch.Generator().manual_seed(SEED)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02, generator=generator).add_(1 if parameter.dim() == 1 else 0)
 
 
 def inputs(model: WavflowModel, batch: int) -> list[Tensor]:

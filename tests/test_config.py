@@ -33,7 +33,7 @@ def test_defaults_are_the_16k_system():
     assert config.data.latent_seq_len == 640
     assert config.sampling.num_steps == 50
     assert config.inference.cfg == 4.5
-    assert config.training.peak_lr == 1e-4
+    assert config.training.peak_lr() == 1e-4
 
 
 def test_base_is_merged_under_the_file_recursively(tmp_path):
@@ -68,7 +68,7 @@ def test_overrides_are_yaml_values():
             "experiment_id=run 1",
         ],
     )
-    assert config.training.peak_lr == pytest.approx(1e-4)
+    assert config.training.peak_lr() == pytest.approx(1e-4)
     assert config.training.lr_schedule_steps == [3, 7]
     assert config.model.ema == "ema2"
     assert config.experiment_id == "run 1"
@@ -91,6 +91,15 @@ def test_overrides_are_yaml_values():
         ("training.lr=-1", r"training\.lr is -1\.0; wanted > 0"),
         ("training.lr=.nan", r"training\.lr is nan; wanted a finite number"),
         ("training.lr_schedule_steps=[a]", r"lr_schedule_steps is \['a'\]"),
+        (
+            "data.source_weights=3",
+            r"source_weights is 3 \(int\); wanted dict\[str, float\] or null",
+        ),
+        ("data.source_weights={1: 2}", r"source_weights is \{1: 2\} \(dict\); wanted dict"),
+        ("data.source_weights.a=b", r"data\.source_weights\.a is 'b' \(str\); wanted float"),
+        ("data.source_weights.a=-1", r"data\.source_weights\.a is -1\.0; wanted >= 0"),
+        ("data.source_weights.a=.inf", r"source_weights\.a is inf; wanted a finite number"),
+        ("data.crop=last", r"data\.crop is 'last'; wanted one of first, random"),
         ("training=3", r"training is 3; wanted a mapping"),
         ("sampling.prediction_type=eps", r"prediction_type is 'eps'; wanted one of x, v"),
         ("model.use_ema=ema3", r"model\.use_ema is 'ema3'"),
@@ -125,7 +134,10 @@ def test_missing_file_names_the_packaged_ones():
 
 
 def test_saved_config_reads_back(tmp_path):
-    config = load_config("medium_44k", ["training.max_seconds=3"])
+    config = load_config(
+        "medium_44k", ["training.max_seconds=3", "data.source_weights={a: 1, b c: 0}"]
+    )
+    assert config.data.source_weights == {"a": 1.0, "b c": 0.0}
     save_config(tmp_path / "config.yaml", config)
     assert load_config(tmp_path / "config.yaml") == config
     assert config_from_dict(config.to_dict()) == config

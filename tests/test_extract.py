@@ -3,19 +3,22 @@ from __future__ import annotations
 import csv
 import functools
 import os
-import re
 import shutil
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from wavflow.audio import save_wav
+from wavflow.audio import load_audio
 from wavflow.config import load_config
-from wavflow.data.dataset import ClipDataset, plan, prefetch, read_features, steps_per_epoch
-from wavflow.data.toy import write_toy_world
+from wavflow.data.crop import Grid
+from wavflow.data.dataset import ClipDataset
+from wavflow.data.recording import read_features
+from wavflow.data.toy import SIDE, make_scene, write_toy_world
+from wavflow.data.toy_look import draw
+from wavflow.draw import Draw
 from wavflow.errors import InputError
-from wavflow.features.extract import extract
+from wavflow.features.extract import encode_video, extract, load_encoders
 
 
 @functools.cache
@@ -141,151 +144,72 @@ def test_unusable_tables(world, tmp_path):
         extract(world / "toy/train.csv", world / "new", encoders="clop")
 
 
-# The training set
+def test_the_source_column_goes_along(world):
+    rows = read(world / "toy/train.csv")
+    for number, row in enumerate(rows):
+        row["source"] = "films, old" if number % 2 else ""
+    rewrite(world / "toy/train.csv", rows)
+    table = read(extract(world / "toy/train.csv", world / "out", workers=0).csv)
+    assert [row["source"] for row in table] == [row["source"] for row in rows]
 
 
-def test_dataset_holds_the_rows(made):
-    _, result = made
-    data = ClipDataset(result.csv, toy())
-    table = read(result.csv)
-    assert len(data) == 12
-    batch = data.batch(range(12))
-    assert batch.ids == [row["id"] for row in table]
-    assert batch.wave.shape == (12, toy().samples)
-    assert batch.has_video.tolist() == [row["video_exist"] == "1" for row in table]
-    assert batch.has_text.tolist() == [row["text_exist"] == "1" for row in table]
-    assert torch.equal(batch.features["clip_features"].abs().amax((1, 2)) > 0, batch.has_video)
-    assert torch.equal(batch.features["text_features"].abs().amax((1, 2)) > 0, batch.has_text)
+def write_lossless(path, frames, fps):
+    import av
+
+    with av.open(str(path), "w") as file:
+        video = file.add_stream("libx264", rate=fps, options={"crf": "0", "preset": "ultrafast"})
+        video.height, video.width = frames.shape[1:3]
+        video.pix_fmt = "yuv420p"
+        for picture in frames:
+            file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(video.encode(None))
 
 
-def test_flag_hides_what_the_file_holds(world):
-    rows = read(world / "out/train.csv")
-    full = next(row for row in rows if row["video_exist"] == row["text_exist"] == "1")
-    full["video_exist"] = "0"
-    rewrite(world / "out/one.csv", [full])
-    clip = ClipDataset(world / "out/one.csv", toy())[0]
-    assert not clip.has_video and clip.has_text
-    assert list(clip.features) == ["text_features"]
+def test_rows_of_a_longer_video_are_those_of_its_cut(tmp_path):
+    frames = draw(make_scene(2, "train", 3, 5.0), 125, SIDE)  # struck at 2 s, among others
+    write_lossless(tmp_path / "whole.mp4", frames, 25)
+    encoders, grid = load_encoders("embedded"), Grid(replace(toy(), crop="random"))
+    whole = encode_video(encoders, tmp_path / "whole.mp4", 5.0)
+    for second in range(4):
+        write_lossless(tmp_path / "cut.mp4", frames[25 * second : 25 * (second + 2)], 25)
+        cut = encode_video(encoders, tmp_path / "cut.mp4", 2.0)
+        place = grid.place(8 * second)
+        assert place.sample == 8000 * second
+        clip = whole["clip_features"][place.clip_row :][:16]
+        sync = whole["sync_features"][place.sync_row :][:48]
+        torch.testing.assert_close(clip, cut["clip_features"])
+        # A cut's first row does not know the picture before it.
+        torch.testing.assert_close(sync[1:], cut["sync_features"][1:])
+        assert second == 0 or not torch.allclose(sync[0], cut["sync_features"][0])
 
 
-def test_cache_bound(made):
-    _, result = made
-    from dataclasses import replace
-
-    full = ClipDataset(result.csv, toy())
-    none = ClipDataset(result.csv, replace(toy(), cache_mb=0))
-    assert len(full._cache) == 12 and len(none._cache) == 0
-    assert torch.equal(full[5].wave, none[5].wave)
-
-
-def test_bad_rows_are_dropped_named_and_reported(world, caplog):
-    rows = read(world / "out/train.csv")
-    ids = [row["id"] for row in rows]
-    audio = [world / "toy/audio" / f"{id}.wav" for id in ids]
-    save_wav(audio[0], torch.zeros(16000), 8000)
-    audio[1].write_bytes(b"RIFFnonsense")
-    audio[2].write_bytes(b"")
-    audio[3].unlink()
-    import soundfile
-
-    wave = np.zeros(16000, np.float32)
-    wave[7] = np.nan
-    soundfile.write(audio[4], wave, 8000, subtype="FLOAT")
-    features = torch.load(world / "out" / rows[5]["features_path"], weights_only=True)
-    key = next(iter(features))
-    torch.save({**features, key: features[key][:-1]}, world / "out" / rows[5]["features_path"])
-    features = torch.load(world / "out" / rows[6]["features_path"], weights_only=True)
-    key = next(iter(features))
-    features[key][0, 0] = float("inf")
-    torch.save(features, world / "out" / rows[6]["features_path"])
-    rows[7]["text_exist"] = "2"
-    rewrite(world / "out/train.csv", rows)
-
-    data = ClipDataset(world / "out/train.csv", toy(), report=world / "report.csv")
-    assert [row.id for row in data.rows] == ids[8:]
-    assert len(caplog.records) == 8
-    report = read(world / "report.csv")
-    assert [row["status"] for row in report] == ["skipped"] * 8 + ["ok"] * 4
-    for row, word in zip(
-        report,
-        ("silent", "not readable", ".wav", "no such file", "nan", "wanted (", "non-finite", "'2'"),
-        strict=False,
-    ):
-        assert word in row["reason"], row
-    assert re.search(
-        r"row 7: .*\.pth: \w+_features is \(\d+, \d+\); wanted \(", report[5]["reason"]
-    )
+def test_clip_rows_are_those_of_a_cut_at_every_place(tmp_path):
+    frames = draw(make_scene(2, "train", 3, 3.0), 75, SIDE)[::3][:24]  # shown at 8 a second
+    write_lossless(tmp_path / "whole.mp4", frames, 8)
+    encoders, grid = load_encoders("embedded"), Grid(replace(toy(), crop="random"))
+    whole = encode_video(encoders, tmp_path / "whole.mp4", 3.0)["clip_features"]
+    assert grid.places(24000, 24, 72) == 9
+    for number in range(9):
+        write_lossless(tmp_path / "cut.mp4", frames[number : number + 16], 8)
+        cut = encode_video(encoders, tmp_path / "cut.mp4", 2.0)["clip_features"]
+        torch.testing.assert_close(whole[grid.place(number).clip_row :][:16], cut)
 
 
-def test_wrong_shapes_everywhere_are_an_error(made):
-    from dataclasses import replace
-
-    _, result = made
-    with pytest.raises(InputError, match=r"no usable row; the first: row 2: .*\.pth: .*wanted"):
-        ClipDataset(result.csv, replace(toy(), clip_dim=32, text_dim=16))
-    with pytest.raises(InputError, match="no such file"):
-        ClipDataset(result.csv.with_name("gone.csv"), toy())
-
-
-class Payload:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.target),))
-
-
-def test_features_file_runs_nothing(tmp_path):
-    path = tmp_path / "x.pth"
-    torch.save({"clip_features": Payload(tmp_path / "ran")}, path)
-    with pytest.raises(InputError, match=r"x\.pth: not a readable features file"):
-        read_features(path, toy().feature_shapes)
-    assert not (tmp_path / "ran").exists()
-    torch.save([1, 2], path)
-    with pytest.raises(InputError, match="wanted a dict of features, found list"):
-        read_features(path, toy().feature_shapes)
-    torch.save({"text_features": torch.zeros(77, 64)}, path)
-    with pytest.raises(InputError, match="no clip_features, found text_features"):
-        read_features(path, toy().feature_shapes, ("clip_features",))
-
-
-def test_missing_column(world):
-    rows = read(world / "out/train.csv")
-    rewrite(world / "out/short.csv", [{k: r[k] for k in ("id", "audio_path")} for r in rows])
-    with pytest.raises(InputError, match=r"short\.csv: no column 'features_path'"):
-        ClipDataset(world / "out/short.csv", toy())
-
-
-# Order
-
-
-def take(items, size, seed, epoch, step, count):
-    work = plan(items, size, seed, epoch, step)
-    return [next(work) for _ in range(count)]
-
-
-def test_order_depends_on_seed_and_epoch_and_goes_on_anywhere():
-    whole = take(10, 3, 5, 0, 0, 9)
-    assert [w.step for w in whole] == [0, 1, 2] * 3
-    assert [w.epoch for w in whole] == [0] * 3 + [1] * 3 + [2] * 3
-    assert take(10, 3, 5, 1, 2, 4) == whole[5:]
-    for epoch in range(3):
-        seen = sum((w.indices for w in whole if w.epoch == epoch), [])
-        assert len(set(seen)) == 9
-    assert [w.indices for w in whole[:3]] != [w.indices for w in whole[3:6]]
-    assert take(10, 3, 6, 0, 0, 9) != whole
-    assert steps_per_epoch(2, 5) == 1 and len(take(2, 5, 0, 0, 0, 1)[0].indices) == 2
-
-
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_prefetch_keeps_the_order_and_passes_errors_on(workers):
-    batches = prefetch(lambda w: sum(w.indices), plan(10, 3, 5, 0, 0), workers, 2)
-    for work in take(10, 3, 5, 0, 0, 20):
-        assert next(batches) == (work, sum(work.indices))
-    batches.close()
-
-    def fail(work):
-        raise InputError("gone")
-
-    with pytest.raises(InputError, match="gone"):
-        next(prefetch(fail, plan(10, 3, 5, 0, 0), workers, 2))
+def test_a_longer_extraction_trains_on_random_windows(tmp_path):
+    write_toy_world(tmp_path / "toy", 6, 3, heldout=0, seconds=3.0, workers=1)
+    result = extract(tmp_path / "toy/train.csv", tmp_path / "out", seconds=3.0, workers=0)
+    data = ClipDataset(result.csv, replace(toy(), crop="random"))
+    index = next(i for i in range(6) if data[i].has_video)
+    held = torch.load(result.csv.parent / "features" / f"{data.id(index)}.pth", weights_only=True)
+    wave = load_audio(tmp_path / "toy/audio" / f"{data.id(index)}.wav", 8000)
+    batch = data.load([index] * 60, Draw(1, range(60))).batch
+    assert batch.wave.shape == (60, 16000)
+    held_at = set()
+    for place in range(60):
+        whole = (torch.equal(wave[1000 * n :][:16000], batch.wave[place]) for n in range(9))
+        (number,) = [n for n, same in enumerate(whole) if same]
+        clip, sync = batch.features["clip_features"], batch.features["sync_features"]
+        assert torch.equal(clip[place], held["clip_features"][number : number + 16])
+        assert torch.equal(sync[place], held["sync_features"][3 * number : 3 * number + 48])
+        held_at.add(number)
+    assert held_at == set(range(9))

@@ -347,3 +347,34 @@ def test_more_elements_than_an_int32_counts(name: str, backend: str, backward: b
             alone = results_of({key: item(t, index) for key, t in args.items()})
             for part, wanted in zip(whole, alone, strict=True):
                 assert relative(item(part, index), wanted) <= 0.01, index
+
+
+def test_training_steps_wait_for_no_device(tmp_path: Any) -> None:
+    """Loader, loss, backward, clipping, optimiser and averages, between two lines of the log."""
+    pytest.importorskip("omegaconf")
+    pytest.importorskip("soundfile")
+    from toy_task import SETTINGS, Fit, Points
+
+    from wavflow.parallel import World
+    from wavflow.trainer import Trainer
+
+    trainer = Trainer(
+        Fit(),
+        Points(),
+        SETTINGS,
+        tmp_path,
+        config={},
+        world=World(0, 1, CUDA),
+        dtype=torch.bfloat16,
+    )
+    batches = trainer.batches()
+    for _ in range(2):  # states are made and kernels loaded
+        trainer.train_step(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            trainer.train_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    trainer.window.absorb()
+    assert trainer.window.figures(trainer.world)["loss"] > 0

@@ -435,3 +435,13 @@ def test_without_the_extension_the_ops_run() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == python(MIX).stdout
     assert "the compiled extension is absent" in done.stderr
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_autocast_is_traced_in_one_graph(backend: str | None) -> None:
+    x, weight = torch.randn(2, 5, 8), torch.randn(16, 8)
+    compiled = torch.compile(lambda x: wk.conv1d(x, weight), fullgraph=True, backend="eager")
+    with wk.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        found, wanted = compiled(x), wk.conv1d(x, weight)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted)

@@ -214,9 +214,11 @@ def test_bad_requests(arguments, message):
 def test_the_plan():
     sampler = tiny_sampler()
     plan = sampler.plan()
-    assert (plan.solver, plan.steps, plan.times) == BEST and plan.guidance == 4.0
+    assert (plan.solver, plan.steps, plan.times, plan.guidance_interval) == BEST
+    assert plan.guidance == 4.0 and [plan.weight(t) for t in (0.0, 0.7, 0.71)] == [4.0, 4.0, 1.0]
     public = sampler.plan(solver="euler", guidance=0.5)
-    assert (public.steps, public.times) == (4, "even")  # the configuration's steps, even times
+    # The configuration's steps, even times, guidance throughout.
+    assert (public.steps, public.times, public.guidance_interval) == (4, "even", (0.0, 1.0))
     assert not public.guided and public.weight(0.5) == 1.0
     part = sampler.plan(guidance_interval=(0.2, 0.6), steps=9)
     assert (part.solver, part.steps) == (BEST.solver, 9)

@@ -1,107 +1,72 @@
+"""The trainer, with a task that trains in milliseconds."""
+
 from __future__ import annotations
 
 import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from toy_task import SETTINGS, Fit, Points, make_trainer
 
 from wavflow import checkpoint
-from wavflow.config import TrainingConfig, load_config
 from wavflow.draw import Draw
+from wavflow.dry_run import dry_run
 from wavflow.ema import Ema
 from wavflow.errors import InputError
+from wavflow.runlog import read_metrics
 from wavflow.trainer import Trainer, make_optimizer
-
-SETTINGS = TrainingConfig(
-    epochs=4,
-    batch_size=4,
-    lr=1e-2,
-    warmup_steps=3,
-    log_freq=3,
-    num_workers=0,
-    lr_schedule="cosine",
-    weight_decay=0.01,
-    seed=7,
-)
+from wavflow.window import Pace
 
 
-class Points:
-    """Noisy samples of a line; `broken` items are NaN."""
-
-    def __init__(self, items=22, broken=()):
-        self.x = torch.randn(items, 3, generator=torch.Generator().manual_seed(1))
-        self.y = self.x.sum(1, keepdim=True)
-        self.x[list(broken)] = float("nan")
-
-    def __len__(self):
-        return len(self.x)
-
-    def id(self, index):
-        return f"clip{index}"
-
-    def batch(self, indices):
-        return self.x[list(indices)], self.y[list(indices)]
-
-    def fingerprint(self):
-        return str(len(self.x))
+def at_step(step: int, do: Callable[[], None]) -> Fit:
+    """The task, which does something while step number `step` takes its loss."""
+    first = step * SETTINGS.batch_size
+    return Fit(lambda draw: do() if draw.positions[0] == first and draw.seed else None)
 
 
-class Fit:
-    """Regression under noise that comes from the draw."""
-
-    def __init__(self, each_step=lambda step: None):
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.each_step = each_step
-        self.losses = []
-
-    def loss(self, batch, draw):
-        self.each_step(draw.step)
-        x, y = batch
-        noise = torch.stack(
-            [torch.randn(3, generator=torch.Generator().manual_seed(int(s))) for s in draw.seeds]
-        )
-        scale = torch.rand(len(x), 1, generator=draw.generator())
-        losses = (self.model(x + 0.1 * scale * noise) - y).square().mean(1)
-        self.losses.append(losses.detach().clone())
-        return losses
+def send(signum: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), signum)
 
 
-def trainer(out, settings=SETTINGS, objective=None, dataset=None):
-    return Trainer(
-        objective or Fit(),
-        dataset or Points(),
-        settings,
-        out,
-        config={},
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+def metrics(out: Path) -> list[dict]:
+    timing = ("clips_per_second", "data_wait", "memory_gb", "seconds", "mfu")
+    return [{k: v for k, v in line.items() if k not in timing} for line in read_metrics(out)]
 
 
-def metrics(out):
-    lines = [json.loads(x) for x in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: x[k] for k in ("step", "epoch", "loss", "grad_norm", "lr")} for x in lines]
+def all_metrics(out: Path) -> list[dict]:
+    return metrics(out / "metrics.jsonl")
 
 
-def test_a_run_learns_and_leaves_its_files(tmp_path):
+def assert_same_run(one: Path, two: Path) -> None:
+    """Weights, averages, optimiser and metrics are equal to the bit."""
+    a, b = (checkpoint.load(out / checkpoint.LATEST) for out in (one, two))
+    for key in ("model", "model_ema1", "model_ema2"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+    for index, state in a["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, b["optimizer"]["state"][index][name])
+    assert all_metrics(one) == all_metrics(two)
+
+
+def test_a_run_learns_and_leaves_its_files(tmp_path: Path) -> None:
     settings = replace(SETTINGS, epochs=60, checkpoint_save_epoch=20, ema_checkpoint_save_epoch=30)
     objective = Fit()
-    result = trainer(tmp_path, settings, objective).run()
-    assert (result.steps, result.epochs, result.parameters) == (300, 60, 41)
-    assert result.loss < 0.1 * objective.losses[0].mean()
+    trainer = make_trainer(tmp_path, settings, objective)
+    result = trainer.run()
+    assert (result.steps, result.epochs, result.parameters) == (330, 60, 41)
+    assert result.loss < 0.1 * objective.losses[1].mean()
     assert {p.name for p in tmp_path.iterdir()} == {
         "checkpoint_latest.pth",
+        "checkpoint_previous.pth",
         "checkpoint_epoch_20.pth",
         "checkpoint_epoch_40.pth",
         "checkpoint_epoch_60.pth",
@@ -114,142 +79,215 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
     assert {"model", "optimizer", "epoch", "global_step", "model_ema1", "model_ema2"} <= set(
         content
     )
-    assert (content["epoch"], content["global_step"], content["ema_age"]) == (60, 300, 300)
-    assert list(content["model_ema1"]) == [n for n, _ in objective.model.named_parameters()]
+    assert (content["epoch"], content["global_step"], content["ema_age"]) == (60, 330, 330)
+    assert list(content["model_ema1"]) == [n for n, _ in trainer.model.named_parameters()]
     flat = checkpoint.read_weights(tmp_path / "ema_epoch_60.pth")
-    checkpoint.load_into(Fit().model, flat.state, "x")
-    assert torch.equal(flat.state["0.weight"], content["model_ema1"]["0.weight"])
-    lines = metrics(tmp_path)
-    assert [x["step"] for x in lines] == list(range(3, 301, 3))
-    assert "41 parameters, 22 clips, batch 4" in (tmp_path / "training.log").read_text()
+    checkpoint.load_into(objective.build(), flat.state, "x")
+    assert torch.equal(flat.state["blocks.0.weight"], content["model_ema1"]["blocks.0.weight"])
+    lines = all_metrics(tmp_path)
+    assert [x["step"] for x in lines] == list(range(3, 331, 3))
+    assert all(any(key.startswith("loss_by_t/") for key in line) for line in lines)
+    said = (tmp_path / "training.log").read_text()
+    assert "41 parameters, 22 clips, 4 a step (batch 4, 1 processes, 1 accumulated)" in said
 
 
 @pytest.mark.parametrize("stop", [1, 5, 7, 13])
-def test_resume_is_exact_to_the_bit(tmp_path, stop):
-    whole = Fit()
-    trainer(tmp_path / "whole", objective=whole).run()
-
-    def interrupt(step):
-        if step == stop:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    broken = Fit(interrupt)
+def test_resume_is_exact_to_the_bit(tmp_path: Path, stop: int) -> None:
+    whole, broken, second = Fit(), at_step(stop, send(signal.SIGINT)), Fit()
+    make_trainer(tmp_path / "whole", objective=whole).run()
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "broken", objective=broken).run()
+        make_trainer(tmp_path / "broken", objective=broken).run()
     assert checkpoint.load(tmp_path / "broken/checkpoint_latest.pth")["global_step"] == stop + 1
-    second = Fit()
-    run = trainer(tmp_path / "broken", objective=second)
+    run = make_trainer(tmp_path / "broken", objective=second)
     assert run.resume() and run.step == stop + 1
     run.run()
-
-    losses = [*broken.losses, *second.losses]
-    assert len(losses) == len(whole.losses) == 20
-    assert all(torch.equal(a, b) for a, b in zip(losses, whole.losses, strict=True))
-    one = checkpoint.load(tmp_path / "whole/checkpoint_latest.pth")
-    two = checkpoint.load(tmp_path / "broken/checkpoint_latest.pth")
-    for key in ("model", "model_ema1", "model_ema2"):
-        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
-    for index, state in one["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, two["optimizer"]["state"][index][name])
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    # Each trainer takes the loss of one clip first, to count its operations.
+    losses = [*broken.losses[1:], *second.losses[1:]]
+    assert len(losses) == len(whole.losses[1:]) == 22
+    assert all(torch.equal(a, b) for a, b in zip(losses, whole.losses[1:], strict=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_loader_threads_change_nothing(tmp_path):
+def test_epochs_go_over_into_each_other(tmp_path: Path) -> None:
+    seen = []
+    make_trainer(tmp_path, objective=Fit(lambda draw: seen.extend(draw.positions))).run()
+    assert seen[1:] == list(range(4 * 22))
+
+
+def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:
+    weights = []
+    for batch, accumulation in ((6, 1), (2, 3)):
+        settings = replace(SETTINGS, batch_size=batch, accumulation=accumulation)
+        objective = Fit(dtype=torch.float64)
+        dataset = Points(dtype=torch.float64)
+        run = make_trainer(tmp_path / str(batch), settings, objective, dataset)
+        assert run.run().steps == 15
+        weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+    assert (weights[0] - weights[1]).norm() < 1e-10 * weights[0].norm()
+
+
+def test_loader_threads_change_nothing(tmp_path: Path) -> None:
     runs = []
     for workers in (0, 3):
         runs.append(Fit())
-        trainer(tmp_path / str(workers), replace(SETTINGS, num_workers=workers), runs[-1]).run()
+        make_trainer(
+            tmp_path / str(workers), replace(SETTINGS, num_workers=workers), runs[-1]
+        ).run()
     for a, b in zip(runs[0].losses, runs[1].losses, strict=True):
         assert torch.equal(a, b)
 
 
-def test_signals_are_put_back(tmp_path):
+def test_signals_are_put_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    trainer(tmp_path).run()
+    make_trainer(tmp_path).run()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_sigterm_saves_and_leaves_with_143(tmp_path):
-    def interrupt(step):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+def test_sigterm_saves_and_leaves_with_143(tmp_path: Path) -> None:
+    def twice() -> None:
+        send(signal.SIGTERM)()
+        send(signal.SIGTERM)()
 
     with pytest.raises(SystemExit) as caught:
-        trainer(tmp_path, objective=Fit(interrupt)).run()
+        make_trainer(tmp_path, objective=at_step(4, twice)).run()
     assert caught.value.code == 143
     assert checkpoint.load(tmp_path / checkpoint.LATEST)["global_step"] == 5
 
 
-def test_runs_in_a_thread(tmp_path):
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    def twice() -> None:
+        send(signal.SIGINT)()
+        send(signal.SIGINT)()
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, objective=at_step(2, twice)).run()
+    assert not (tmp_path / checkpoint.LATEST).exists()
+
+
+def test_runs_in_a_thread(tmp_path: Path) -> None:
     steps = []
-    worker = threading.Thread(target=lambda: steps.append(trainer(tmp_path).run().steps))
+    worker = threading.Thread(target=lambda: steps.append(make_trainer(tmp_path).run().steps))
     worker.start()
     worker.join(60)
-    assert steps == [20]
+    assert steps == [22]
 
 
-def test_nan_stops_with_the_ids(tmp_path):
-    objective = Fit()
-    with pytest.raises(
-        InputError, match=r"step \d+: the loss is not finite; clips: clip1[37]"
-    ) as e:
-        trainer(tmp_path, objective=objective, dataset=Points(broken=(13, 17))).run()
-    step = int(str(e.value).split()[1].rstrip(":"))
-    assert len(objective.losses) == step + 1
-    assert all(torch.isfinite(p).all() for p in objective.model.parameters())
+# What is not finite, what cannot be read
 
 
-def test_infinite_gradient_stops(tmp_path):
+def test_steps_that_are_not_finite_are_skipped(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, batch_size=2)
+    run = make_trainer(tmp_path, settings, dataset=Points(broken=(13, 17)))
+    kept = {}
+
+    def watch(position: int) -> None:
+        kept[position] = [p.detach().clone() for p in run.model.parameters()]
+
+    run.objective.each_step = lambda draw: watch(draw.positions[0])
+    run.run()
+    lines = [json.loads(x) for x in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line["clips"]} == {"clip13", "clip17"}
+    assert 4 <= len(lines) <= 8 and all_metrics(tmp_path)[-1]["skipped_steps"] == len(lines)
+    for line in lines:
+        before, after = kept[2 * line["step"]], kept.get(2 * line["step"] + 2)
+        if after is not None:
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    good = 44 - len(lines)
+    states = run.optimizer.state.values()
+    assert all(state["step"].item() == good for state in states)
+    assert all(line["loss"] is not None for line in all_metrics(tmp_path))
+
+
+def test_too_many_bad_steps_end_the_run(tmp_path: Path) -> None:
     class Steep(Fit):
-        def loss(self, batch, draw):
-            return torch.sqrt(super().loss(batch, draw) * 0)
+        def loss(self, model, batch, draw):
+            terms = super().loss(model, batch, draw)
+            return replace(terms, values=torch.sqrt(terms.values * 0))
 
-    with pytest.raises(InputError, match="step 0: the gradient is not finite; clips: clip"):
-        trainer(tmp_path, objective=Steep()).run()
+    settings = replace(SETTINGS, max_bad_steps=5)
+    with pytest.raises(InputError, match=r"the last 6 steps were not finite; .*bad_steps.jsonl"):
+        make_trainer(tmp_path, settings, Steep()).run()
+    lines = [json.loads(x) for x in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    # The gradient alone is infinite: no clip's loss is.
+    assert [x["step"] for x in lines] == list(range(6)) and not any(x["clips"] for x in lines)
 
 
-def test_lengths_of_a_run(tmp_path):
-    assert trainer(tmp_path / "a", replace(SETTINGS, max_steps=7)).run().steps == 7
-    slow = Fit(lambda step: time.sleep(0.02))
+def test_bad_steps_in_a_row_are_counted_over_a_resume(tmp_path: Path) -> None:
+    class Late(Fit):
+        def loss(self, model, batch, draw):
+            terms = super().loss(model, batch, draw)
+            bad = float("nan") if draw.positions[0] >= 16 else 1.0
+            return replace(terms, values=terms.values * bad)
+
+    settings = replace(SETTINGS, max_bad_steps=4, max_steps=6)
+    make_trainer(tmp_path, settings, Late()).run()
+    run = make_trainer(tmp_path, replace(settings, max_steps=20), Late())
+    assert run.resume() and run.window.in_a_row == 2
+    with pytest.raises(InputError, match="the last 5 steps"):
+        run.run()
+
+
+def test_clips_that_cannot_be_read_are_left_out(tmp_path: Path, caplog) -> None:
+    class Without(Points):
+        """Has no clip 5 in the first place: its draws and those of others stay as they are."""
+
+        def load(self, indices, draw):
+            loaded = super().load(indices, draw)
+            loaded.batch.y[[i == 5 for i in indices]] = 1e6
+            return replace(loaded, problems={p: "gone" for p, i in enumerate(indices) if i == 5})
+
+    make_trainer(tmp_path / "a", dataset=Points(missing=(5,))).run()
+    make_trainer(tmp_path / "b", dataset=Without()).run()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    said = [r.message for r in caplog.records if "clip5" in r.message]
+    assert said == [
+        "clip5 cannot be read any more and is left out: it is gone",
+        "clip5 cannot be read any more and is left out: gone",
+    ]
+    assert all_metrics(tmp_path / "a")[-1]["unreadable_clips"] == 1
+
+
+# Length and schedule
+
+
+def test_lengths_of_a_run(tmp_path: Path) -> None:
+    assert make_trainer(tmp_path / "a", replace(SETTINGS, max_steps=7)).run().steps == 7
+    slow = Fit(lambda draw: time.sleep(0.02))
     settings = replace(SETTINGS, epochs=10**6, max_seconds=0.6, min_lr=1e-5)
-    run = trainer(tmp_path / "b", settings, slow)
+    run = make_trainer(tmp_path / "b", settings, slow)
     result = run.run()
     assert 0.6 <= result.seconds < 1.5
     assert 5 <= result.steps <= 30
     assert run.learning_rate() == pytest.approx(1e-5)
-    rates = [x["lr"] for x in metrics(tmp_path / "b")]
+    rates = [x["lr"] for x in all_metrics(tmp_path / "b")]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.3 * SETTINGS.lr
 
 
-def test_learning_rate_schedules(tmp_path):
-    run = trainer(tmp_path, replace(SETTINGS, lr=1.0, warmup_steps=4, lr_schedule="constant"))
-    rates = []
-    for run.step in range(6):
-        rates.append(run.learning_rate())
-    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    run = trainer(tmp_path, replace(SETTINGS, lr=1.0, warmup_steps=0, min_lr=0.2))
-    assert run.learning_rate() == 1.0
-    run.step = run.total_steps // 2
-    assert run.learning_rate() == pytest.approx(0.6)
-    run.step = run.total_steps
-    assert run.learning_rate() == pytest.approx(0.2)
-    steps = replace(
-        SETTINGS,
-        lr=1.0,
-        warmup_steps=0,
-        lr_schedule="step",
-        lr_schedule_steps=[2, 5],
-        lr_schedule_gamma=0.1,
+def test_learning_rate_schedules(tmp_path: Path) -> None:
+    def rates(steps: int, **settings) -> list[float]:
+        run = make_trainer(tmp_path, replace(SETTINGS, lr=1.0, **settings))
+        found = []
+        for _ in range(steps):
+            found.append(run.learning_rate())
+            run.step, run.position = run.step + 1, run.position + 4
+        return found
+
+    constant = rates(6, warmup_steps=4, lr_schedule="constant")
+    assert constant == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = rates(23, warmup_steps=0, min_lr=0.2)
+    assert (
+        cosine[0] == 1.0 and cosine[11] == pytest.approx(0.6) and cosine[22] == pytest.approx(0.2)
     )
-    run = trainer(tmp_path, steps)
-    rates = []
-    for run.epoch in range(7):
-        rates.append(run.learning_rate())
-    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    steps = {"lr_schedule": "step", "lr_schedule_steps": [2, 3], "lr_schedule_gamma": 0.1}
+    by_epoch = rates(22, warmup_steps=0, **steps)
+    # An epoch has 22 clips, a step 4.
+    assert by_epoch == pytest.approx([1.0] * 11 + [0.1] * 6 + [0.01] * 5)
+    per_256 = replace(SETTINGS, lr=None, blr=0.64, batch_size=4, accumulation=2)
+    assert per_256.peak_lr(processes=8) == pytest.approx(0.64 * 64 / 256)
 
 
-def test_ema_follows_its_recursion():
+def test_ema_follows_its_recursion() -> None:
     model = nn.Linear(2, 2)
     ema = Ema(model, 0.9)
     wanted = model.weight.detach().clone()
@@ -263,7 +301,7 @@ def test_ema_follows_its_recursion():
     assert decay == 0.9
 
 
-def test_optimizer_decays_matrices_only():
+def test_optimizer_decays_matrices_only() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     model[0].bias.requires_grad_(False)
     flat, matrices = make_optimizer(model, replace(SETTINGS, weight_decay=0.3)).param_groups
@@ -272,65 +310,143 @@ def test_optimizer_decays_matrices_only():
     assert len(flat["params"]) == 2 and matrices["betas"] == (0.9, 0.95)
 
 
-def test_draws_depend_on_seed_step_and_item_alone():
-    a = Draw(1, 5, [3, 9])
-    assert torch.equal(Draw(1, 5, [9, 4, 3]).seeds[[2, 0]], a.seeds)
-    many = torch.cat([Draw(s, t, list(range(50))).seeds for s in range(3) for t in range(20)])
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    class Frozen(Fit):
+        def build(self):
+            model = super().build()
+            model.blocks[0].requires_grad_(False)
+            return model
+
+    run = make_trainer(tmp_path, objective=Frozen())
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.run()
+    same = [torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True)]
+    assert same == [True, True, False, False]
+    again = make_trainer(tmp_path, objective=Frozen())
+    assert again.resume() and again.step == 22
+
+
+# Randomness
+
+
+def test_draws_depend_on_seed_and_position_alone() -> None:
+    a = Draw(1, [3, 9])
+    b = Draw(1, [9, 4, 3])
+    for name in ("seeds", "t", "u"):
+        one, two = (
+            d.seeds if name == "seeds" else getattr(d, {"t": "normal", "u": "uniform"}[name])(name)
+            for d in (a, b)
+        )
+        assert torch.equal(two[[2, 0]], one)
+    many = torch.cat([Draw(s, range(1000)).seeds for s in range(3)])
     assert len(set(many.tolist())) == 3000 and bool((many >= 0).all())
-    one, two = torch.rand(3, generator=a.generator()), torch.rand(3, generator=a.generator())
-    assert torch.equal(one, two)
-    assert not torch.equal(one, torch.rand(3, generator=Draw(1, 6, [3, 9]).generator()))
+    assert not torch.equal(a.uniform("x"), a.uniform("y"))
 
 
-def test_resume_refuses_what_does_not_fit(tmp_path):
-    trainer(tmp_path).run()
-    path = tmp_path / checkpoint.LATEST
-    whole = path.read_bytes()
+def test_draws_have_their_distributions() -> None:
+    draw = Draw(5, range(20000))
+    uniform, normal = draw.uniform("a"), draw.normal("b")
+    assert bool(((uniform > 0) & (uniform < 1)).all())
+    counts = torch.histc(uniform, 20, 0, 1)
+    assert ((counts - 1000).square() / 1000).sum() < 45  # chi-squared, 19 degrees: 0.9993
+    assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.02
+    assert abs(torch.corrcoef(torch.stack((draw.normal("a"), normal)))[0, 1]) < 0.03
 
-    class Wide(Fit):
-        def __init__(self):
-            super().__init__()
-            self.model = nn.Sequential(nn.Linear(3, 9), nn.Tanh(), nn.Linear(9, 1))
 
+# Checkpoints that do not fit or are not whole
+
+
+def test_resume_refuses_another_model(tmp_path: Path) -> None:
+    make_trainer(tmp_path).run()
+    whole = (tmp_path / checkpoint.LATEST).read_bytes()
+    wide = make_trainer(tmp_path, objective=Fit(hidden=9))
     with pytest.raises(InputError, match=r"0\.weight is \(8, 3\); the model wants \(9, 3\)"):
-        trainer(tmp_path, objective=Wide()).resume()
-    path.write_bytes(whole[:-2000])
-    with pytest.raises(InputError, match="not a readable checkpoint"):
-        trainer(tmp_path).resume()
-    assert path.read_bytes() == whole[:-2000]
+        wide.resume()
+    assert (tmp_path / checkpoint.LATEST).read_bytes() == whole
 
 
-def test_changed_data_is_said(tmp_path, caplog):
-    trainer(tmp_path, replace(SETTINGS, max_steps=7)).run()
-    run = trainer(tmp_path, dataset=Points(30))
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "another file"])
+def test_a_broken_latest_gives_way_to_a_whole_previous(tmp_path: Path, damage, caplog) -> None:
+    make_trainer(tmp_path / "whole").run()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "run", objective=at_step(12, send(signal.SIGINT))).run()
+    latest = tmp_path / "run" / checkpoint.LATEST
+    raw = bytearray(latest.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    broken = {
+        "truncated": bytes(raw[:-2000]),
+        "flipped": bytes(raw),
+        "empty": b"",
+        "another file": b"not a checkpoint " * 1000,
+    }[damage]
+    latest.write_bytes(broken)
+    run = make_trainer(tmp_path / "run")
+    assert run.resume() and run.step < 13
+    assert "not a whole checkpoint" in caplog.text
+    assert (tmp_path / "run/checkpoint_latest.broken.pth").read_bytes() == broken
+    run.run()
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+    previous = tmp_path / "run" / checkpoint.PREVIOUS
+    latest.write_bytes(broken)
+    previous.write_bytes(broken)
+    with pytest.raises(InputError, match=r"checkpoint_previous\.pth: not a whole checkpoint"):
+        make_trainer(tmp_path / "run").resume()
+    assert latest.read_bytes() == previous.read_bytes() == broken
+    previous.unlink()
+    with pytest.raises(InputError, match=r"checkpoint_latest\.pth: not a whole checkpoint"):
+        make_trainer(tmp_path / "run").resume()
+    assert latest.read_bytes() == broken
+
+
+def test_previous_on_request(tmp_path: Path) -> None:
+    make_trainer(tmp_path, replace(SETTINGS, max_steps=13)).run()
+    run = make_trainer(tmp_path, replace(SETTINGS, resume="previous"))
+    assert run.resume() and run.step == 11  # after the second epoch's last whole step
+    (tmp_path / checkpoint.PREVIOUS).unlink()
+    with pytest.raises(InputError, match=r"no checkpoint_previous\.pth"):
+        make_trainer(tmp_path, replace(SETTINGS, resume="previous")).resume()
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path, monkeypatch) -> None:
+    run = make_trainer(tmp_path, replace(SETTINGS, epochs=40))
+    room = [10**9] * 3 + [100] * 100
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: _Disk(room.pop(0)))
+    with pytest.raises(InputError, match=r"a checkpoint takes .* GB are free; nothing was over"):
+        run.run()
+    again = make_trainer(tmp_path)
+    assert again.resume() and again.step == 11
+
+
+class _Disk:
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+def test_changed_data_is_said(tmp_path: Path, caplog) -> None:
+    make_trainer(tmp_path, replace(SETTINGS, max_steps=7)).run()
+    run = make_trainer(tmp_path, dataset=Points(30))
     assert run.resume()
     assert "the usable clips have changed" in caplog.text
-    assert (run.step, run.step_in_epoch) == (7, 0)
+    assert (run.step, run.position) == (7, 30)
 
 
-def test_foreign_checkpoint_resumes(tmp_path):
-    trainer(tmp_path, replace(SETTINGS, epochs=1)).run()
+def test_foreign_checkpoint_resumes(tmp_path: Path) -> None:
+    make_trainer(tmp_path, replace(SETTINGS, epochs=1)).run()
     path = tmp_path / checkpoint.LATEST
     content = checkpoint.load(path)
     keys = ("model", "optimizer", "epoch", "global_step", "model_ema1", "model_ema2")
     checkpoint.save(path, {key: content[key] for key in keys})
-    run = trainer(tmp_path)
+    run = make_trainer(tmp_path)
     assert run.resume()
-    assert (run.epoch, run.step, run.ema_age) == (1, 5, 5)
-    assert run.run().steps == 20
+    assert (run.epoch, run.step, run.ema_age, run.position) == (1, 6, 6, 22)
+    assert run.run().steps == 6 + 17
 
 
-def test_changed_settings_are_said(tmp_path, caplog):
-    def run(lr):
-        return Trainer(
-            Fit(),
-            Points(),
-            replace(SETTINGS, max_steps=2),
-            tmp_path,
-            config={"training": {"lr": lr, "seed": 7}},
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
+def test_changed_settings_are_said(tmp_path: Path, caplog) -> None:
+    def run(lr: float) -> Trainer:
+        config = {"training": {"lr": lr, "seed": 7}}
+        return make_trainer(tmp_path, replace(SETTINGS, max_steps=2), config=config)
 
     run(0.1).run()
     run(0.1).resume()
@@ -339,225 +455,56 @@ def test_changed_settings_are_said(tmp_path, caplog):
     assert "made with other settings: training.lr 0.1 -> 0.2" in caplog.text
 
 
-def test_warnings_reach_the_log_file(tmp_path):
-    run = trainer(tmp_path, objective=Fit(lambda s: logging.getLogger("wavflow").debug("at %d", s)))
+# What a run shows
+
+
+def test_warnings_reach_the_log_file(tmp_path: Path) -> None:
+    say = logging.getLogger("wavflow").debug
+    make_trainer(tmp_path, objective=Fit(lambda draw: say("at %d", draw.positions[0]))).run()
+    assert "at 84" in (tmp_path / "training.log").read_text()
+
+
+def test_validation_is_the_same_at_any_time_and_changes_nothing(tmp_path: Path) -> None:
+    held_out = Points(7)
+    settings = replace(SETTINGS, val_steps=5, epochs=20)
+    run = make_trainer(tmp_path / "a", settings, validation=held_out)
+    before = run.validate()
+    assert before == run.validate() and before["val/loss"] == before["val/loss_ema1"]
     run.run()
-    assert "at 19" in (tmp_path / "training.log").read_text()
-
-
-# WavFlow itself
-
-
-TINY = [
-    "model.hidden_dim=32",
-    "model.depth=2",
-    "model.fused_depth=1",
-    "model.num_heads=1",
-    "training.batch_size=4",
-    "training.warmup_steps=2",
-    "training.log_freq=1",
-    "training.num_workers=1",
-    "training.dtype=float32",
-]
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    from wavflow.data.toy import write_toy_world
-    from wavflow.features.extract import extract
-
-    root = tmp_path_factory.mktemp("toy")
-    write_toy_world(root / "toy", 10, 5, heldout=0, workers=1)
-    return extract(root / "toy/train.csv", root / "features", workers=0).csv
-
-
-def options(table, out, *more):
-    return [*TINY, f"data.csv_path={table}", f"training.output_dir={out}", *more]
-
-
-def test_wavflow_loss_falls_and_averages_are_usable(table, tmp_path):
-    import wavflow
-
-    result = wavflow.train(
-        "toy_8k", options(table, tmp_path, "training.max_steps=60", "training.lr=3e-3")
-    )
-    losses = [x["loss"] for x in metrics(result.out)]
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
-    weights = checkpoint.read_weights(result.checkpoint, "ema1")
-    assert weights.config["model"]["hidden_dim"] == 32
-    assert (result.out / "report.csv").is_file()
-    assert load_config(result.out / "config.yaml").experiment_id == "toy_8k"
-
-
-def test_wavflow_leaves_samples(table, tmp_path):
-    import wavflow
-    from wavflow.audio import load_audio
-
-    more = ("training.epochs=2", "training.gen_train_freq=2", "eval.num_sampling_steps=2")
-    result = wavflow.train("toy_8k", options(table, tmp_path, *more))
-    folder = result.out / "samples/epoch_2"
-    made = sorted(folder.glob("gen_rank0_id_*.wav"))
-    assert len(made) == 4 and len(list(folder.iterdir())) == 8
-    for path in made:
-        true = load_audio(folder / path.name.replace("gen_", "gt_"), 8000)
-        assert load_audio(path, 8000).shape == true.shape == (16000,)
-    # Sampling in between leaves the training as it is.
-    plain = wavflow.train("toy_8k", options(table, tmp_path / "plain", "training.epochs=2"))
-    one, two = (checkpoint.load(r.checkpoint)["model"] for r in (result, plain))
+    after = run.validate()
+    assert after["val/loss"] < 0.5 * before["val/loss"]
+    lines = [line for line in all_metrics(tmp_path / "a") if "val/loss" in line]
+    assert [line["step"] for line in lines] == [*range(5, 110, 5), 110]
+    make_trainer(tmp_path / "b", settings).run()
+    one, two = (checkpoint.load(tmp_path / n / checkpoint.LATEST)["model"] for n in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_wavflow_objective_draws_and_drops(table):
-    from wavflow.build import build_model
-    from wavflow.data.dataset import ClipDataset
-    from wavflow.training import WavflowObjective
-
-    config = load_config("toy_8k", options(table, "x", "training.label_drop_prob=0.5"))
-    torch.manual_seed(0)
-    model = build_model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2)
-    seen = {}
-
-    def forward(x_t, clip, sync, text, t):
-        seen.update(x_t=x_t, clip=clip, sync=sync, text=text, t=t)
-        return x_t * 0
-
-    objective = WavflowObjective(model, config)
-    objective.forward = forward
-    data = ClipDataset(table, config.data)
-    batch = data.batch(range(10))
-    dropped = []
-    for step in range(200):
-        losses = objective.loss(batch, Draw(3, step, list(range(10))))
-        assert losses.shape == (10,)
-        empty = (seen["clip"] - model.get_empty_clip_sequence(10)).abs().amax((1, 2)) == 0
-        assert torch.equal(
-            empty, (seen["sync"] - model.get_empty_sync_sequence(10)).abs().amax((1, 2)) == 0
-        )
-        assert bool(empty[~batch.has_video].all())
-        no_text = (seen["text"] - model.get_empty_string_sequence(10)).abs().amax((1, 2)) == 0
-        assert bool(no_text[~batch.has_text].all())
-        both = batch.has_video & batch.has_text
-        dropped.append(torch.stack((empty[both], no_text[both])))
-    dropped = torch.cat(dropped, dim=1).float()
-    assert dropped.mean().item() == pytest.approx(0.5, abs=0.04)
-    assert (dropped[0] * dropped[1]).mean().item() == pytest.approx(0.25, abs=0.04)
-    # An item's noise does not depend on what else is in the batch.
-    objective.loss(batch, Draw(3, 7, list(range(10))))
-    full = seen["x_t"], seen["t"]
-    objective.config = replace(config, training=replace(config.training, label_drop_prob=0.0))
-    objective.loss(data.batch([0, 1, 2]), Draw(3, 7, [0, 1, 2]))
-    assert torch.equal(seen["t"], full[1][:3])
-    assert torch.equal(seen["x_t"], full[0][:3])
-    objective.loss(data.batch([0, 1, 2]), Draw(3, 8, [0, 1, 2]))
-    assert not torch.equal(seen["t"], full[1][:3])
+def test_samples_are_written_and_change_nothing(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, gen_train_freq=2)
+    make_trainer(tmp_path / "a", settings).run()
+    make_trainer(tmp_path / "b").run()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    for epoch in (2, 4):
+        names = {p.name for p in (tmp_path / f"a/samples/epoch_{epoch}").iterdir()}
+        assert {"gen_rank0_id_first.wav", "gt_rank0_id_first.wav"} <= names
 
 
-@pytest.mark.parametrize(("prediction", "kind"), [("x", "v"), ("x", "x"), ("v", "v"), ("v", "x")])
-def test_wavflow_loss_by_hand(table, prediction, kind):
-    import wavflow_kernels as kernels
-    from wavflow.build import build_model
-    from wavflow.data.dataset import ClipDataset
-    from wavflow.training import WavflowObjective
-
-    more = (
-        f"sampling.prediction_type={prediction}",
-        f"training.loss_type={kind}",
-        "sampling.noise_shift=3.0",
-        "sampling.mean=-0.5",
-        "sampling.scale=0.7",
-        "sampling.noise_scale=0.8",
-        "sampling.min_sigma=0.01",
-    )
-    config = load_config("toy_8k", options(table, "x", *more))
-    objective = WavflowObjective(build_model(config), config)
-    objective.forward = lambda x_t, clip, sync, text, t: 0.5 * x_t
-    batch, draw = ClipDataset(table, config.data).batch([4, 7, 1]), Draw(2, 11, [4, 7, 1])
-    losses = objective.loss(batch, draw)
-
-    gain = 0.33 / batch.wave.square().mean(1, keepdim=True).sqrt()
-    peak = (batch.wave * gain).abs().amax(1)
-    assert bool(((peak < 1) | (0.33 / peak < 0.3)).all())  # the peak rule does not apply
-    x_1 = 3 * (batch.wave * gain).clamp(-1, 1).view(3, 200, 80)
-    raw = torch.sigmoid(-0.5 + 0.7 * torch.randn(3, generator=draw.generator()))
-    t = (raw / (raw + 3 * (1 - raw)))[:, None, None]
-    x_0 = kernels.philox_normal(draw.seeds, 200, 80, noise_scale=0.8)
-    x_t = (1 - 0.99 * t) * x_0 + t * x_1
-    pred = 0.5 * x_t
-    error = {
-        "xv": (pred - x_1) / (1 - t),
-        "xx": pred - x_1,
-        "vv": pred - (x_1 - 0.99 * x_0),
-        "vx": x_t + (1 - t) * pred - x_1,
-    }[prediction + kind]
-    torch.testing.assert_close(losses, error.square().mean((1, 2)), rtol=1e-4, atol=1e-5)
+def test_dry_run_writes_nothing_and_tells(tmp_path: Path) -> None:
+    found = dry_run(make_trainer(tmp_path / "run"), seconds=0.2)
+    assert not (tmp_path / "run").exists()
+    assert (found.parameters, found.clips, found.step_clips, found.total_steps) == (41, 22, 4, 22)
+    assert 0 < found.seconds < 1 and 0 < found.run_seconds < 22
+    assert found.checkpoint_bytes == 5 * 41 * 4 + 4 * 4  # model, averages, moments; steps
+    assert found.memory_bytes > 10**7 and 0 <= found.data_wait < 1 and found.loss > 0
+    for word in ("41 parameters", "22 clips", "GB a checkpoint", "22 steps from step 0"):
+        assert word.replace("41 parameters", "0.0 M parameters") in str(found)
 
 
-def test_wavflow_resume_is_exact_in_a_real_process(table, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "wavflow.train",
-        "--config",
-        "toy_8k",
-        *options(table, tmp_path / "a", "training.max_steps=14"),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    out = tmp_path / "a/toy_8k"
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
-    stderr = child.communicate(timeout=300)[1]
-    assert child.returncode == 130, stderr
-    assert "Traceback" not in stderr
-    stopped = checkpoint.load(out / checkpoint.LATEST)["global_step"]
-    assert 1 <= stopped < 14
-    for command[-2] in (
-        f"training.output_dir={tmp_path / 'a'}",
-        f"training.output_dir={tmp_path / 'b'}",
-    ):
-        subprocess.run(command, env=env, check=True, capture_output=True, timeout=100)
-    one = checkpoint.load(out / checkpoint.LATEST)
-    two = checkpoint.load(tmp_path / "b/toy_8k" / checkpoint.LATEST)
-    for key in ("model", "model_ema1", "model_ema2"):
-        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
-    assert metrics(out) == metrics(tmp_path / "b/toy_8k")
-
-
-def test_train_refuses_before_the_first_step(table, tmp_path, monkeypatch):
-    import wavflow
-
-    with pytest.raises(InputError, match=r"data\.csv_path is not set"):
-        wavflow.train("toy_8k", TINY)
-    with pytest.raises(InputError, match=r"model\.name is 'huge'; wanted one of"):
-        wavflow.train("toy_8k", options(table, tmp_path, "model.name=huge"))
-    with pytest.raises(InputError, match="no usable row"):
-        wavflow.train("toy_8k", options(table, tmp_path, "data.clip_seq_len=8", "data.text_dim=8"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="single process"):
-        wavflow.train("toy_8k", options(table, tmp_path))
-
-
-def test_start_from_weights(table, tmp_path):
-    import wavflow
-
-    first = wavflow.train("toy_8k", options(table, tmp_path / "a", "training.max_steps=3"))
-    second = wavflow.train(
-        "toy_8k",
-        options(
-            table,
-            tmp_path / "b",
-            "training.max_steps=1",
-            "training.lr=1e-12",
-            f"checkpoint.initial_load_path={first.checkpoint}",
-        ),
-    )
-    one, two = (checkpoint.load(r.checkpoint) for r in (first, second))
-    assert two["global_step"] == 1
-    for key in ("model", "model_ema1"):
-        for name, value in one["model"].items():
-            torch.testing.assert_close(two[key][name], value, atol=1e-9, rtol=1e-6)
+def test_pace() -> None:
+    pace = Pace()
+    assert pace.clips_per_second == pace.waited == 0.0
+    for _ in range(50):
+        time.sleep(0.002)
+        pace.add(4, 0.001)
+    assert 400 < pace.clips_per_second < 2000 and 0.1 < pace.waited < 0.5

@@ -145,4 +145,5 @@ def normalize_loudness(wave: Tensor, rate: int, lufs: float = -23.0) -> Tensor: 
 
 def is_silent(wave: Tensor) -> bool:
     """True when no sample of `wave` exceeds one step of a 16-bit file."""
-    return wave.numel() == 0 or float(wave.abs().max()) <= SILENCE_PEAK
+    # numpy: torch would start OpenMP threads beside the loader thread that asks.
+    return wave.numel() == 0 or float(np.abs(wave.numpy()).max()) <= SILENCE_PEAK

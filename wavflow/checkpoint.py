@@ -2,13 +2,16 @@
 
 A training checkpoint is a dict with `model` (state dict), `optimizer`, `epoch`, `global_step`,
 `model_ema1` and `model_ema2` (parameter name -> tensor); ours add `config` (plain dict),
-`ema_age`, `ema_decay`, `position`, `elapsed` and `rng`. An EMA file is a flat state dict.
+`ema_age`, `ema_decay`, `position`, `clips`, `elapsed` and `processes`. An EMA file is a flat state
+dict. All are zip files with a CRC-32 of every tensor.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,7 @@ from wavflow.model.networks import IGNORED_KEYS
 
 log = logging.getLogger("wavflow")
 
-LATEST = "checkpoint_latest.pth"
+LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
 
 # Decays of files that record none.
 PUBLIC_EMA_DECAY = {"ema1": 0.9999, "ema2": 0.9996}
@@ -52,10 +55,54 @@ class Weights:
     global_step: int | None
 
 
-def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Writes `content` to a temporary file in the same folder, then renames it to `path`."""
-    with atomic_write(path) as file:
-        torch.save(dict(content), file)
+def save(
+    path: str | os.PathLike[str], content: Mapping[str, Any], previous: Path | None = None
+) -> None:
+    """Writes `content` to a temporary file in the same folder, then renames it to `path`.
+
+    What was there before goes on to live at `previous`; at any moment one of the two is whole.
+
+    Raises:
+        InputError: it could not be written; what was there is as it was.
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save(dict(content), file)
+            if previous is not None and Path(path).exists():
+                _keep(Path(path), previous)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+        raise InputError(f"{path}: not written, nothing was changed ({error})") from error
+
+
+def _keep(path: Path, previous: Path) -> None:
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(path, previous)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, previous)
+
+
+def check_room(folder: Path, bytes_wanted: int) -> None:
+    """Raises InputError where a checkpoint of that size does not fit beside what is in `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < bytes_wanted:
+        raise InputError(
+            f"{folder}: a checkpoint takes {bytes_wanted / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
+            "free; nothing was overwritten"
+        )
+
+
+def check_whole(path: Path) -> None:
+    """Raises InputError unless every byte of a checkpoint's tensors is as it was written."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise InputError(
+            f"{path}: not a whole checkpoint, {path.stat().st_size} bytes ({error})"
+        ) from None
+    if broken is not None:
+        raise InputError(f"{path}: not a whole checkpoint; the checksum of {broken} is wrong")
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -145,11 +192,17 @@ def _warn_if_young(path: Path, ema: str, content: Mapping[str, Any]) -> None:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Copies `state` into `module`, every tensor or none.
+    """Copies `state` into `module`, every tensor or none; raises as `check_fit` does."""
+    check_fit(module, state, path)
+    wanted = module.state_dict()
+    module.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=True)
 
-    Raises:
-        InputError: a tensor of another shape (its name, the found and the wanted shape), a
-            missing or a foreign one.
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raises InputError unless `state`, read from `path`, has the module's tensors.
+
+    It names a tensor of another shape (with the found and the wanted shape), a missing or a
+    foreign one.
     """
     wanted = module.state_dict()
     state = {k: v for k, v in state.items() if k not in IGNORED_KEYS or k in wanted}
@@ -168,7 +221,6 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | os.Pat
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{path}: it {kind} {names[0]}{more}; it is of another model")
-    module.load_state_dict(state, strict=True)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `wavflow toy | extract | train | generate | infer | demo | info`."""
+"""The command line `wavflow`: one function a command."""
 
 from __future__ import annotations
 
@@ -95,21 +95,79 @@ def extract(
 
 
 @app.command()
+def pack(
+    csv: Annotated[Path, typer.Option(help="A training table, as `wavflow extract` writes it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    config: ConfigFile = "toy_8k",
+    shard_mb: Annotated[int, typer.Option(help="MB in a shard.")] = 512,
+    workers: Annotated[int, typer.Option(help="Threads.")] = 2,
+) -> None:
+    """Pack a training table into WebDataset shards, which training reads without decoding."""
+    from wavflow.config import load_config
+    from wavflow.data.store import pack
+
+    data = load_config(config).data
+    with counter("pack") as progress:
+        result = pack(csv, out, data, shard_mb=shard_mb, workers=workers, progress=progress)
+    _say(f"{result.folder}: {result.done} packed, {result.failed} failed")
+    _exit(result.done, result.failed, result.report)
+
+
+@app.command()
 def train(
     config: ConfigFile,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Take a few steps and say what the run will need.")
+    ] = False,
+    overfit: Annotated[
+        int | None, typer.Option(help="Train on the first so many clips alone.", min=1)
+    ] = None,
 ) -> None:
     """Train, or go on with the run that the configuration describes."""
-    from wavflow.training import train
+    from wavflow.training import train, try_out
 
+    overrides = list(overrides or ())
+    if overfit is not None:
+        overrides.append(f"training.overfit={overfit}")
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
-        result = train(config, overrides or ())
+        if dry_run:
+            found = try_out(config, overrides)
+            if is_main:
+                _say(str(found))
+            return
+        result = train(config, overrides)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    _say(
-        f"{result.checkpoint}: {result.steps} steps, {result.parameters / 1e6:.1f} M parameters, "
-        f"loss {result.loss:.4f}, {result.seconds:.0f} s"
-    )
+    if is_main:
+        _say(
+            f"{result.checkpoint}: {result.steps} steps, {result.parameters / 1e6:.1f} M "
+            f"parameters, loss {result.loss:.4f}, {result.seconds:.0f} s"
+        )
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    out: Annotated[Path, typer.Argument(help="The .pth file to write.")],
+) -> None:
+    """Write a checkpoint's shards as one file in the public layout."""
+    from wavflow.state import convert
+
+    convert(checkpoint, out)
+    _say(f"{out}: {out.stat().st_size / 1e9:.2f} GB")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs, overlaid.")],
+    out: Annotated[Path | None, typer.Option(help="PNG; default RUN/curves.png.")] = None,
+) -> None:
+    """Draw the losses of training runs, and what else their metrics.jsonl hold, over the steps."""
+    from wavflow.curves import plot_runs
+
+    _say(str(plot_runs(runs, out)))
 
 
 @app.command()
@@ -130,8 +188,11 @@ def generate(
         float | None, typer.Option(help="Guidance scale, 1 or less is none; default as trained.")
     ] = None,
     guidance_interval: Annotated[
-        tuple[float, float], typer.Option(help="Times of guidance, from 0 (noise) to 1 (sound).")
-    ] = (0.0, 1.0),
+        tuple[float, float] | None,
+        typer.Option(
+            help="Times of guidance, from 0 (noise) to 1 (sound); with --solver throughout."
+        ),
+    ] = None,
     guidance_rescale: Annotated[
         float, typer.Option(help="0 to 1: how much of guidance's gain in loudness to take back.")
     ] = 0.0,
@@ -139,7 +200,7 @@ def generate(
         str | None,
         typer.Option(
             help="euler (with --steps 50 the public behaviour), midpoint, heun, rk4, ab2, 2m or "
-            "adaptive; default the best measured, with its own steps and times."
+            "adaptive; default the best measured, with its own steps, times and guidance interval."
         ),
     ] = None,
     steps: Annotated[

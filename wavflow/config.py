@@ -24,7 +24,7 @@ SOLVERS = ("euler", "midpoint", "heun", "rk4", "ab2", "2m", "adaptive")
 CONFIG_DIR = Path(__file__).parent / "configs"
 
 
-def _one_of(default: str, *others: str) -> Any:
+def _one_of(default: str, *others: str | bool) -> Any:
     return field(default=default, metadata={"choices": (default, *others)})
 
 
@@ -63,10 +63,23 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The table of clips, for training or for generation, and the sizes of a clip's data."""
+    """The table of clips, for training or for generation, and the sizes of a clip's data.
+
+    For training, `csv_path` may also name a folder made by `wavflow pack`, and `store` a folder
+    where the table is packed before the first step. `crop` says which window of a longer recording
+    is taken; `sync_layout` what a row of sync features stands for (`wavflow.data.crop`).
+    `source_weights` are the shares of an epoch that the sources of the table's `source` column
+    get. `shuffle: shards` reads `shuffle_shards` shards of a pack at a time.
+    """
 
     csv_path: str | None = None
+    val_csv_path: str | None = None
     data_root: str | None = None
+    store: str | None = None
+    source_weights: dict[str, float] | None = _over(None, 0, equal=True)
+    shuffle: str = _one_of("full", "shards")
+    shuffle_shards: int = _over(8, 0)
+    crop: str = _one_of("first", "random")
     audio_scale: float = _over(3.0, 0)
     target_sample_rate: int = _over(16000, 0)
     audio_duration: float = _over(8.0, 0)
@@ -75,6 +88,7 @@ class DataConfig:
     clip_dim: int = _over(1024, 0)
     sync_seq_len: int = _over(192, 0)
     sync_dim: int = _over(768, 0)
+    sync_layout: str = _one_of("segments", "even")
     text_seq_len: int = _over(77, 0)
     text_dim: int = _over(1024, 0)
     cache_mb: int = _over(4096, 0, equal=True)
@@ -136,7 +150,12 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Optimiser, schedule, length of the run and what is written when."""
+    """Optimiser, schedule, length of the run and what is written when.
+
+    `batch_size` is that of one process and one backward: a step takes batch_size x processes x
+    accumulation clips. `*_steps` count steps, the public files' frequencies epochs, `log_freq`
+    steps.
+    """
 
     epochs: int = _over(100, 0)
     max_steps: int | None = _over(None, 0)
@@ -147,10 +166,12 @@ class TrainingConfig:
     seed: int = 42
     start_epoch: int = _over(0, 0, equal=True)
     num_workers: int = _over(2, 0, equal=True)
-    dataloader_pin_memory: bool = _idle(True)
+    dataloader_pin_memory: bool = True
     dataloader_prefetch_factor: int = _over(2, 0)
     device: str = "auto"
     dtype: str = _one_of("auto", "float32", "bfloat16")
+    strategy: str = _one_of("ddp", "fsdp")
+    accumulation: int = _over(1, 0)
     compile: bool = False
     gradient_checkpointing: bool = False
     output_dir: str = "outputs"
@@ -163,18 +184,24 @@ class TrainingConfig:
     weight_decay: float = _over(0.0, 0, equal=True)
     log_freq: int = _over(20, 0)
     gen_train_freq: int = _over(0, 0, equal=True)
+    val_steps: int = _over(1000, 0)
+    tensorboard: bool | str = _one_of("auto", True, False)
+    max_bad_steps: int = _over(10, 0)
+    overfit: int | None = _over(None, 0)
     checkpoint_freq: int = _over(1, 0)
+    checkpoint_minutes: float = _over(30.0, 0)
     checkpoint_save_epoch: int = _over(0, 0, equal=True)
+    resume: str = _one_of("latest", "previous")
     ema_decay1: float = _over(0.9999, 0, equal=True)
     ema_decay2: float = _over(0.9996, 0, equal=True)
     ema_checkpoint_save_epoch: int = _over(0, 0, equal=True)
     loss_type: str = _one_of("v", "x")
     label_drop_prob: float = _over(0.1, 0, equal=True)
 
-    @property
-    def peak_lr(self) -> float:
-        """`lr`, or `blr` x batch size / 256 where `lr` is null."""
-        return self.blr * self.batch_size / 256 if self.lr is None else self.lr
+    def peak_lr(self, processes: int = 1) -> float:
+        """`lr`, or `blr` x the clips of a step / 256 where `lr` is null."""
+        clips = self.batch_size * self.accumulation * processes
+        return self.blr * clips / 256 if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)
@@ -372,16 +399,25 @@ def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str)
             item = typing.get_args(kind)[0]
             if isinstance(value, list) and all(type(v) is item for v in value):
                 break
+        elif typing.get_origin(kind) is dict:
+            if isinstance(value, Mapping) and all(type(name) is str for name in value):
+                item = typing.get_args(kind)[1]
+                return {
+                    name: _value(spec, item, each, f"{key}.{name}", where)
+                    for name, each in value.items()
+                }
         elif type(value) is kind:
             break
     else:
         wanted = " or ".join(
-            "null" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds
+            "null" if k is type(None) else str(k) if typing.get_args(k) else k.__name__
+            for k in kinds
         )
         raise InputError(f"{where}: {key} is {value!r} ({type(value).__name__}); wanted {wanted}")
     meta = spec.metadata
     if "choices" in meta and value not in meta["choices"]:
-        raise InputError(f"{where}: {key} is {value!r}; wanted one of {', '.join(meta['choices'])}")
+        choices = ", ".join(str(choice).lower() for choice in meta["choices"])
+        raise InputError(f"{where}: {key} is {value!r}; wanted one of {choices}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where}: {key} is {value}; wanted a finite number")
     if "low" in meta and (value < meta["low"] or (value == meta["low"] and not meta["equal"])):

@@ -1,37 +1,54 @@
-"""Randomness that depends on where it is used and on nothing that came before."""
+"""Randomness that depends on where in a run it is used, and on nothing that came before."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+_MASK = (1 << 64) - 1
+
 
 @dataclass(frozen=True)
 class Draw:
-    """The randomness of one step: a function of (seed, step, item), hence of nothing earlier."""
+    """The randomness of some examples of a run: of each, a function of (seed, position) alone.
+
+    An example's position counts the examples that the run has taken before it. What it draws is
+    the same on every device, in any batch, on any number of processes and after a resume.
+
+    Attributes:
+        seed: of the run.
+        positions: of the examples, (b,).
+    """
 
     seed: int
-    step: int
-    indices: list[int]
-
-    def generator(self) -> torch.Generator:
-        """A fresh CPU generator for the whole step."""
-        return torch.Generator().manual_seed(_mix(self.seed, self.step))
+    positions: Sequence[int]
 
     @property
     def seeds(self) -> Tensor:
-        """One seed per item, (b,) int64."""
-        return torch.tensor([_mix(self.seed, self.step, i) for i in self.indices])
+        """A seed for each example, (b,) int64, not negative: for noise drawn inside a kernel."""
+        return torch.tensor([mix(self.seed, p) >> 1 for p in self.positions])
+
+    def uniform(self, name: str) -> Tensor:
+        """A number in (0, 1) for each example, (b,) float64; other names give other numbers."""
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        bits = [mix(self.seed, p, key) >> 12 for p in self.positions]
+        return (torch.tensor(bits, dtype=torch.float64) + 0.5) / 2**52
+
+    def normal(self, name: str) -> Tensor:
+        """Like `uniform`, standard normal."""
+        return torch.special.ndtri(self.uniform(name))
 
 
-def _mix(*numbers: int) -> int:
-    """Hashes integers to one in [0, 2^63): splitmix64 of each in turn."""
-    mask, state = (1 << 64) - 1, 0
+def mix(*numbers: int) -> int:
+    """Hashes integers to one in [0, 2^64): splitmix64 of each in turn."""
+    state = 0
     for number in numbers:
-        state = (state ^ (number & mask)) + 0x9E3779B97F4A7C15 & mask
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
+        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
         state ^= state >> 31
-    return state >> 1
+    return state

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wavflow.errors import InputError
+from wavflow.parallel import fill, local
 
 
 def warmed_up_decay(decay: float, age: int) -> float:
@@ -32,21 +33,36 @@ def initial_share(decay: float, updates: int, *, warmed_up: bool) -> float:
 
 
 class Ema:
-    """Average of a model's parameters, float32, its decay warmed up (`warmed_up_decay`)."""
+    """Average of a model's parameters, its decay warmed up (`warmed_up_decay`).
+
+    `values` are float32 (float64 for such parameters), sharded as the parameters are.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.values = {n: p.detach().float().clone() for n, p in model.named_parameters()}
+        self.values = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for name, p in model.named_parameters()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module, age: int) -> None:
         """Moves the average towards the parameters; `age` counts the updates before this one."""
-        now = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.values.values()), now, 1 - warmed_up_decay(self.decay, age))
+        values = [local(value) for value in self.values.values()]
+        now = [
+            local(p.detach()).to(v.dtype) for p, v in zip(model.parameters(), values, strict=True)
+        ]
+        torch._foreach_lerp_(values, now, 1 - warmed_up_decay(self.decay, age))
+
+    @torch.no_grad()
+    def reset(self, model: nn.Module) -> None:
+        """Starts anew from the model's present weights."""
+        for value, p in zip(self.values.values(), model.parameters(), strict=True):
+            local(value).copy_(local(p))
 
     @torch.no_grad()
     def load(self, values: dict[str, Tensor], path: Path) -> None:
         for name, value in self.values.items():
             if name not in values or values[name].shape != value.shape:
                 raise InputError(f"{path}: its average of {name} is missing or of another size")
-            value.copy_(values[name])
+            fill(value, values[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 
 import torch
 
@@ -43,6 +44,13 @@ def available_memory(device: torch.device) -> int:
         return int(left["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process has taken at most: of the GPU by torch, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def clip_bytes(config: WavflowConfig, dtype: torch.dtype, guided: bool) -> int:

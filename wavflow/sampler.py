@@ -236,14 +236,14 @@ class Sampler:
         steps: int | None = None,
         times: str | None = None,
         guidance: float | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
     ) -> Plan:
         """A `Plan` with what is not given filled in.
 
-        Without a solver it is the best one measured, with its steps and times
-        (`wavflow.solvers.BEST`). A named one takes the configuration's steps and even times, as
-        the public system does. The guidance is the configuration's.
+        Without a solver it is the best one measured, with its steps, times and guidance interval
+        (`wavflow.solvers.BEST`). A named one takes the configuration's steps, even times and
+        guidance throughout, as the public system does. The guidance is the configuration's.
 
         Raises:
             InputError: an option out of range.
@@ -253,6 +253,8 @@ class Sampler:
             steps = self.config.sampling.num_steps if named else BEST.steps
         if times is None:
             times = "even" if named else BEST.times
+        if guidance_interval is None:
+            guidance_interval = (0.0, 1.0) if named else BEST.guidance_interval
         return Plan(
             solver=solver if named else BEST.solver,
             steps=steps,

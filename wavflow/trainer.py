@@ -2,53 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wavflow import checkpoint, precision, runlog
+from wavflow import checkpoint, precision, runlog, validation
+from wavflow.batch_loss import BatchLoss
 from wavflow.config import TrainingConfig
-from wavflow.data.dataset import Work, plan, prefetch, steps_per_epoch
-from wavflow.draw import Draw
+from wavflow.data.order import Work, plan, prefetch
 from wavflow.ema import Ema
 from wavflow.errors import InputError
-from wavflow.memory import keep_freed_memory
+from wavflow.flops import count_flops, matmul_rate
+from wavflow.interrupt import Interrupts
+from wavflow.memory import keep_freed_memory, used_memory
+from wavflow.parallel import Parallel, World, whole
+from wavflow.protocols import Dataset, Loaded, Objective
+from wavflow.state import State
+from wavflow.validation import validate
+from wavflow.window import Pace, StepRecord, Window
 
 log = logging.getLogger("wavflow")
-
-
-class Objective(Protocol):
-    """What is trained: a model, and the loss of a batch."""
-
-    model: nn.Module
-
-    def loss(self, batch: Any, draw: Draw) -> Tensor:
-        """Loss of every item of `batch`, (b,), differentiable in the model's parameters."""
-        ...
-
-    def write_samples(self, folder: Path, dataset: Any, weights: dict[str, Tensor]) -> None:
-        """Leaves in `folder` what the model makes with `weights` in place of its parameters."""
-        ...
-
-
-class Dataset(Protocol):
-    """Where batches come from. `batch` is called from loader threads."""
-
-    def __len__(self) -> int: ...
-    def id(self, index: int) -> str: ...
-    def batch(self, indices: list[int]) -> Any: ...
-    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -65,21 +48,32 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains `objective.model` on `dataset`; the run lives in `out` and goes on from there.
+    """Trains an objective's model on `dataset`; the run lives in `out` and goes on from there.
 
-    `out` gets checkpoint_latest.pth, checkpoint_epoch_<N>.pth, ema_epoch_<N>.pth, training.log
-    and metrics.jsonl. The run ends after `epochs`, `max_steps` or `max_seconds`, whichever comes
-    first, and the learning rate follows the nearest of these ends. SIGINT and SIGTERM finish the
-    step, write checkpoint_latest.pth and end the run by KeyboardInterrupt or SystemExit(143). On a
-    CPU the process keeps the memory it frees from then on (``wavflow.memory``).
+    `out` gets checkpoint_latest.pth, checkpoint_previous.pth, checkpoint_epoch_<N>.pth,
+    ema_epoch_<N>.pth, training.log, metrics.jsonl and TensorBoard's events; with the strategy
+    "fsdp" the checkpoints are folders of shards of the same names without ending.
+
+    An example's clip, noise and time depend on the seed and its position in the run alone. So a run
+    that is stopped at any moment and started again ends, on a CPU, with the same bits, and how many
+    processes share a step changes nothing but rounding.
+
+    The run ends after `epochs`, `max_steps` or `max_seconds`, whichever comes first, and the
+    learning rate follows the nearest of these ends. SIGINT and SIGTERM finish the step, write the
+    latest checkpoint and end the run by KeyboardInterrupt or SystemExit(143). A step with a loss
+    or gradient that is not finite changes no weight; `max_bad_steps` of them in a row end the run.
+    On a CPU the process keeps the memory it frees from then on (``wavflow.memory``).
 
     Args:
-        objective: the model, already on `device`, and its loss.
+        objective: what is trained.
         dataset: where batches come from.
         settings: optimiser, schedule, length.
         out: the run's folder.
         config: plain dict stored in every checkpoint.
-        device, dtype: autocast runs where dtype is not float32.
+        world: the processes, and this one's device.
+        dtype: autocast runs where it is not float32 or float64.
+        validation: clips whose loss is taken every `val_steps` steps, always with the same noise
+            and times.
     """
 
     def __init__(
@@ -90,35 +84,67 @@ class Trainer:
         out: Path,
         *,
         config: dict[str, Any],
-        device: torch.device,
+        world: World,
         dtype: torch.dtype,
+        validation: Dataset | None = None,
     ) -> None:
-        self.objective, self.dataset, self.settings = objective, dataset, settings
-        self.model, self.out, self.config = objective.model, Path(out), config
-        self.device, self.dtype = device, dtype
-        self.optimizer = make_optimizer(self.model, settings)
+        self.objective, self.dataset, self.validation = objective, dataset, validation
+        self.settings, self.out, self.config = settings, Path(out), config
+        self.world, self.device, self.dtype = world, world.device, dtype
+        self.order = dataset.order(settings.seed)
+        self.model = objective.build().to(self.device)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.flops = self._count_flops()
+        self.matmul_rate = matmul_rate(self.device, dtype)
+        self.parallel = Parallel(self.model, settings.strategy, world, compiled=settings.compile)
+        self.batch_loss = self._batch_loss(self.parallel.forward, settings.seed)
+        self.optimizer = make_optimizer(self.model, settings, world.size)
         self.emas = {
             "ema1": Ema(self.model, settings.ema_decay1),
             "ema2": Ema(self.model, settings.ema_decay2),
         }
-        self.epoch_steps = steps_per_epoch(len(dataset), settings.batch_size)
-        self.epoch, self.step_in_epoch = settings.start_epoch, 0
+        self.state = State(
+            self.model,
+            self.optimizer,
+            self.emas,
+            self.out,
+            world,
+            shards=settings.strategy == "fsdp",
+        )
+        self.position = settings.start_epoch * len(self.order)
         self.step = 0
         self.ema_age = 0
         self.elapsed = 0.0
         self.loss = math.nan
-        self.recent: list[float] = []
+        self.window, self.pace = Window(), Pace()
+        self.unreadable: set[str] = set()
+        self.shown: runlog.RunLog | None = None
+        self.saved_at = time.monotonic()
 
     # Where the run stands
 
     @property
+    def step_examples(self) -> int:
+        """Clips that a full step takes, of all processes."""
+        return self.settings.batch_size * self.settings.accumulation * self.world.size
+
+    @property
+    def end(self) -> int:
+        """Examples of the whole run."""
+        return self.settings.epochs * len(self.order)
+
+    @property
+    def epoch(self) -> int:
+        return self.position // len(self.order)
+
+    @property
     def total_steps(self) -> int:
-        steps = self.settings.epochs * self.epoch_steps
+        steps = self.step + math.ceil(max(self.end - self.position, 0) / self.step_examples)
         return min(steps, self.settings.max_steps or steps)
 
     def progress(self) -> float:
         """How much of the run is done, 0 to 1: by steps or by time, whichever is further."""
-        done = self.step / self.total_steps
+        done = self.step / self.total_steps if self.total_steps else 1.0
         if self.settings.max_seconds is not None:
             done = max(done, self.elapsed / self.settings.max_seconds)
         return min(done, 1.0)
@@ -126,7 +152,7 @@ class Trainer:
     def learning_rate(self) -> float:
         """Linear warm-up, then constant, a cosine to `min_lr`, or steps by epoch."""
         s = self.settings
-        peak = s.peak_lr
+        peak = s.peak_lr(self.world.size)
         if s.lr_schedule == "cosine":
             floor = min(s.min_lr, peak)
             peak = floor + (peak - floor) * (1 + math.cos(math.pi * self.progress())) / 2
@@ -140,190 +166,283 @@ class Trainer:
         """Trains to the end.
 
         Raises:
-            InputError: a loss or gradient that is not finite; the ids of its clips are named.
+            InputError: too many steps in a row that are not finite; a full disk.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (
-            runlog.log_file(self.out / "training.log"),
-            _signals() as caught,
-            runlog.display() as show,
-        ):
-            log.info("%s", precision.describe(self.device, self.dtype))
-            log.info(
-                "%d parameters, %d clips, batch %d, from step %d to %d",
-                count_parameters(self.model),
-                len(self.dataset),
-                self.settings.batch_size,
-                self.step,
-                self.total_steps,
-            )
+        if self.world.is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.state.clean()
+        self.world.gather(None)
+        with Interrupts() as interrupts, self._log() as self.shown:
+            self._introduce()
             if self.device.type == "cpu":
                 keep_freed_memory()
-            self.model.train()
-            started, resumed_at = time.monotonic(), self.elapsed
-            # On the CPU a loader thread's own OpenMP pool fights the step's: 1.5 times the time.
-            workers = 0 if self.device.type == "cpu" else self.settings.num_workers
-            batches = prefetch(
-                lambda work: self.dataset.batch(work.indices),
-                plan(
-                    len(self.dataset),
-                    self.settings.batch_size,
-                    self.settings.seed,
-                    self.epoch,
-                    self.step_in_epoch,
-                ),
-                workers,
-                self.settings.dataloader_prefetch_factor,
-            )
-            speed = runlog.Speed()
+            self.saved_at = started = time.monotonic()
+            resumed_at = self.elapsed
+            batches = self.batches()
             try:
                 while self.progress() < 1.0:
-                    work, batch = next(batches)
-                    figures = self._train_step(work, batch)
-                    self.elapsed = resumed_at + time.monotonic() - started
-                    self._advance(work)
-                    self.recent.append(figures["loss"])
-                    speed.add(len(work.indices))
-                    show(self.progress(), self.elapsed, self._status(speed))
-                    if self.step % self.settings.log_freq == 0 or self.progress() >= 1.0:
-                        self._log_metrics(figures, speed)
-                    if self.step_in_epoch == 0:
-                        self._end_of_epoch()
-                    if caught:
-                        self._stop(caught[0])
+                    epochs = self.train_step(batches)
+                    now = time.monotonic()
+                    due = now - self.saved_at > 60 * self.settings.checkpoint_minutes
+                    signum, self.elapsed, save = self.world.largest(
+                        [interrupts.signal, resumed_at + now - started, due]
+                    )
+                    self._after_step(epochs, save=bool(save))
+                    if signum:
+                        self.save(checkpoint.LATEST)
+                        interrupts.end(int(signum), f"step {self.step}, saved in {self.out}")
             finally:
                 batches.close()
             self.save(checkpoint.LATEST)
             log.info("done: %d steps in %.0f s, loss %.4f", self.step, self.elapsed, self.loss)
         return TrainResult(
             out=self.out,
-            checkpoint=self.out / checkpoint.LATEST,
+            checkpoint=self.out / self.state.latest,
             steps=self.step,
             epochs=self.epoch,
             loss=self.loss,
             seconds=self.elapsed,
-            parameters=count_parameters(self.model),
+            parameters=self.parameters,
         )
 
-    def _train_step(self, work: Work, batch: Any) -> dict[str, float]:
+    @contextmanager
+    def _log(self) -> Iterator[runlog.RunLog | None]:
+        """The first process's log."""
+        if not self.world.is_main:
+            yield None
+            return
+        settings = {"tensorboard": self.settings.tensorboard, "first_step": self.step}
+        with (
+            runlog.log_file(self.out / "training.log"),
+            runlog.RunLog(self.out, **settings) as shown,
+        ):
+            yield shown
+
+    def _introduce(self) -> None:
+        log.info("%s", precision.describe(self.device, self.dtype))
+        log.info(
+            "%d parameters, %d clips, %d a step (batch %d, %d processes, %d accumulated), from "
+            "step %d to %d",
+            self.parameters,
+            len(self.dataset),
+            self.step_examples,
+            self.settings.batch_size,
+            self.world.size,
+            self.settings.accumulation,
+            self.step,
+            self.total_steps,
+        )
+        # The latest checkpoint, the one before it, and the next while it is written.
+        checkpoint.check_room(self.out, (3 - self.state.kept) * self.state.nbytes)
+
+    def batches(self) -> Generator[tuple[Work, Loaded], None, None]:
+        """This process's micro-batches from where the run stands."""
+        work = plan(
+            self.order,
+            batch_size=self.settings.batch_size,
+            accumulation=self.settings.accumulation,
+            rank=self.world.rank,
+            world=self.world.size,
+            start=self.position,
+            end=self.end,
+        )
+        ahead = self.settings.dataloader_prefetch_factor
+        return prefetch(
+            partial(self.batch_loss.load, self.dataset), work, self.settings.num_workers, ahead
+        )
+
+    def train_step(self, batches: Iterator[tuple[Work, Loaded]]) -> range:
+        """One step of the optimiser; waits for no device. Returns the epochs that ended by it."""
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        draw = Draw(self.settings.seed, self.step, work.indices)
-        with self._autocast():
-            losses = self.objective.loss(batch, draw)
-        loss = losses.mean()
-        if not math.isfinite(value := loss.item()):
-            bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
-            self._refuse("loss", [work.indices[i] for i in bad])
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        record, waited, last = StepRecord(self.step), 0.0, False
+        while not last:
+            begun = time.monotonic()
+            work, loaded = next(batches)
+            waited += time.monotonic() - begun
+            last = work.last
+            self._note_problems(work, loaded)
+            with self.parallel.gradients(shared=last):
+                terms, counts = self.batch_loss(work, loaded)
+                # Gradients are averaged over the processes.
+                (terms.values.sum() * (self.world.size / work.step_examples)).backward()
+            record.clips += work.indices or [0]
+            record.values.append(terms.values.detach())
+            record.counts.append(counts)
+            if terms.t is not None:
+                record.times.append(terms.t)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad_norm)
-        if not math.isfinite(norm := norm.item()):
-            self._refuse("gradient", work.indices)
+        record.norm = whole(norm.detach())
+        # The fused optimiser leaves weights and states alone where this is 1, on the device.
+        self.optimizer.found_inf = (~torch.isfinite(record.norm)).float()
+        self.optimizer.grad_scale = None
         self.optimizer.step()
         for ema in self.emas.values():
             ema.update(self.model, self.ema_age)
-        return {"loss": value, "grad_norm": norm, "lr": rate}
-
-    def _refuse(self, what: str, indices: list[int]) -> None:
-        ids = ", ".join(self.dataset.id(i) for i in indices[:16])
-        raise InputError(f"step {self.step}: the {what} is not finite; clips: {ids}")
-
-    def _advance(self, work: Work) -> None:
+        self.window.add(record)
+        self.pace.add(work.step_examples, waited)
+        before = self.epoch
+        self.position += work.step_examples
         self.step += 1
         self.ema_age += 1
-        self.epoch, self.step_in_epoch = work.epoch, work.step + 1
-        if self.step_in_epoch == self.epoch_steps:
-            self.epoch, self.step_in_epoch = work.epoch + 1, 0
+        return range(before + 1, self.epoch + 1)
 
-    def _end_of_epoch(self) -> None:
-        s = self.settings
-        if self.epoch % s.checkpoint_freq == 0 and self.progress() < 1.0:
+    def _count_flops(self) -> int:
+        """Floating-point operations of one clip's forward and backward."""
+        loss, work = self._batch_loss(self.model, self.settings.seed), Work([0], [0], 1, True)
+        loaded = loss.load(self.dataset, work)
+        with torch.random.fork_rng(self._generators()):
+            flops = count_flops(lambda: loss(work, loaded)[0].values.sum().backward())
+        self.model.zero_grad(set_to_none=True)
+        return flops
+
+    def _batch_loss(self, model: nn.Module, seed: int) -> BatchLoss:
+        pinned = self.settings.dataloader_pin_memory
+        return BatchLoss(self.objective, model, self.device, self.dtype, seed=seed, pinned=pinned)
+
+    def _note_problems(self, work: Work, loaded: Loaded) -> None:
+        for place, reason in loaded.problems.items():
+            name = self.dataset.id(work.indices[place])
+            if name not in self.unreadable:
+                self.unreadable.add(name)
+                log.warning("%s cannot be read any more and is left out: %s", name, reason)
+
+    # Between steps
+
+    def _after_step(self, epochs: range, *, save: bool) -> None:
+        s, done = self.settings, self.progress()
+
+        def reached(frequency: int) -> list[int]:
+            return [epoch for epoch in epochs if frequency and epoch % frequency == 0]
+
+        if self.step % s.log_freq == 0 or done >= 1.0:
+            self._log_figures()
+        if self.validation is not None and (self.step % s.val_steps == 0 or done >= 1.0):
+            self._show(self.validate())
+        if (save or reached(s.checkpoint_freq)) and done < 1.0:
             self.save(checkpoint.LATEST)
-        if s.checkpoint_save_epoch and self.epoch % s.checkpoint_save_epoch == 0:
-            self.save(f"checkpoint_epoch_{self.epoch}.pth")
-        if s.ema_checkpoint_save_epoch and self.epoch % s.ema_checkpoint_save_epoch == 0:
-            state = {**self.model.state_dict(), **self.emas["ema1"].values}
-            checkpoint.save(self.out / f"ema_epoch_{self.epoch}.pth", state)
+        for epoch in reached(s.checkpoint_save_epoch)[-1:]:
+            self.save(f"checkpoint_epoch_{epoch}.pth")
+        for epoch in reached(s.ema_checkpoint_save_epoch)[-1:]:
+            average = self.state.average("ema1")
+            if self.world.is_main:
+                checkpoint.save(self.out / f"ema_epoch_{epoch}.pth", average)
+        for epoch in reached(s.gen_train_freq)[-1:]:
+            self._write_samples(epoch)
+        if self.shown is not None:
+            rate = self.pace.clips_per_second
+            text = f"step {self.step}  loss {self.loss:.3f}  {rate:.1f} clips/s"
+            self.shown.progress(done, self.elapsed, text)
 
-        if s.gen_train_freq and self.epoch % s.gen_train_freq == 0:
-            folder = self.out / "samples" / f"epoch_{self.epoch}"
-            self.objective.write_samples(folder, self.dataset, self.emas["ema1"].values)
+    def _absorb(self) -> None:
+        """Brings the figures of the last steps to the CPU, and ends a run of bad ones.
 
-    def _stop(self, signum: int) -> None:
-        self.save(checkpoint.LATEST)
-        log.warning(
-            "%s at step %d: saved %s; the same command goes on from there",
-            signal.Signals(signum).name,
-            self.step,
-            self.out / checkpoint.LATEST,
-        )
-        if signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + signum)
+        Raises:
+            InputError: after `max_bad_steps` bad steps in a row.
+        """
+        bad = self.window.absorb()
+        if not bad:
+            return
+        named = [[self.dataset.id(i) for i in b.clips] for b in bad]
+        by_rank = self.world.gather(named)
+        path = self.out / "bad_steps.jsonl"
+        if self.world.is_main:
+            with open(path, "a", encoding="utf-8") as file:
+                for i, step in enumerate(bad):
+                    clips = sorted({name for rank in by_rank for name in rank[i]})
+                    file.write(json.dumps({"step": step.step, "clips": clips}) + "\n")
+                    names = ", ".join(clips[:8]) or "none alone"
+                    log.warning("step %d skipped: not finite; clips: %s", step.step, names)
+        if self.window.in_a_row >= self.settings.max_bad_steps:
+            raise InputError(
+                f"step {self.step}: the last {self.window.in_a_row} steps were not finite; their "
+                f"clips are in {path}"
+            )
 
-    def _autocast(self) -> Any:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def _status(self, speed: runlog.Speed) -> str:
-        loss = self.recent[-1] if self.recent else self.loss
-        return f"step {self.step}  loss {loss:.3f}  {speed.clips_per_second:.1f} clips/s"
-
-    def _log_metrics(self, figures: dict[str, float], speed: runlog.Speed) -> None:
-        """Writes one line; its loss is the mean since the line before."""
-        self.loss, self.recent = sum(self.recent) / len(self.recent), []
-        line = {
-            "step": self.step,
+    def _log_figures(self) -> None:
+        """Shows the means since the last time."""
+        self._absorb()
+        means = self.window.figures(self.world)
+        self.loss = means.get("loss", math.nan)
+        figures = {
             "epoch": self.epoch,
-            **figures,
-            "loss": self.loss,
-            "clips_per_second": round(speed.clips_per_second, 2),
-            "seconds": round(self.elapsed, 2),
+            **means,
+            "grad_norm": self.window.norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "clips_per_second": self.pace.clips_per_second,
+            "data_wait": self.pace.waited,
+            "memory_gb": used_memory(self.device) / 1e9,
+            "seconds": self.elapsed,
         }
-        runlog.append_metrics(self.out / "metrics.jsonl", line)
+        rate = self.flops * self.pace.clips_per_second
+        figures["mfu"] = rate / (self.matmul_rate * self.world.size)
+        if self.window.skipped:
+            figures["skipped_steps"] = self.window.skipped
+        if self.unreadable:
+            figures["unreadable_clips"] = len(self.unreadable)
+        self._show(figures)
 
-    # Files
+    def _show(self, figures: dict[str, float]) -> None:
+        if self.shown is not None:
+            self.shown.metrics(self.step, figures)
+
+    def validate(self) -> dict[str, float]:
+        """The mean loss of the validation clips, with the weights and with their average."""
+        return validate(
+            self._batch_loss(self.parallel.forward, validation.SEED),
+            self.validation,
+            self.model,
+            self.emas["ema1"],
+            self.world,
+            self.settings.batch_size,
+        )
+
+    def _write_samples(self, epoch: int) -> None:
+        average = self.state.average("ema1")
+        if self.shown is None:
+            return
+        with torch.random.fork_rng(self._generators()):
+            model = self.objective.build()
+            model.load_state_dict(average)
+            made = self.objective.samples(model.to(self.device).eval(), self.dataset)
+        self.shown.samples(self.step, self.out / "samples" / f"epoch_{epoch}", made)
+
+    def _generators(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
+
+    # Checkpoints
 
     def save(self, name: str) -> None:
-        """Writes a whole checkpoint to `out/name`."""
-        checkpoint.save(
-            self.out / name,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "epoch": self.epoch,
-                "global_step": self.step,
-                "model_ema1": self.emas["ema1"].values,
-                "model_ema2": self.emas["ema2"].values,
-                "ema_age": self.ema_age,
-                "ema_decay": {name: ema.decay for name, ema in self.emas.items()},
-                "position": {
-                    "step_in_epoch": self.step_in_epoch,
-                    "clips": self.dataset.fingerprint(),
-                },
-                "elapsed": self.elapsed,
-                "loss": self.loss,
-                "recent": self.recent,
-                "rng": torch.get_rng_state(),
-                "config": self.config,
-            },
-        )
+        """Writes a whole checkpoint to `out/name`; all processes call it."""
+        self._absorb()
+        process = {"window": self.window.sums, "rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            process["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+        meta = {
+            "epoch": self.epoch,
+            "global_step": self.step,
+            "ema_age": self.ema_age,
+            "ema_decay": {name: ema.decay for name, ema in self.emas.items()},
+            "position": self.position,
+            "clips": self.dataset.fingerprint(),
+            "elapsed": self.elapsed,
+            "loss": self.loss,
+            "bad_steps": [self.window.in_a_row, self.window.skipped],
+            "processes": self.world.gather(process),
+            "config": self.config,
+        }
+        self.state.save(name, meta)
+        self.saved_at = time.monotonic()
 
     def resume(self) -> bool:
-        """Goes on from checkpoint_latest.pth in `out`, if there is one."""
-        path = self.out / checkpoint.LATEST
-        if not path.exists():
+        """Goes on from the checkpoint in `out` that `settings.resume` asks for, if there is one."""
+        path = self.state.find(self.settings.resume)
+        if path is None:
             return False
         self.restore(path)
         return True
-
-    def reset_averages(self) -> None:
-        """Starts both averages from the model's present weights."""
-        for ema in self.emas.values():
-            ema.load(dict(self.model.named_parameters()), self.out)
 
     def restore(self, path: Path) -> None:
         """Takes weights, averages, optimiser and position from a training checkpoint.
@@ -331,44 +450,52 @@ class Trainer:
         Raises:
             InputError: unreadable, of another model, or of another optimiser layout.
         """
-        content = checkpoint.load_training(path)
-        checkpoint.load_into(self.model, content["model"], path)
-        for name, ema in self.emas.items():
-            ema.load(content.get(f"model_{name}") or content["model"], path)
-        try:
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{path}: its optimizer state does not fit ({error})") from None
-        self.epoch, self.step = int(content["epoch"]), int(content["global_step"])
-        self.ema_age = int(content.get("ema_age", self.step))
-        self.elapsed = float(content.get("elapsed", 0.0))
-        self.loss, self.recent = float(content.get("loss", math.nan)), content.get("recent", [])
-        if changed := _changes(content.get("config") or {}, self.config):
+        meta = self.state.restore(path)
+        self.step = int(meta["global_step"])
+        self.ema_age = int(meta.get("ema_age", self.step))
+        self.elapsed = float(meta.get("elapsed", 0.0))
+        self.loss = float(meta.get("loss", math.nan))
+        self.window.in_a_row, self.window.skipped = meta.get("bad_steps", (0, 0))
+        if changed := _changes(meta.get("config") or {}, self.config):
             log.warning("%s: made with other settings: %s", path, ", ".join(changed))
-        position = content.get("position", {})
-        if position.get("clips", self.dataset.fingerprint()) != self.dataset.fingerprint():
+        self.position = int(meta.get("position", int(meta["epoch"]) * len(self.order)))
+        clips = self.dataset.fingerprint()
+        if meta.get("clips", clips) != clips:
+            self.position = int(meta["epoch"]) * len(self.order)
             log.warning("%s: the usable clips have changed; the epoch starts anew", path)
-            position = {}
-        self.step_in_epoch = min(int(position.get("step_in_epoch", 0)), self.epoch_steps - 1)
-        if "rng" in content:
-            torch.set_rng_state(content["rng"])
-        runlog.drop_metrics_after(self.out / "metrics.jsonl", self.step)
+        self._restore_processes(meta.get("processes", []), path)
         log.info("resumed %s at step %d", path, self.step)
 
+    def _restore_processes(self, found: list[dict[str, Tensor]], path: Path) -> None:
+        if len(found) == self.world.size:
+            own = found[self.world.rank]
+            self.window.sums = own["window"]
+            torch.set_rng_state(own["rng"])
+            if self.device.type == "cuda" and "rng_cuda" in own:
+                torch.cuda.set_rng_state(own["rng_cuda"], self.device)
+        elif found:
+            log.warning("%s: of %d processes; there are %d", path, len(found), self.world.size)
+            if self.world.is_main:
+                self.window.sums = sum(process["window"] for process in found)
 
-def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.AdamW:
+    def start_from(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Starts model and averages from weights that were read from `path`."""
+        self.state.fill_model(weights, path)
+        for ema in self.emas.values():
+            ema.reset(self.model)
+
+
+def make_optimizer(
+    model: nn.Module, settings: TrainingConfig, processes: int = 1
+) -> torch.optim.AdamW:
     """AdamW, betas (0.9, 0.95), fused; weight decay on tensors with two or more axes only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
     ]
-    return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=(0.9, 0.95), fused=True)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Numbers in all parameters."""
-    return sum(p.numel() for p in model.parameters())
+    rate = settings.peak_lr(processes)
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
 def _changes(before: Any, now: Any, key: str = "") -> list[str]:
@@ -377,29 +504,3 @@ def _changes(before: Any, now: Any, key: str = "") -> list[str]:
         found = [_changes(before[k], now[k], f"{key}.{k}") for k in before if k in now]
         return [line for lines in found for line in lines]
     return [] if before == now else [f"{key.lstrip('.')} {before} -> {now}"]
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; a second one acts as it would without us."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    def handle(signum: int, frame: Any) -> None:
-        caught.append(signum)
-        restore()
-        print("stopping after this step", file=sys.stderr)
-
-    for signum in before:
-        signal.signal(signum, handle)
-    try:
-        yield caught
-    finally:
-        restore()

@@ -1,131 +1,32 @@
-"""WavFlow's training: flow matching on lifted waveform tokens, and the run of a configuration."""
+"""`wavflow train`: the run of a configuration, from its data to its last checkpoint."""
 
 from __future__ import annotations
 
-import copy
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-import wavflow_kernels as kernels
-from wavflow import checkpoint, precision
-from wavflow.build import build_model, empty_caption
-from wavflow.config import Config, load_config, save_config
+from wavflow import checkpoint, parallel, precision
+from wavflow.config import Config, DataConfig, TrainingConfig, load_config, save_config
 from wavflow.console import counter, show_log
-from wavflow.data.dataset import ClipBatch, ClipDataset
-from wavflow.draw import Draw
+from wavflow.data.dataset import Clips
+from wavflow.data.store import open_dataset
+from wavflow.dry_run import DryRun, dry_run
 from wavflow.errors import InputError
-from wavflow.model.flow_matching import FlowMatching, log_normal_sample
-from wavflow.sampler import Sampler, Sound
+from wavflow.objective import WavflowObjective
 from wavflow.trainer import Trainer, TrainResult
-
-# Clips that are heard during training.
-SAMPLE_CLIPS = 4
-
-
-class WavflowObjective:
-    """Model and loss for the `Trainer`.
-
-    Noise comes from a seed per item, t and the dropped modalities from the step's generator, all
-    on the CPU: a step's draws are the same on every device and after a resume.
-    """
-
-    def __init__(self, model: nn.Module, config: Config) -> None:
-        self.model = model
-        self.config = config
-        sampling = config.sampling
-        self.flow = FlowMatching(
-            min_sigma=sampling.min_sigma,
-            prediction_type=sampling.prediction_type,
-            noise_scale=sampling.noise_scale,
-            noise_shift=sampling.noise_shift,
-        )
-        self.forward = torch.compile(model) if config.training.compile else model
-
-    def loss(self, batch: ClipBatch, draw: Draw) -> Tensor:
-        """Loss of every clip, (b,) float32, differentiable in the model's parameters."""
-        data, sampling = self.config.data, self.config.sampling
-        device = next(self.model.parameters()).device
-        count = len(batch.ids)
-
-        generator = draw.generator()
-        t = log_normal_sample(torch.empty(count), generator, sampling.mean, sampling.scale)
-        t = self.flow.shift_timestep(t).to(device)
-        kept = torch.rand(2, count, generator=generator) >= self.config.training.label_drop_prob
-
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            x_1 = kernels.lift_patchify(
-                batch.wave.to(device),
-                batch.lengths.to(device),
-                token_size=data.audio_dim,
-                tokens=data.latent_seq_len,
-                audio_scale=data.audio_scale,
-            )
-            x_t, x_0 = kernels.flow_mix(
-                x_1,
-                t,
-                seeds=draw.seeds.to(device),
-                sigma_min=sampling.min_sigma,
-                noise_scale=sampling.noise_scale,
-            )
-        clip, sync, text = self.conditions(
-            batch, batch.has_video & kept[0], batch.has_text & kept[1]
-        )
-        pred = self.forward(x_t, clip, sync, text, t)
-        return kernels.flow_loss(
-            pred,
-            x_1,
-            t,
-            x_t=x_t,
-            x_0=x_0,
-            prediction=sampling.prediction_type,
-            loss=self.config.training.loss_type,
-            sigma_min=sampling.min_sigma,
-        )
-
-    def conditions(
-        self, batch: ClipBatch, video: Tensor, text: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features with the model's empty ones where `video` or `text` (b,) is False."""
-        device = next(self.model.parameters()).device
-        count = len(batch.ids)
-        video, text = video.to(device)[:, None, None], text.to(device)[:, None, None]
-        given = [batch.features[key].to(device) for key in self.config.data.feature_shapes]
-        return (
-            torch.where(video, given[0], self.model.get_empty_clip_sequence(count)),
-            torch.where(video, given[1], self.model.get_empty_sync_sequence(count)),
-            torch.where(text, given[2], self.model.get_empty_string_sequence(count)),
-        )
-
-    @torch.no_grad()
-    def write_samples(self, folder: Path, dataset: ClipDataset, weights: dict[str, Tensor]) -> None:
-        """Writes gt_rank0_id_<id>.wav and gen_rank0_id_<id>.wav of the first clips."""
-        config, device = self.config, next(self.model.parameters()).device
-        model = copy.deepcopy(self.model)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-        dtype = precision.resolve_dtype(config.training.dtype, device)
-        sampler = Sampler(model, config, device, dtype)
-        clips = [dataset[i] for i in range(min(SAMPLE_CLIPS, len(dataset)))]
-        sounds = sampler.generate_features(
-            [clip.features for clip in clips],
-            list(range(len(clips))),
-            guidance=config.eval.cfg,
-            steps=config.eval.num_sampling_steps,
-            solver=config.eval.sampling_method,
-        )
-        for clip, sound in zip(clips, sounds, strict=True):
-            sound.save(folder / f"gen_rank0_id_{clip.id}.wav")
-            Sound(clip.wave, sound.rate).save(folder / f"gt_rank0_id_{clip.id}.wav")
 
 
 def train(config: Config | str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainResult:
     """Trains WavFlow as a configuration says, or goes on with the run it describes.
 
-    The run lives in `<training.output_dir>/<experiment_id>/`.
+    The run lives in `<training.output_dir>/<experiment_id>/`. Under torchrun every process calls
+    it.
 
     Args:
         config: a `Config`, YAML file or preset.
@@ -134,46 +35,91 @@ def train(config: Config | str | os.PathLike[str], overrides: Iterable[str] = ()
     Raises:
         InputError: anything wrong with the configuration, the data or an existing checkpoint.
     """
+    config = _resolve(config, overrides)
+    with _prepare(config, write=True) as trainer:
+        if not trainer.resume():
+            _start_from(trainer, config)
+        return trainer.run()
+
+
+def try_out(
+    config: Config | str | os.PathLike[str], overrides: Iterable[str] = (), seconds: float = 20
+) -> DryRun:
+    """What `train` would need, by a few real steps; writes nothing into the run's folder.
+
+    Args:
+        config, overrides: as of `train`.
+        seconds: how long to take steps.
+
+    Raises:
+        InputError: as `train` does.
+    """
+    config = _resolve(config, overrides)
+    with _prepare(config, write=False) as trainer:
+        if not trainer.resume():
+            _start_from(trainer, config)
+        return dry_run(trainer, seconds)
+
+
+def _resolve(config: Config | str | os.PathLike[str], overrides: Iterable[str]) -> Config:
+    overrides = list(overrides)
     if not isinstance(config, Config):
-        config = load_config(config, overrides)
-    elif list(overrides):
+        return load_config(config, overrides)
+    if overrides:
         raise InputError(
             "overrides go with a file or a preset; use dataclasses.replace on a Config"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "WORLD_SIZE is above 1: training runs in a single process, without torchrun"
-        )
+    return config
+
+
+@contextmanager
+def _prepare(config: Config, *, write: bool) -> Iterator[Trainer]:
+    """The trainer of a configuration, in its processes."""
     settings = config.training
-    if config.data.csv_path is None:
-        raise InputError("data.csv_path is not set; wanted a CSV made by `wavflow extract`")
     show_log()
-    device = precision.resolve_device(settings.device)
-    dtype = precision.resolve_dtype(settings.dtype, device)
     out = Path(settings.output_dir) / config.experiment_id
-    with counter("reading") as progress:
-        dataset = ClipDataset(
-            config.data.csv_path,
-            config.data,
-            report=out / "report.csv",
-            workers=settings.num_workers,
-            progress=progress,
+    with parallel.join(settings.device, group=settings.strategy == "fsdp") as world:
+        if not world.is_main:
+            logging.getLogger("wavflow").setLevel(logging.WARNING)
+        with world.main_first():
+            report = out / "report.csv" if write and world.is_main else None
+            dataset = _open(config.data, settings, report)
+            validation = None
+            if config.data.val_csv_path is not None:
+                validation = _open(_validation(config.data), settings, None)
+        if settings.overfit is not None:
+            dataset = dataset.subset(settings.overfit)
+        torch.manual_seed(settings.seed)
+        trainer = Trainer(
+            WavflowObjective(config),
+            dataset,
+            settings,
+            out,
+            config=config.to_dict(),
+            world=world,
+            dtype=precision.resolve_dtype(settings.dtype, world.device),
+            validation=validation,
         )
-    torch.manual_seed(settings.seed)
-    model = build_model(config, empty_caption(config)).to(device)
-    trainer = Trainer(
-        WavflowObjective(model, config),
-        dataset,
-        settings,
-        out,
-        config=config.to_dict(),
-        device=device,
-        dtype=dtype,
+        if write and world.is_main:
+            save_config(out / "config.yaml", config)
+        yield trainer
+
+
+def _open(data: DataConfig, settings: TrainingConfig, report: Path | None) -> Clips:
+    with counter("reading") as progress:
+        return open_dataset(data, report=report, workers=settings.num_workers, progress=progress)
+
+
+def _validation(data: DataConfig) -> DataConfig:
+    """The validation clips: all of them, in order, their first windows."""
+    return replace(
+        data,
+        csv_path=data.val_csv_path,
+        store=None,
+        source_weights=None,
+        shuffle="full",
+        crop="first",
     )
-    save_config(out / "config.yaml", config)
-    if not trainer.resume():
-        _start_from(trainer, config)
-    return trainer.run()
 
 
 def _start_from(trainer: Trainer, config: Config) -> None:
@@ -184,6 +130,4 @@ def _start_from(trainer: Trainer, config: Config) -> None:
     if not initial.initial_load_model_only:
         trainer.restore(path)
         return
-    weights = checkpoint.read_weights(path, "none")
-    checkpoint.load_into(trainer.model, weights.state, path)
-    trainer.reset_averages()
+    trainer.start_from(checkpoint.read_weights(path, "none").state, path)

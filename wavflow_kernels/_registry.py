@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _backend
 from ._check import FLOATS
@@ -63,7 +64,8 @@ class Op:
     samples     samples(device, dtype, seed): sample calls
     workloads   {name: make(device, dtype)}: calls of realistic size, for benchmarks and `aot`
     bytes       least memory traffic of a call, from its arguments, for benchmarks
-    flops       arithmetic of a call, likewise
+    flops       arithmetic of a call, likewise; torch's FlopCounterMode reads it for "matrix" ops,
+                as it counts matrix products alone
     tolerance   class of tests/numerics.py: "exact", "single_pass", "reduction" or "matrix"
     setup_context, backward   as in torch.library.register_autograd; None: not differentiable
     differentiable_outputs    how many of the outputs, from the first, carry gradients
@@ -97,6 +99,7 @@ class Op:
     mutates: bool = False
     internal: bool = False
     torch_op: Any = field(init=False, repr=False, default=None)
+    arguments: tuple[str, ...] = field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
         if self.name in REGISTRY:
@@ -114,7 +117,13 @@ class Op:
             )
         else:
             _library.impl(self.name, self._refuse_gradients, "Autograd", with_keyset=True)
-        object.__setattr__(self, "torch_op", getattr(torch.ops.wavflow, self.name).default)
+        packet = getattr(torch.ops.wavflow, self.name)
+        if self.tolerance == "matrix":
+            register_flop_formula(packet, get_raw=True)(lambda *args, out_val: self.flops(*args))
+        object.__setattr__(self, "torch_op", packet.default)
+        # Their names are read in traced code, where the schema itself cannot be.
+        names = tuple(a.name for a in packet.default._schema.arguments)
+        object.__setattr__(self, "arguments", names)
         REGISTRY[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -150,10 +159,9 @@ class Op:
         return first
 
     def _autocast(self, args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-        names = [a.name for a in self.torch_op._schema.arguments]
         return [
             _cast(a, dtype) if name in self.autocast else a
-            for name, a in zip(names, args, strict=True)
+            for name, a in zip(self.arguments, args, strict=True)
         ]
 
     def _run(self, *args: Any) -> Any:

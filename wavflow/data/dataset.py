@@ -1,37 +1,41 @@
-"""The training set: a CSV of clips, each a wav and a file of features; its order; its batches."""
+"""The training set: clips that are read by index, and a CSV that lists them."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from wavflow.config import DataConfig
-from wavflow.data.manifest import ReportRow, Row, read_manifest, write_report
+from wavflow.data.crop import Grid
+from wavflow.data.manifest import Manifest, ReportRow, Row, read_manifest, write_report
+from wavflow.data.order import Order
+from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, Recording, RowReader, source
+from wavflow.draw import Draw
 from wavflow.errors import InputError
 
 log = logging.getLogger("wavflow")
 
 COLUMNS = ("id", "audio_path", "features_path", "video_exist", "text_exist")
-VIDEO_KEYS = ("clip_features", "sync_features")
-TEXT_KEYS = ("text_features",)
 
-T = TypeVar("T")
+Same = TypeVar("Same", bound="Clips")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: wave (t,) float32 at the configured rate; a feature is None where it is missing."""
+    """One clip: wave (t,) float32 at the configured rate; missing features are not there."""
 
     id: str
     wave: Tensor
@@ -44,10 +48,6 @@ class Clip:
     @property
     def has_text(self) -> bool:
         return TEXT_KEYS[0] in self.features
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.wave, *self.features.values()))
 
 
 @dataclass(frozen=True)
@@ -65,59 +65,213 @@ class ClipBatch:
     has_video: Tensor
     has_text: Tensor
 
+    def pin_memory(self) -> ClipBatch:
+        """The same in page-locked memory."""
+        return self._map(Tensor.pin_memory)
 
-def read_features(
-    path: str | os.PathLike[str], shapes: dict[str, tuple[int, int]], keys: Iterable[str] = ()
-) -> dict[str, Tensor]:
-    """Reads a features file: those of the named keys that it holds, float32.
+    def to(self, device: torch.device) -> ClipBatch:
+        """The same on a device; the copy from page-locked memory is not waited for."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> ClipBatch:
+        return ClipBatch(
+            ids=self.ids,
+            wave=function(self.wave),
+            lengths=function(self.lengths),
+            features={key: function(value) for key, value in self.features.items()},
+            has_video=function(self.has_video),
+            has_text=function(self.has_text),
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch, and by place in it why a clip could not be read.
+
+    Such a clip's row is one sample of silence without features.
+    """
+
+    batch: ClipBatch
+    problems: dict[int, str]
+
+
+class Clips(ABC):
+    """Clips by index: what the trainer reads, wherever the recordings are.
+
+    Batches are filled by numpy: torch would start OpenMP threads beside each loader thread, and
+    they slow down a training step on the CPU.
 
     Args:
-        path: a `.pth` dict.
-        shapes: key -> (rows, width) wanted.
-        keys: the keys that must be there.
+        path: where the clips come from, for messages.
+        config: crop, order and sizes.
+        ids: of the clips.
+        sources: of the clips, "" for none.
+        shards: of the clips, None where there are none.
 
     Raises:
-        InputError: missing or unreadable file, missing key, wrong shape, non-finite value;
-            names the file, the key, what was found and what was wanted.
+        InputError: `source_weights` names another set of sources; random crops of sizes that
+            allow none; `shuffle` is "shards" and there are none.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such features file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds, from EOFError to KeyError
-        raise InputError(f"{path}: not a readable features file ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: wanted a dict of features, found {type(content).__name__}")
-    for key in keys:
-        if key not in content:
-            found = ", ".join(map(str, content)) or "nothing"
-            raise InputError(f"{path}: no {key}, found {found}")
-    features = {}
-    for key, shape in shapes.items():
-        value = content.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, Tensor):
-            raise InputError(f"{path}: {key} is a {type(value).__name__}; wanted a tensor")
-        if tuple(value.shape) != shape:
-            raise InputError(f"{path}: {key} is {tuple(value.shape)}; wanted {shape}")
-        value = value.float()
-        if not bool(torch.isfinite(value).all()):
-            raise InputError(f"{path}: {key} holds non-finite values")
-        features[key] = value
-    return features
+
+    def __init__(
+        self,
+        path: Path,
+        config: DataConfig,
+        ids: Sequence[str],
+        sources: Sequence[str],
+        shards: Sequence[int] | None = None,
+    ) -> None:
+        self.path, self.config = path, config
+        self.ids, self._sources, self._shards = list(ids), list(sources), shards
+        self.grid = Grid(config)
+        if config.shuffle == "shards" and shards is None:
+            raise InputError(f"{path}: data.shuffle is shards; wanted a folder of `wavflow pack`")
+        if config.source_weights is not None:
+            self._check_sources(config.source_weights.keys())
+
+    @abstractmethod
+    def recording(self, index: int) -> Recording:
+        """The whole clip at `index`.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Clip:
+        """The clip at `index`: its whole wave, the features of its first window."""
+        recording = self.recording(index)
+        wave = np.empty(recording.wave.shape, np.float32)
+        recording.write_wave(wave)
+        features = {
+            key: torch.from_numpy(value.astype(np.float32))
+            for key, value in self._first(recording).features.items()
+        }
+        return Clip(self.ids[index], torch.from_numpy(wave), features)
+
+    def id(self, index: int) -> str:
+        """Id of the clip at `index`, without reading it."""
+        return self.ids[index]
+
+    def order(self, seed: int) -> Order:
+        """The order of a run's examples; every source gets its share of `source_weights`."""
+        sources: dict[str, list[int]] = {}
+        for index, name in enumerate(self._sources):
+            sources.setdefault(name, []).append(index)
+        weights = self.config.source_weights
+        if weights is not None:
+            weights = {name: weights[name] for name in sources}
+            if not any(weights.values()):
+                raise InputError(f"{self.path}: data.source_weights gives no share to any clip")
+        shards = self._shards if self.config.shuffle == "shards" else None
+        return Order(seed, sources, weights, shards=shards, group=self.config.shuffle_shards)
+
+    def load(self, indices: Sequence[int], draw: Draw) -> Loaded:
+        """The clips at `indices` side by side, cropped by `draw`, their examples' randomness.
+
+        With `crop` "first" waves are whole, for their loudness, and features those of the first
+        window. With "random" a longer recording gives one window, and what fills up its last
+        token. A clip that cannot be read is a problem, not an error. Called from loader threads.
+        """
+        windows: dict[int, Recording] = {}
+        problems: dict[int, str] = {}
+        chance = draw.uniform("crop").tolist() if self.config.crop == "random" else None
+        for place, index in enumerate(indices):
+            try:
+                recording = self.recording(index)
+            except InputError as error:
+                problems[place] = str(error)
+                continue
+            if chance is None:
+                windows[place] = self._first(recording)
+            else:
+                windows[place] = self._random(recording, chance[place])
+        return Loaded(self._batch([self.ids[i] for i in indices], windows), problems)
+
+    def fingerprint(self) -> str:
+        """Changes when the usable clips, their sources or their order in the file change."""
+        lines = (f"{id}\0{source}\n" for id, source in zip(self.ids, self._sources, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def subset(self: Same, count: int) -> Same:
+        """The same set with its first `count` clips only."""
+        if count < 1:
+            raise ValueError(f"a subset of {count} clips; wanted at least 1")
+        few = copy.copy(self)
+        few.ids, few._sources = self.ids[:count], self._sources[:count]
+        return few
+
+    def _batch(self, ids: list[str], windows: dict[int, Recording]) -> ClipBatch:
+        count = len(ids)
+        lengths = np.ones(count, np.int64)
+        has_video, has_text = np.zeros(count, bool), np.zeros(count, bool)
+        for place, window in windows.items():
+            lengths[place] = window.wave.size
+            has_video[place], has_text[place] = window.has_video, window.has_text
+        wave = np.zeros((count, lengths.max(initial=1)), np.float32)
+        features = {
+            key: np.zeros((count, *shape), np.float32)
+            for key, shape in self.config.feature_shapes.items()
+        }
+        for place, window in windows.items():
+            window.write_wave(wave[place, : window.wave.size])
+            for key, value in window.features.items():
+                np.copyto(features[key][place], value)
+        return ClipBatch(
+            ids=ids,
+            wave=torch.from_numpy(wave),
+            lengths=torch.from_numpy(lengths),
+            features={key: torch.from_numpy(value) for key, value in features.items()},
+            has_video=torch.from_numpy(has_video),
+            has_text=torch.from_numpy(has_text),
+        )
+
+    def _first(self, recording: Recording) -> Recording:
+        shapes = self.config.feature_shapes
+        features = {key: value[: shapes[key][0]] for key, value in recording.features.items()}
+        return Recording(recording.wave, features)
+
+    def _random(self, recording: Recording, chance: float) -> Recording:
+        """The window that `chance`, in (0, 1), picks."""
+        data, samples, features = self.config, recording.wave.size, dict(recording.features)
+        if recording.has_video:
+            rows = [features[key].shape[0] for key in VIDEO_KEYS]
+            place = self.grid.place(int(chance * self.grid.places(samples, *rows)))
+            start = place.sample
+            for key, row in zip(VIDEO_KEYS, (place.clip_row, place.sync_row), strict=True):
+                features[key] = features[key][row : row + data.feature_shapes[key][0]]
+        else:
+            start = int(chance * max(samples - data.samples + 1, 1))
+        stop = start + data.latent_seq_len * data.audio_dim
+        return Recording(recording.wave[start:stop], features)
+
+    def _check_sources(self, weighted: Iterable[str]) -> None:
+        there, weighted = set(self._sources), set(weighted)
+        if there != weighted:
+            unknown, missing = sorted(weighted - there), sorted(there - weighted)
+            said = [f"no clip is of {', '.join(map(repr, unknown))}"] * bool(unknown)
+            said += [f"no share for {', '.join(map(repr, missing))}"] * bool(missing)
+            raise InputError(f"{self.path}: data.source_weights: {'; '.join(said)}")
 
 
-class ClipDataset:
-    """Clips listed in a CSV (id, audio_path, features_path, video_exist, text_exist).
+class ClipDataset(Clips):
+    """Clips listed in a CSV (id, audio_path, features_path, video_exist, text_exist, [source]).
 
     Every row is read once when the set is opened: rows that cannot be used are left out, named
     in one warning each and in `report`. What is read stays in memory up to `config.cache_mb`.
     A modality whose flag is 0 is missing, whatever the file holds.
 
+    Args:
+        csv_path: the table.
+        config: rate, sizes, crop and order.
+        report: a CSV to write: what became of every row.
+        workers: threads that read.
+        progress: called with (rows read, rows in all).
+
     Raises:
-        InputError: a missing file or column, or no usable row.
+        InputError: a missing file or column, no usable row, or what `Clips` raises.
     """
 
     def __init__(
@@ -129,135 +283,63 @@ class ClipDataset:
         workers: int = 2,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.path = Path(csv_path)
-        self.config = config
-        self._room = config.cache_mb * 2**20
-        self._cache: dict[str, Clip] = {}
-        self._lock = threading.Lock()
         manifest = read_manifest(csv_path, COLUMNS, data_root=config.data_root)
-        outcome = {e.row_number: ReportRow(e.id, "skipped", str(e)) for e in manifest.errors}
+        self._room = config.cache_mb * 2**20
+        self._cache: dict[str, Recording] = {}
+        self._lock = threading.Lock()
+        self._read = RowReader(config)
+        self._rows = list(manifest)
+        outcome = unusable(manifest)
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            for done, (row, problem) in enumerate(
-                zip(manifest, pool.map(self._problem, manifest), strict=True), 1
-            ):
+            problems = pool.map(self._problem, range(len(manifest)))
+            for done, (row, problem) in enumerate(zip(manifest, problems, strict=True), 1):
                 status = "skipped" if problem else "ok"
                 outcome[row.number] = ReportRow(row.id, status, problem or "")
                 if progress is not None:
                     progress(done, len(manifest))
-        self.rows = [row for row in manifest if outcome[row.number].status == "ok"]
-        self.skipped = [r for _, r in sorted(outcome.items()) if r.status != "ok"]
+        rows = [outcome[number] for number in sorted(outcome)]
         if report is not None:
-            write_report(report, [r for _, r in sorted(outcome.items())])
-        for bad in self.skipped:
-            log.warning("%s: %s skipped: %s", self.path, bad.id, bad.reason)
-        if not self.rows:
-            raise InputError(f"{self.path}: no usable row; the first: {self.skipped[0].reason}")
+            write_report(report, rows)
+        refuse_none(manifest.path, rows)
+        self._rows = [row for row in manifest if outcome[row.number].status == "ok"]
+        ids = [row.id for row in self._rows]
+        super().__init__(manifest.path, config, ids, [source(row) for row in self._rows])
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def recording(self, index: int) -> Recording:
+        row = self._rows[index]
+        return self._cache.get(row.id) or self._keep(row)
 
-    def __getitem__(self, index: int) -> Clip:
-        row = self.rows[index]
-        return self._cache.get(row.id) or self._read(row)
-
-    def id(self, index: int) -> str:
-        """Id of the clip at `index`, without reading it."""
-        return self.rows[index].id
-
-    def batch(self, indices: Iterable[int]) -> ClipBatch:
-        """The clips at `indices` side by side."""
-        return collate([self[i] for i in indices], self.config.feature_shapes)
-
-    def fingerprint(self) -> str:
-        """Changes when the usable clips or their order in the file change."""
-        return hashlib.sha256("\0".join(row.id for row in self.rows).encode()).hexdigest()
-
-    def _problem(self, row: Row) -> str | None:
+    def _problem(self, index: int) -> str | None:
+        row = self._rows[index]
         try:
-            self._read(row)
+            self._keep(row)
         except InputError as error:
             return f"row {row.number}: {error}"
         return None
 
-    def _read(self, row: Row) -> Clip:
-        from wavflow.audio import is_silent, load_audio
-
-        wave = load_audio(row.audio_path, self.config.target_sample_rate)
-        if is_silent(wave):
-            raise InputError(f"{row.audio_path}: the audio is silent")
-        keys = VIDEO_KEYS * row.video_exist + TEXT_KEYS * row.text_exist
-        shapes = {key: self.config.feature_shapes[key] for key in keys}
-        features = read_features(row.features_path, shapes, keys) if keys else {}
-        clip = Clip(row.id, wave, features)
+    def _keep(self, row: Row) -> Recording:
+        recording = self._read(row)
         with self._lock:
-            if row.id not in self._cache and clip.nbytes <= self._room:
-                self._room -= clip.nbytes
-                self._cache[row.id] = clip
-        return clip
+            if row.id not in self._cache and recording.nbytes <= self._room:
+                self._room -= recording.nbytes
+                self._cache[row.id] = recording
+        return recording
 
 
-def collate(clips: list[Clip], shapes: dict[str, tuple[int, int]]) -> ClipBatch:
-    """Puts clips side by side."""
-    lengths = torch.tensor([clip.wave.numel() for clip in clips])
-    wave = torch.zeros(len(clips), int(lengths.max()))
-    for row, clip in zip(wave, clips, strict=True):
-        row[: clip.wave.numel()] = clip.wave
-    features = {}
-    for key, shape in shapes.items():
-        features[key] = torch.stack([clip.features.get(key, torch.zeros(shape)) for clip in clips])
-    return ClipBatch(
-        ids=[clip.id for clip in clips],
-        wave=wave,
-        lengths=lengths,
-        features=features,
-        has_video=torch.tensor([clip.has_video for clip in clips]),
-        has_text=torch.tensor([clip.has_text for clip in clips]),
-    )
+def unusable(manifest: Manifest) -> dict[int, ReportRow]:
+    """Report by row number of the rows that the table itself makes unusable."""
+    return {e.row_number: ReportRow(e.id, "skipped", str(e)) for e in manifest.errors}
 
 
-@dataclass(frozen=True)
-class Work:
-    """One step's share of an epoch: which clips, in which order."""
+def refuse_none(path: Path, report: Iterable[ReportRow]) -> None:
+    """Warns of every row that is skipped.
 
-    epoch: int
-    step: int
-    indices: list[int]
-
-
-def steps_per_epoch(items: int, batch_size: int) -> int:
-    """Whole batches in an epoch; the rest is left out, and differs from epoch to epoch."""
-    return max(items // batch_size, 1)
-
-
-def plan(items: int, batch_size: int, seed: int, epoch: int, step: int) -> Iterator[Work]:
-    """Batches without end from (epoch, step) on. The order depends on (seed, epoch) alone."""
-    count = steps_per_epoch(items, batch_size)
-    while True:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(items, generator=generator).tolist()
-        for at in range(step, count):
-            yield Work(epoch, at, order[at * batch_size : (at + 1) * batch_size])
-        epoch, step = epoch + 1, 0
-
-
-def prefetch(
-    load: Callable[[Work], T], work: Iterable[Work], workers: int, ahead: int
-) -> Iterator[tuple[Work, T]]:
-    """Loads in `workers` threads up to `workers * ahead` batches early, in order; 0 = no thread."""
-    if workers == 0:
-        for item in work:
-            yield item, load(item)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="wavflow-data")
-    pending: deque[tuple[Work, Any]] = deque()
-    try:
-        for item in work:
-            pending.append((item, pool.submit(load, item)))
-            if len(pending) > workers * ahead:
-                first, future = pending.popleft()
-                yield first, future.result()
-        while pending:
-            first, future = pending.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    Raises:
+        InputError: that is all rows.
+    """
+    report = list(report)
+    skipped = [row for row in report if row.status == "skipped"]
+    for bad in skipped:
+        log.warning("%s: %s skipped: %s", path, bad.id, bad.reason)
+    if len(skipped) == len(report):
+        raise InputError(f"{path}: no usable row; the first: {skipped[0].reason}")

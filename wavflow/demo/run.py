@@ -11,7 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from wavflow.demo.sounds import BATCH, generate_all
 from wavflow.errors import InputError
 from wavflow.files import write_json
 from wavflow.precision import resolve_device, resolve_dtype
-from wavflow.trainer import Draw, TrainResult, make_optimizer
+from wavflow.trainer import TrainResult
 
 #: Seconds of training, at most, and the steps that a machine must manage in them.
 TRAIN_SECONDS = 225.0
@@ -299,37 +299,20 @@ def _is_begun(config: Config) -> bool:
     return (_run_folder(config) / LATEST).exists()
 
 
-def measure(config: Config, csv: Path, steps: int = 20) -> tuple[float, float]:
+def measure(config: Config, csv: Path, seconds: float = 3.0) -> tuple[float, float]:
     """Seconds that a training step takes, and the generation of one sound.
 
-    Takes `steps` real steps, after two that do not count, on a network that is thrown away.
+    Takes real steps for so many seconds, on a network that is thrown away.
     """
     from wavflow.sampler import Sampler
-    from wavflow.training import WavflowObjective
+    from wavflow.training import try_out
 
-    settings = config.training
-    device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device)
+    data = dataclasses.replace(config.data, csv_path=str(csv))
+    per_step = try_out(dataclasses.replace(config, data=data), seconds=seconds).seconds
+    device = resolve_device(config.training.device)
+    dtype = resolve_dtype(config.training.dtype, device)
     dataset = ClipDataset(csv, config.data)
-    torch.manual_seed(settings.seed)
-    model = build_model(config, empty_caption(config)).to(device).train()
-    objective, optimizer = WavflowObjective(model, config), make_optimizer(model, settings)
-    cast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    for step in range(steps + 2):
-        if step == 2:
-            begun = time.monotonic()
-        indices = [
-            (step * settings.batch_size + i) % len(dataset) for i in range(settings.batch_size)
-        ]
-        with cast:
-            loss = objective.loss(dataset.batch(indices), Draw(settings.seed, step, indices)).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
-        optimizer.step()
-        loss.item()
-    per_step = (time.monotonic() - begun) / steps
-
+    model = build_model(config, empty_caption(config)).to(device)
     sampler = Sampler(model, config, device, dtype)
     features = [dataset[i % len(dataset)].features for i in range(BATCH)]
     begun = time.monotonic()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from wavflow.build import build_model, empty_caption
 from wavflow.config import Config
-from wavflow.data.dataset import TEXT_KEYS, VIDEO_KEYS, read_features
 from wavflow.data.manifest import Row, read_manifest
+from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
 from wavflow.demo.score import CONTROLS, MODES, read_json
 from wavflow.errors import InputError
 from wavflow.files import atomic_write, write_json

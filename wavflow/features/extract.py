@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from wavflow.config import Config, load_config
-from wavflow.data.dataset import TEXT_KEYS, VIDEO_KEYS, read_features
+from wavflow.data.dataset import COLUMNS
 from wavflow.data.manifest import ReportRow, Row, read_manifest, write_csv, write_report
+from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
 from wavflow.errors import InputError
 from wavflow.features.base import Encoders, get_encoders
 from wavflow.files import atomic_write
-
-COLUMNS = ("id", "audio_path", "features_path", "video_exist", "text_exist")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ def extract(
     """Encodes every row of a table and writes the table that training reads.
 
     Args:
-        csv_path: columns id, audio_path, video_path, caption; optional video_exist, text_exist.
+        csv_path: columns id, audio_path, video_path, caption; optional video_exist, text_exist
+            and source, which goes into the training table.
         out: gets features/<id>.pth, <stem of csv_path>.csv and report.csv.
         config: a `Config`, YAML file or preset; names the encoders and the seconds.
         encoders, seconds: instead of the configuration's.
@@ -92,7 +92,9 @@ def extract(
             progress(count, len(jobs))
 
     good = [job for job in jobs if outcome[job.row.number].status != "failed"]
-    write_csv(target, [_table_row(job, out) for job in good], COLUMNS)
+    more = [name for name in ("source",) if name in manifest.columns]
+    rows = [_table_row(job, out) | {n: job.row.fields[n] for n in more} for job in good]
+    write_csv(target, rows, [*COLUMNS, *more])
     report = [row for _, row in sorted(outcome.items())]
     write_report(out / "report.csv", report)
     kept = sum(row.status == "skipped" for row in report)

@@ -362,9 +362,31 @@ class WavflowModel(nn.Module):
     # One step.
 
     def forward(
-        self, latent: Tensor, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, t: Tensor
+        self,
+        latent: Tensor,
+        clip_f: Tensor,
+        sync_f: Tensor,
+        text_f: Tensor,
+        t: Tensor,
+        *,
+        has_video: Tensor | None = None,
+        has_text: Tensor | None = None,
     ) -> Tensor:  # (b n d)
-        """The prediction from raw features: ``preprocess_conditions``, then ``predict_flow``."""
+        """The prediction from raw features: ``preprocess_conditions``, then ``predict_flow``.
+
+        has_video, has_text: (b) bool; where False the model's empty features take the place of
+        the given ones.
+        """
+        bs = latent.shape[0]
+        if has_video is not None:
+            check_shape("has_video", has_video, (bs,))
+            given = has_video[:, None, None]
+            clip_f = torch.where(given, clip_f, self.get_empty_clip_sequence(bs))
+            sync_f = torch.where(given, sync_f, self.get_empty_sync_sequence(bs))
+        if has_text is not None:
+            check_shape("has_text", has_text, (bs,))
+            empty = self.get_empty_string_sequence(bs)
+            text_f = torch.where(has_text[:, None, None], text_f, empty)
         conditions = self.preprocess_conditions(clip_f, sync_f, text_f)
         return self.predict_flow(latent, t, replace(conditions, prepared=None))
 

@@ -1,0 +1,151 @@
+"""One clip as it is kept, and how it is read from a wav and a file of features."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wavflow.audio import is_silent, load_audio
+from wavflow.config import DataConfig
+from wavflow.data.crop import Grid
+from wavflow.data.manifest import Row
+from wavflow.errors import InputError
+
+VIDEO_KEYS = ("clip_features", "sync_features")
+TEXT_KEYS = ("text_features",)
+# An int16 sample over 32768 is a float32 sample, exactly.
+INT16_STEP = np.float32(2.0**-15)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A clip as it is kept: arrays that nobody writes to.
+
+    Attributes:
+        wave: (t,) float32, or int16 that stands for steps of 1/32768.
+        features: float32 or float16 (rows, width); all rows of the recording.
+    """
+
+    wave: np.ndarray
+    features: dict[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return self.wave.nbytes + sum(value.nbytes for value in self.features.values())
+
+    @property
+    def has_video(self) -> bool:
+        return VIDEO_KEYS[0] in self.features
+
+    @property
+    def has_text(self) -> bool:
+        return TEXT_KEYS[0] in self.features
+
+    def write_wave(self, out: np.ndarray) -> None:
+        """Writes the wave into `out`, (t,) float32."""
+        if self.wave.dtype == np.int16:
+            np.multiply(self.wave, INT16_STEP, out=out)
+        else:
+            np.copyto(out, self.wave)
+
+
+class RowReader:
+    """Reads the recording of a CSV's row: its audio at the configured rate, all its features."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config, self.grid = config, Grid(config)
+
+    def __call__(self, row: Row) -> Recording:
+        """
+        Raises:
+            InputError: a file is missing or unreadable, the audio is silent, features are missing,
+                of a wrong size or not finite.
+        """
+        wave = load_audio(row.audio_path, self.config.target_sample_rate)
+        if is_silent(wave):
+            raise InputError(f"{row.audio_path}: the audio is silent")
+        keys = VIDEO_KEYS * row.video_exist + TEXT_KEYS * row.text_exist
+        shapes: dict[str, tuple[int | None, int]] = {
+            key: self.config.feature_shapes[key] for key in keys
+        }
+        for key in VIDEO_KEYS * row.video_exist:
+            shapes[key] = (None, shapes[key][1])
+        features = _read_arrays(row.features_path, shapes, keys) if keys else {}
+        if row.video_exist:
+            self.grid.check(row.features_path, *(len(features[key]) for key in VIDEO_KEYS))
+        return Recording(wave.numpy(), features)
+
+
+def source(row: Row) -> str:
+    """What the row's `source` column holds, "" without one."""
+    return row.fields.get("source", "").strip()
+
+
+def read_features(
+    path: str | os.PathLike[str], shapes: dict[str, tuple[int, int]], keys: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """Reads a features file: those of the named keys that it holds, float32.
+
+    Args:
+        path: a `.pth` dict.
+        shapes: key -> (rows, width) wanted.
+        keys: the keys that must be there.
+
+    Raises:
+        InputError: missing or unreadable file, missing key, wrong shape, non-finite value;
+            names the file, the key, what was found and what was wanted.
+    """
+    arrays = _read_arrays(path, shapes, keys)
+    return {key: torch.from_numpy(value.astype(np.float32)) for key, value in arrays.items()}
+
+
+def _read_arrays(
+    path: str | os.PathLike[str],
+    shapes: dict[str, tuple[int | None, int]],
+    keys: Iterable[str],
+) -> dict[str, np.ndarray]:
+    """Like `read_features`; float16 stays, and rows of None are any number above 0."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such features file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds, from EOFError to KeyError
+        raise InputError(f"{path}: not a readable features file ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: wanted a dict of features, found {type(content).__name__}")
+    for key in keys:
+        if key not in content:
+            found = ", ".join(map(str, content)) or "nothing"
+            raise InputError(f"{path}: no {key}, found {found}")
+    features = {}
+    for key, (rows, width) in shapes.items():
+        value = content.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise InputError(f"{path}: {key} is a {type(value).__name__}; wanted a dense tensor")
+        shape = tuple(value.shape)
+        if len(shape) != 2 or not shape[0] or shape != (rows or shape[0], width):
+            wanted = f"({rows or 'rows'}, {width})"
+            raise InputError(f"{path}: {key} is {shape}; wanted {wanted}")
+        features[key] = _array(value)
+        if not np.isfinite(features[key]).all():
+            raise InputError(f"{path}: {key} holds non-finite values")
+    return features
+
+
+def _array(value: Tensor) -> np.ndarray:
+    """A tensor as float32, or as float16 if it is that."""
+    value = value.detach()
+    if value.dtype == torch.bfloat16:  # the upper half of a float32; numpy has no such type
+        bits = value.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+        return (bits << 16).view(np.float32)
+    array = value.numpy()
+    return array if array.dtype == np.float16 else array.astype(np.float32, copy=False)

@@ -1,0 +1,169 @@
+"""A packed data set, read through memory maps of its shards.
+
+A pack is a folder of WebDataset shards: uncompressed tar files whose members `<key>.wave.npy`,
+`<key>.clip.npy`, `<key>.sync.npy`, `<key>.text.npy` and `<key>.json` make one clip. `<key>` is the
+clip's id with "%" as "%25" and "." as "%2E", since WebDataset ends a key at its first dot; the JSON
+holds the id itself. Beside each shard-000000.tar its index shard-000000.json says where the arrays
+lie; pack.json, written last, names all shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wavflow.config import DataConfig
+from wavflow.data.dataset import Clips
+from wavflow.data.recording import Recording
+from wavflow.errors import InputError
+
+SCHEMA = 1
+PACK = "pack.json"
+# What follows a clip's key in the name of a member, and the key in a features file.
+FEATURES = {"clip": "clip_features", "sync": "sync_features", "text": "text_features"}
+MEMBERS = ("wave", *FEATURES)
+PACK_KEYS = ("config", "table", "clips", "shards", "skipped")
+SHARD_KEYS = ("config", "table", "bytes", "sha256", "next", "clips", "skipped")
+DTYPES = ("<i2", "<f2", "<f4")
+# What a pack depends on.
+FACTS = (
+    "target_sample_rate",
+    "audio_duration",
+    "clip_seq_len",
+    "clip_dim",
+    "sync_seq_len",
+    "sync_dim",
+    "sync_layout",
+    "text_seq_len",
+    "text_dim",
+)
+
+
+class PackedDataset(Clips):
+    """Clips of a folder that `wavflow pack` made. They are read where the shards are mapped.
+
+    Args:
+        folder: of the pack.
+        config: rate, sizes, crop and order.
+        verify: reads every shard and compares its SHA-256 with the index.
+
+    Raises:
+        InputError: not a whole pack, a shard of another size than its index says, a pack made with
+            another rate or other sizes, or what `Clips` raises.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], config: DataConfig, *, verify: bool = False
+    ) -> None:
+        folder = Path(folder)
+        self.index = read_index(folder / PACK, PACK_KEYS)
+        check_config(folder / PACK, self.index, config)
+        self._maps: list[np.ndarray] = []
+        ids: list[str] = []
+        sources: list[str] = []
+        shards: list[int] = []
+        places: list[np.ndarray] = []
+        for number, name in enumerate(self.index["shards"]):
+            index = read_shard(folder, name)
+            tar = folder / f"{name}.tar"
+            if verify and (found := sha256(tar)) != index["sha256"]:
+                raise InputError(f"{tar}: its SHA-256 is {found}; wanted {index['sha256']}")
+            self._maps.append(np.memmap(tar, np.uint8, "r"))
+            places.append(_places(folder / f"{name}.json", index, config))
+            ids += [clip["id"] for clip in index["clips"]]
+            sources += [clip["source"] for clip in index["clips"]]
+            shards += [number] * len(index["clips"])
+        # (clips, members, 3): byte offset, number of the dtype, rows; all 0 for what is missing.
+        self._places = np.concatenate(places)
+        self._shard_of = shards
+        self._widths = {name: config.feature_shapes[key][1] for name, key in FEATURES.items()}
+        super().__init__(folder, config, ids, sources, shards)
+
+    def recording(self, index: int) -> Recording:
+        data = self._maps[self._shard_of[index]]
+        arrays = {}
+        for name, (offset, dtype, rows) in zip(MEMBERS, self._places[index].tolist(), strict=True):
+            if rows:
+                shape = (rows, self._widths[name]) if name in FEATURES else (rows,)
+                arrays[name] = np.ndarray(shape, DTYPES[dtype], data, offset)
+        wave = arrays.pop("wave")
+        return Recording(wave, {FEATURES[name]: value for name, value in arrays.items()})
+
+
+def read_index(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Reads an index file of a pack.
+
+    Raises:
+        InputError: missing, unreadable, of another version, or without one of `keys`.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, wanted a whole pack; pack it again") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from None
+    found = index.get("schema") if isinstance(index, dict) else None
+    if found != SCHEMA:
+        raise InputError(f"{path}: its schema is {found}; wanted {SCHEMA}")
+    if missing := [key for key in keys if key not in index]:
+        raise InputError(f"{path}: no {', '.join(missing)}; wanted an index of a pack")
+    return index
+
+
+def read_shard(folder: Path, name: str) -> dict[str, Any]:
+    """Reads a shard's index and compares the shard's size with it.
+
+    Raises:
+        InputError: either is missing or unreadable, or the sizes differ.
+    """
+    index, tar = read_index(folder / f"{name}.json", SHARD_KEYS), folder / f"{name}.tar"
+    size = tar.stat().st_size if tar.is_file() else None
+    if size != index["bytes"]:
+        found = "missing" if size is None else f"{size} bytes long"
+        raise InputError(f"{tar}: {found}; its index wants {index['bytes']} bytes")
+    return index
+
+
+def check_config(path: Path, index: dict[str, Any], config: DataConfig) -> None:
+    """
+    Raises:
+        InputError: the pack was made with another rate or other sizes than `config` has.
+    """
+    for key in FACTS:
+        found, wanted = index["config"].get(key), getattr(config, key)
+        if found != wanted:
+            raise InputError(
+                f"{path}: packed with data.{key} {found}, wanted {wanted}; pack the table into "
+                "another folder"
+            )
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _places(path: Path, index: dict[str, Any], config: DataConfig) -> np.ndarray:
+    """Where the arrays of a shard's clips lie, (clips, members, 3) int64."""
+    places = np.zeros((len(index["clips"]), len(MEMBERS), 3), np.int64)
+    shapes = {name: config.feature_shapes[key] for name, key in FEATURES.items()}
+    for clip, row in zip(index["clips"], places, strict=True):
+        for name, array in clip["arrays"].items():
+            offset, dtype, (rows, *width) = array["offset"], array["dtype"], array["shape"]
+            wanted = [shapes[name][1]] if name in FEATURES else []
+            end = offset + rows * int(np.prod(width)) * np.dtype(dtype).itemsize
+            good = dtype in DTYPES and width == wanted and rows > 0 and end <= index["bytes"]
+            if not good or offset % np.dtype(dtype).itemsize:
+                raise InputError(f"{path}: {name} of clip {clip['id']} cannot be {array}")
+            row[MEMBERS.index(name)] = offset, DTYPES.index(dtype), rows
+    return places

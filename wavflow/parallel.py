@@ -1,0 +1,197 @@
+"""The processes of a training run: one, or those that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from wavflow import precision
+from wavflow.errors import InputError
+
+T = TypeVar("T")
+
+#: How long processes wait for the first while it reads or packs the data.
+PREPARATION = timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and this one among them.
+
+    Collectives for the run's own bookkeeping go over the CPU (gloo) and wait for no GPU. With one
+    process they cost nothing, whether or not there is a process group.
+
+    Attributes:
+        rank, size: as torch.distributed's.
+        device: this process's.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def largest(self, values: list[float]) -> list[float]:
+        """Of each value, the largest of all processes."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes of a CPU tensor."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The block runs in the first process, then in the others."""
+        if self.size == 1:
+            yield
+            return
+        group = dist.new_group(backend="gloo", timeout=PREPARATION)
+        if not self.is_main:
+            dist.barrier(group)
+        yield
+        if self.is_main:
+            dist.barrier(group)
+
+
+@contextmanager
+def join(device: str = "auto", group: bool = False) -> Iterator[World]:
+    """Joins the processes that torchrun started, by its environment; alone without it.
+
+    Args:
+        device: of this process: "auto" is the GPU of its local rank where there is one.
+        group: whether a process alone needs a process group too.
+
+    Raises:
+        InputError: a device that is not there.
+    """
+    size, rank = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0)))
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+        device = f"cuda:{local}"
+    world = World(rank, size, precision.resolve_device(device))
+    if size == 1 and not group:
+        yield world
+        return
+    if dist.is_initialized():
+        raise InputError("torch.distributed is initialised already; the run joins by itself")
+    backend = "gloo"
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+        backend = "cpu:gloo,cuda:nccl"
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    dist.init_process_group(backend, **alone)
+    yield world
+    # Not after an error: others may be inside a collective, and its end would be waited for here.
+    dist.barrier()
+    # Gloo's thread needs Python's lock to free its last collective, and the group's end holds that
+    # lock while it waits for the thread: once in eight runs of two steps they met.
+    time.sleep(0.2)
+    dist.destroy_process_group()
+
+
+class Parallel:
+    """A model as the processes train it together: "ddp" (whole in each) or "fsdp" (in shards).
+
+    Args:
+        model: on the world's device; the same in every process. With "fsdp" (FSDP2,
+            ``fully_shard``) its parameters become DTensors, block by block.
+        strategy: "ddp" or "fsdp".
+        world: the processes; "fsdp" needs a process group, even for one.
+        compiled: whether the model runs through torch.compile.
+    """
+
+    def __init__(self, model: nn.Module, strategy: str, world: World, *, compiled: bool) -> None:
+        self.model, self.strategy, self.world = model, strategy, world
+        self.forward: nn.Module = model
+        if strategy == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh(world.device.type, (world.size,))
+            for block in blocks(model):
+                if compiled:
+                    block.compile()
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            return
+        if compiled:
+            model.compile()
+        if world.size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.forward = nn.parallel.DistributedDataParallel(
+                model, device_ids=devices, gradient_as_bucket_view=True
+            )
+
+    @contextmanager
+    def gradients(self, *, shared: bool) -> Iterator[None]:
+        """Forward and backward in the block; `shared` of a step's last: gradients are averaged."""
+        if self.strategy == "fsdp":
+            self.model.set_requires_gradient_sync(shared)
+        elif self.world.size > 1 and not shared:
+            with self.forward.no_sync():
+                yield
+            return
+        yield
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What is sharded and gathered as one: the members of the model's module lists."""
+    return [
+        block
+        for child in model.children()
+        if isinstance(child, nn.ModuleList)
+        for block in child
+        if any(True for _ in block.parameters())
+    ]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor: of a DTensor its shard, else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every process: a collective for a DTensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def fill(target: Tensor, values: Tensor) -> None:
+    """Copies `values`, the same in every process, into a tensor or into its shards."""
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = values.to(device=target.device, dtype=target.dtype)
+        values = distribute_tensor(
+            values, target.device_mesh, target.placements, src_data_rank=None
+        )
+    local(target).copy_(local(values))
