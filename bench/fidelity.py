@@ -176,7 +176,7 @@ class Clips:
                 batch_size=batch,
                 progress=progress,
             )
-        return torch.stack([sound.wave for sound in sounds])
+        return torch.stack([sound.audio for sound in sounds])
 
     def figures(self, waves: Tensor) -> dict[str, float]:
         """The demo's, of sounds made from video and text."""

@@ -232,7 +232,7 @@ def judge(
                 batch_size=batch,
                 on_step=lambda _: evaluated(),
             )
-            judged = clips.figures(torch.stack([sound.wave for sound in sounds]))
+            judged = clips.figures(torch.stack([sound.audio for sound in sounds]))
             rows.append({**asdict(way), "evaluations": budget, **judged})
     return rows
 

@@ -19,8 +19,9 @@ from wavflow.config import Config, DataConfig, ModelConfig, load_config
 from wavflow.errors import Cancelled, InputError
 from wavflow.infer import infer, infer_config, row_seed
 from wavflow.memory import clip_bytes
-from wavflow.sampler import Sampler, Sound
+from wavflow.sampler import Sampler
 from wavflow.solvers import BEST, time_grid
+from wavflow.sound import Sound
 
 TINY = ["model.hidden_dim=32", "model.depth=2", "model.fused_depth=1", "model.num_heads=1"]
 CPU = torch.device("cpu")
@@ -93,14 +94,14 @@ def test_batch_does_not_change_a_row(guidance):
     by_two = sampler.generate_features(mixed(), seeds, guidance=guidance, batch_size=2)
     alone = sampler.generate_features(mixed()[2:3], [7], guidance=guidance)
     for a, b in zip(together, by_two, strict=True):
-        torch.testing.assert_close(a.wave, b.wave, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(alone[0].wave, together[2].wave, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(a.audio, b.audio, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(alone[0].audio, together[2].audio, atol=2e-5, rtol=1e-4)
 
 
 def test_seed_and_conditions_matter():
     sampler = tiny_sampler()
     rows = [random_features(1), random_features(1), random_features(2), random_features(1)]
-    a, b, c, d = (s.wave for s in sampler.generate_features(rows, [1, 2, 1, 1]))
+    a, b, c, d = (s.audio for s in sampler.generate_features(rows, [1, 2, 1, 1]))
     assert a.shape == (16000,) and a.dtype == torch.float32
     assert torch.equal(a, d)
     assert not torch.allclose(a, b, atol=1e-2)
@@ -128,14 +129,14 @@ def test_agrees_with_the_drop_in_path(prediction, shift, guidance, solver):
     noise = kernels.philox_normal(torch.tensor([3, 4]), 200, 80, noise_scale=0.8)
     tokens = flow.to_data(lambda t, x: model.ode_wrapper(t, x, conditions, empty, guidance), noise)
     wave = (tokens / 3).flatten(1).clamp(-1, 1)
-    torch.testing.assert_close(torch.stack([s.wave for s in made]), wave, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.stack([s.audio for s in made]), wave, atol=1e-5, rtol=1e-4)
 
 
 def test_adaptive_agrees_with_many_euler_steps():
     sampler, rows = tiny_sampler(prediction_type="v"), [random_features(1)]
-    fine = sampler.generate_features(rows, [3], steps=400, guidance=2.0)[0].wave
-    adaptive = sampler.generate_features(rows, [3], solver="adaptive", guidance=2.0)[0].wave
-    coarse = sampler.generate_features(rows, [3], steps=4, guidance=2.0)[0].wave
+    fine = sampler.generate_features(rows, [3], steps=400, guidance=2.0)[0].audio
+    adaptive = sampler.generate_features(rows, [3], solver="adaptive", guidance=2.0)[0].audio
+    coarse = sampler.generate_features(rows, [3], steps=4, guidance=2.0)[0].audio
     assert (adaptive - fine).norm() < 0.02 * fine.norm()
     assert (adaptive - fine).norm() < (coarse - fine).norm()
 
@@ -149,15 +150,15 @@ def test_bfloat16_is_close_and_prepares_only_large_matrices():
     assert left and all(name.startswith(kept) for name in left)
     made = sampler.generate_features(mixed(), range(5), guidance=2.0)
     for a, b in zip(made, reference, strict=True):
-        assert a.wave.dtype == torch.float32
-        assert (a.wave - b.wave).norm() < 0.1 * b.wave.norm()
+        assert a.audio.dtype == torch.float32
+        assert (a.audio - b.audio).norm() < 0.1 * b.audio.norm()
 
 
 def test_whole_tokens_or_the_configured_duration():
     config = load_config("toy_8k", [*TINY, "data.audio_duration=1.999"])
     sampler = Sampler(random_model(config), config, CPU, torch.float32)
-    assert sampler.generate_features([{}], [1], steps=1)[0].wave.shape == (15992,)
-    assert sampler.generate_features([{}], [1], steps=1, trim=False)[0].wave.shape == (16000,)
+    assert sampler.generate_features([{}], [1], steps=1)[0].audio.shape == (15992,)
+    assert sampler.generate_features([{}], [1], steps=1, trim=False)[0].audio.shape == (16000,)
 
 
 def test_from_files(saved, world, tmp_path):
@@ -174,15 +175,15 @@ def test_from_files(saved, world, tmp_path):
         progress=lambda *at: done.append(at),
     )
     assert done == [(3, 4), (4, 4)]
-    assert len({tuple(s.wave[:50].tolist()) for s in sounds}) == 4
+    assert len({tuple(s.audio[:50].tolist()) for s in sounds}) == 4
     again = sampler.generate(captions=["a bell rings"], seeds=[4], guidance=2.0)
-    torch.testing.assert_close(again[0].wave, sounds[0].wave, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(again[0].audio, sounds[0].audio, atol=2e-5, rtol=1e-4)
     again[0].save(tmp_path / "a.wav")
     torch.testing.assert_close(
-        load_audio(tmp_path / "a.wav", 8000), again[0].wave, atol=1e-4, rtol=0
+        load_audio(tmp_path / "a.wav", 8000), again[0].audio, atol=1e-4, rtol=0
     )
     other = Sampler.load(saved, dtype="float32", ema="ema2").generate(["a bell rings"], seeds=[4])
-    assert not torch.allclose(other[0].wave, again[0].wave, atol=1e-3)
+    assert not torch.allclose(other[0].audio, again[0].audio, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -229,9 +230,9 @@ def test_the_plan():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_engine_agrees(dtype):
     config = load_config("toy_8k", TINY)
-    wanted = Sampler(random_model(config), config, CPU, dtype).generate(["a bell"])[0].wave
+    wanted = Sampler(random_model(config), config, CPU, dtype).generate(["a bell"])[0].audio
     sampler = Sampler(random_model(config), config, CPU, dtype, "compile")
-    made = sampler.generate(["a bell"])[0].wave
+    made = sampler.generate(["a bell"])[0].audio
     assert sampler.engine.kind == "compile"
     assert (made - wanted).norm() < (1e-4 if dtype == torch.float32 else 0.1) * wanted.norm()
 
@@ -246,15 +247,15 @@ def test_lengths_are_mixed_and_rows_come_as_they_finish():
     )
     assert not done
     row, first = next(completed)
-    assert row == 0 and first.wave.shape == (16000,) and done == [(2, 5)]
+    assert row == 0 and first.audio.shape == (16000,) and done == [(2, 5)]
     rest = dict(completed)
     assert list(rest) == [2, 1, 4, 3] and done == [(2, 5), (4, 5), (5, 5)]
     for at, sound in {0: first, **rest}.items():
-        assert sound.wave.numel() == round(8000 * seconds[at])
+        assert sound.audio.numel() == round(8000 * seconds[at])
         (alone,) = sampler.generate(
             [captions[at]], [None], seconds=seconds[at], **{**options, "seeds": [at + 1]}
         )
-        torch.testing.assert_close(sound.wave, alone.wave, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(sound.audio, alone.audio, atol=2e-5, rtol=1e-4)
 
 
 def test_guidance_outside_its_interval_runs_one_pass(monkeypatch):
@@ -271,10 +272,10 @@ def test_guidance_outside_its_interval_runs_one_pass(monkeypatch):
     assert rows == [1, 1, 2, 1]  # t = 0, 0.07, 0.5, 0.93
     never = sampler.generate_features(row, [1], guidance_interval=(0.95, 1.0), **options)
     plain = sampler.generate_features(row, [1], guidance=1.0, **options)
-    assert torch.equal(never[0].wave, plain[0].wave) and rows[4:] == [1] * 8
+    assert torch.equal(never[0].audio, plain[0].audio) and rows[4:] == [1] * 8
     whole = sampler.generate_features(row, [1], **options)
-    assert not torch.allclose(part[0].wave, whole[0].wave, atol=1e-3)
-    assert not torch.allclose(part[0].wave, plain[0].wave, atol=1e-3)
+    assert not torch.allclose(part[0].audio, whole[0].audio, atol=1e-3)
+    assert not torch.allclose(part[0].audio, plain[0].audio, atol=1e-3)
 
 
 @pytest.mark.parametrize("solver", ["euler", "adaptive"])
@@ -284,10 +285,10 @@ def test_negative_captions_and_rescale_change_what_guidance_does(solver):
         ["a bell", "a drum"], seeds=[1, 2], solver=solver, guidance=40.0, **options
     )
     plain, away = call(), call(negative_captions=[None, "a bird sings"])
-    assert (plain[0].wave - away[0].wave).norm() < 1e-3 * plain[0].wave.norm()
-    assert not torch.allclose(plain[1].wave, away[1].wave, atol=1e-3)
+    assert (plain[0].audio - away[0].audio).norm() < 1e-3 * plain[0].audio.norm()
+    assert not torch.allclose(plain[1].audio, away[1].audio, atol=1e-3)
     rescaled = call(guidance_rescale=1.0)
-    assert not torch.allclose(plain[0].wave, rescaled[0].wave, atol=1e-3)
+    assert not torch.allclose(plain[0].audio, rescaled[0].audio, atol=1e-3)
 
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
@@ -306,9 +307,9 @@ def test_steps_report_and_preview(prediction):
     assert seen == [(r, i % 4 + 1, 4, times[i % 4]) for i, r in enumerate(rows)]
     # Euler's last step ends on the data that it expects.
     for made, last in zip(sounds, [*previews[3], *previews[7]], strict=True):
-        assert last.rate == 8000 and made.wave.shape == last.wave.shape
-        torch.testing.assert_close(made.wave, last.wave, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(previews[0][0].wave, sounds[0].wave, atol=1e-3)
+        assert last.sample_rate == 8000 and made.audio.shape == last.audio.shape
+        torch.testing.assert_close(made.audio, last.audio, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(previews[0][0].audio, sounds[0].audio, atol=1e-3)
 
 
 def test_adaptive_steps_report_without_a_total():
@@ -432,7 +433,7 @@ def test_checkpoint_and_configuration_must_agree(saved, tmp_path):
     with pytest.raises(InputError, match="carries no configuration"):
         Sampler.load(flat)
     config = load_config("toy_8k", TINY)
-    assert Sampler.load(flat, config=config).rate == 8000
+    assert Sampler.load(flat, config=config).sample_rate == 8000
     with pytest.raises(InputError, match=r"is \(32, 80, 7\); the model wants \(48, 80, 7\)"):
         Sampler.load(flat, config=replace(config, model=replace(config.model, hidden_dim=48)))
     with pytest.raises(
@@ -475,7 +476,7 @@ def test_loudness():
     import pyloudnorm
 
     meter = pyloudnorm.Meter(8000)
-    assert meter.integrated_loudness(sound.wave.numpy()) == pytest.approx(-23, abs=0.1)
+    assert meter.integrated_loudness(sound.audio.numpy()) == pytest.approx(-23, abs=0.1)
 
 
 # Tables
@@ -533,7 +534,7 @@ def test_table_semantics(saved, world, tmp_path):
     assert (result.done, result.failed) == (4, 0)
     ids = [videos[0].stem, "007", "mute", "row_00003"]
     assert sorted(p.name for p in result.out.iterdir()) == sorted(
-        [*(f"{i}.wav" for i in ids), "report.csv"]
+        [*(f"{i}.wav" for i in ids), *(f"{i}.json" for i in ids), "report.csv"]
     )
     assert [row["id"] for row in report(result.report)] == ids
     wanted = sampler.generate(
@@ -544,7 +545,7 @@ def test_table_semantics(saved, world, tmp_path):
     )
     for id, sound in zip(ids, wanted, strict=True):
         held = load_audio(result.out / f"{id}.wav", 8000)
-        torch.testing.assert_close(held, sound.wave, atol=1e-4, rtol=0)
+        torch.testing.assert_close(held, sound.audio, atol=1e-4, rtol=0)
 
 
 def test_bad_rows_are_skipped_and_reported(saved, world, tmp_path):

@@ -18,6 +18,7 @@ _HOMES = {
     "Sampler": "wavflow.sampler",
     "extract": "wavflow.features.extract",
     "get_wavflow_model": "wavflow.model.networks",
+    "load": "wavflow.sampler",
     "load_config": "wavflow.config",
     "train": "wavflow.training",
     "write_toy_world": "wavflow.data.toy",
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "extract",
     "get_wavflow_model",
+    "load",
     "load_config",
     "train",
     "write_toy_world",
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from wavflow.features.extract import extract
     from wavflow.model.flow_matching import FlowMatching
     from wavflow.model.networks import get_wavflow_model
-    from wavflow.sampler import Sampler
+    from wavflow.sampler import Sampler, load
     from wavflow.training import train
 
 

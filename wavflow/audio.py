@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ CONTAINERS = frozenset(
     {".mp4", ".m4a", ".m4v", ".mov", ".mkv", ".mka", ".webm", ".avi", ".aac", ".3gp", ".ts"}
 )
 FORMATS = {".wav": "WAV", ".flac": "FLAC"}
+#: Containers that `mux` writes, and FFmpeg's names for them.
+MUXED = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 #: One step of a 16-bit file: a sound that never exceeds it is dither or nothing.
 SILENCE_PEAK = 2.0**-15
 #: Seconds read beyond `max_seconds`, so that the resampler sees what follows the cut.
@@ -119,6 +122,56 @@ def save_wav(path: str | os.PathLike[str], wave: Tensor | np.ndarray, rate: int)
 
     with atomic_write(path) as file:
         soundfile.write(file, pcm, rate, format=FORMATS[path.suffix.lower()], subtype="PCM_16")
+
+
+def mux(
+    video: str | os.PathLike[str],
+    wave: Tensor,
+    rate: int,
+    path: str | os.PathLike[str],
+) -> None:
+    """Writes a copy of a video's pictures with `wave` (t,) at `rate` Hz as its only sound.
+
+    Pictures are copied as they are encoded, to the wave's end; sound becomes AAC of 192 kbit/s.
+
+    Args:
+        video: with a video track; its own sound is left out.
+        wave: float32 in [-1, 1].
+        rate: in Hz.
+        path: the suffix, .mp4, .mov or .mkv, is the container.
+
+    Raises:
+        InputError: no video track, unreadable, or a track the container cannot hold.
+        ValueError: another suffix.
+    """
+    import av
+
+    path, seconds = Path(path), wave.numel() / rate
+    if path.suffix.lower() not in MUXED:
+        raise ValueError(f"{path}: suffix {path.suffix!r}, wanted {', '.join(MUXED)}")
+    pcm = np.clip(wave.detach().cpu().numpy(), -1, 1).astype(np.float32)[None]
+    try:
+        with av.open(str(video)) as source, atomic_write(path) as file:
+            if not source.streams.video:
+                raise InputError(f"{video}: no video track")
+            pictures = source.streams.video[0]
+            with av.open(file, "w", format=MUXED[path.suffix.lower()]) as out:
+                shown = out.add_stream_from_template(pictures)
+                heard = out.add_stream("aac", rate=rate, layout="mono", bit_rate=192_000)
+                for packet in source.demux(pictures):
+                    if packet.dts is None:
+                        continue
+                    if packet.pts is not None and packet.pts * pictures.time_base >= seconds:
+                        continue
+                    packet.stream = shown
+                    out.mux(packet)
+                frame = av.AudioFrame.from_ndarray(pcm, format="fltp", layout="mono")
+                # With a time of its own AAC's delay of 1024 samples is cut by the container.
+                frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+                for packet in (*heard.encode(frame), *heard.encode(None)):
+                    out.mux(packet)
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"{video}: cannot be muxed into {path.name} ({error.strerror})") from None
 
 
 def normalize_loudness(wave: Tensor, rate: int, lufs: float = -23.0) -> Tensor:  # (t,)

@@ -212,6 +212,13 @@ def generate(
     ] = None,
     loudness: Annotated[float, typer.Option(help="LUFS of the output.")] = -23.0,
     keep_loudness: Annotated[bool, typer.Option("--keep-loudness", help="As generated.")] = False,
+    mux: Annotated[
+        bool, typer.Option("--mux", help="Also write the video with the sound, as .mp4.")
+    ] = False,
+    format: Annotated[str, typer.Option(help="With --csv: wav or flac.")] = "wav",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --csv: replace sounds made otherwise.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Clips at a time, at most.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
@@ -228,6 +235,10 @@ def generate(
         raise InputError("give --caption, --video or both, or --csv alone")
     if csv is not None and negative_caption is not None:
         raise InputError("--negative-caption goes with --caption or --video, not with --csv")
+    if format not in ("wav", "flac"):
+        raise InputError(f"--format is {format!r}; wanted wav or flac")
+    if mux and csv is None and video is None:
+        raise InputError("--mux wants --video: what the sound goes into")
     level = None if keep_loudness else loudness
     sampler = Sampler.load(
         checkpoint, device, dtype, ema, None if config is None else load_config(config), engine
@@ -245,7 +256,16 @@ def generate(
     with counter("generate") as progress:
         if csv is not None:
             result = infer(
-                sampler, csv, out, seed=seed, loudness=level, progress=progress, **options
+                sampler,
+                csv,
+                out,
+                seed=seed,
+                loudness=level,
+                format=format,
+                mux=mux,
+                overwrite=overwrite,
+                progress=progress,
+                **options,
             )
         else:
             if out.suffix.lower() not in (".wav", ".flac"):
@@ -258,8 +278,12 @@ def generate(
         _say(f"{result.out}: {result.done} generated, {result.failed} failed")
         _exit(result.done, result.failed, result.report)
     else:
-        (sound if level is None else sound.loud(level)).save(out)
-        _say(f"{out}: {sound.wave.numel() / sound.rate:.2f} s at {sound.rate} Hz")
+        sound = sound if level is None else sound.loud(level)
+        sound.save(out)
+        _say(f"{out}: {sound.seconds:.2f} s at {sound.sample_rate} Hz")
+        if mux:
+            sound.save_video(video, out.with_suffix(".mp4"))
+            _say(str(out.with_suffix(".mp4")))
 
 
 @app.command()

@@ -132,6 +132,9 @@ class InferenceConfig:
     """Generation from a table of clips."""
 
     cfg: float = 4.5
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    guidance_rescale: float = _over(0.0, 0, equal=True)
+    times: str = _one_of("even", "sigmoid", "log-snr")
     batch_size: int = _over(8, 0)
     seed: int = 42
     trim_to_duration: bool = True
@@ -146,6 +149,9 @@ class OutputConfig:
     output_dir: str = "outputs"
     loudness_norm: bool = True
     loudness_target_lufs: float = -23.0
+    format: str = _one_of("wav", "flac")
+    mux: bool = False
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wavflow import __version__
 from wavflow.config import Config
 from wavflow.data.manifest import ReportRow, Row, read_manifest, write_report
 from wavflow.errors import InputError
+from wavflow.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wavflow.sampler import Sampler, Sound
+    from wavflow.sampler import Sampler
+    from wavflow.sound import Sound
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,32 @@ def infer(
     seed: int = 42,
     batch_size: int = 8,
     loudness: float | None = -23.0,
+    format: str = "wav",
+    mux: bool = False,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> InferResult:
-    """Generates `<out>/<id>.wav` for every row of a table.
+    """Generates `<out>/<id>.wav` for every row of a table, and `<id>.json` beside it.
 
     Columns: video_path, caption, video_exist, text_exist, id; the id is by default the video's
     stem, else row_%05d. video_exist 0 decodes nothing, text_exist 0 ignores the caption.
 
+    The JSON holds everything the sound depends on. A row whose sound is there with the same JSON is
+    left as it is, so that the same call goes on after an interruption.
+
     Args:
         sampler: the loaded model.
         csv_path: the table.
-        out: gets the wavs and report.csv.
+        out: gets the sounds and report.csv.
         data_root: where relative video paths start, by default the table's folder.
         seed: base seed; each row's own is `row_seed`.
         batch_size: rows that are decoded together and generated at a time, at most.
         loudness: LUFS of the output, None leaves it.
+        format: "wav" or "flac".
+        mux: whether rows with a video also get `<id>.mp4`, the video with the sound.
+        overwrite: whether sounds that were made from something else are replaced; else their rows
+            fail.
         progress: called with (rows finished, rows in all).
         options: as of `Sampler.generate_features`.
 
@@ -72,13 +87,23 @@ def infer(
     rows = read_manifest(csv_path, data_root=data_root)
     if not {"video_path", "caption"} & set(rows.columns):
         raise InputError(f"{csv_path}: no column 'video_path' or 'caption'")
+    job = _Job(sampler, out, seed, loudness, format, mux, options)
     outcome = {e.row_number: ReportRow(e.id, "skipped", str(e)) for e in rows.errors}
-    seconds = options.get("seconds")
-    finished = 0
+    todo = []
+    for row in rows:
+        kept = None if overwrite else job.kept(row)
+        if kept is None:
+            todo.append(row)
+        else:
+            outcome[row.number] = kept
+    finished = len(rows) - len(todo)
+    batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
-        for at in range(0, len(rows), batch_size):
-            batch = rows[at : at + batch_size]
-            encoded = list(pool.map(lambda row: _encode(sampler, row, seconds), batch))
+        ahead = [pool.submit(job.encode, row) for row in batches[0]] if batches else []
+        for number, batch in enumerate(batches):
+            encoded = [future.result() for future in ahead]
+            # The next rows are decoded while these are generated.
+            ahead = [pool.submit(job.encode, row) for row in chain(*batches[number + 1 :][:1])]
             good = [(r, f) for r, f in zip(batch, encoded, strict=True) if not isinstance(f, str)]
             sounds = sampler.generate_features(
                 [f for _, f in good],
@@ -90,7 +115,7 @@ def infer(
                 if isinstance(reason, str):
                     outcome[row.number] = ReportRow(row.id, "failed", reason)
             for (row, _), sound in zip(good, sounds, strict=True):
-                outcome[row.number] = _save(sound, out, row, loudness)
+                outcome[row.number] = job.save(row, sound)
             finished += len(batch)
             if progress is not None:
                 progress(finished, len(rows))
@@ -98,6 +123,88 @@ def infer(
     write_report(out / "report.csv", report)
     done = sum(row.status == "ok" for row in report)
     return InferResult(out, out / "report.csv", done, len(report) - done)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all rows have in common."""
+
+    sampler: Sampler
+    out: Path
+    seed: int
+    loudness: float | None
+    format: str
+    mux: bool
+    options: dict[str, Any]
+
+    def settings(self, row: Row) -> dict[str, Any]:
+        """Everything the row's sound depends on, but for rounding."""
+        given = {k: v for k, v in self.options.items() if k not in ("trim", "seconds")}
+        plan = asdict(self.sampler.plan(**given))
+        seconds = self.options.get("seconds") or self.sampler.config.data.audio_duration
+        return {
+            "id": row.id,
+            "caption": row.caption if row.text_exist else None,
+            "video": str(row.video_path) if row.video_exist else None,
+            "seed": row_seed(self.seed, row.id),
+            "seconds": seconds,
+            "trim": self.options.get("trim", True),
+            **plan,
+            "guidance_interval": list(plan["guidance_interval"]),
+            "loudness": self.loudness,
+            "sample_rate": self.sampler.sample_rate,
+            "weights": self.sampler.weights,
+            "dtype": str(self.sampler.dtype).removeprefix("torch."),
+            "wavflow": __version__,
+        }
+
+    def paths(self, row: Row) -> tuple[Path, Path, Path | None]:
+        """Of the sound, its JSON, and the video with the sound."""
+        muxed = self.out / f"{row.id}.mp4" if self.mux and row.video_exist else None
+        return self.out / f"{row.id}.{self.format}", self.out / f"{row.id}.json", muxed
+
+    def kept(self, row: Row) -> ReportRow | None:
+        """What became of the row before, or None where it is to be generated."""
+        sound, sidecar, muxed = self.paths(row)
+        if not sound.exists():
+            return None
+        try:
+            found = json.loads(sidecar.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if found == self.settings(row):
+            whole = muxed is None or muxed.exists()
+            return ReportRow(row.id, "ok", "was there") if whole else None
+        reason = "is there, made from something else; wanted --overwrite or another folder"
+        return ReportRow(row.id, "failed", f"row {row.number}: {sound} {reason}")
+
+    def encode(self, row: Row) -> dict[str, Tensor] | str:
+        """The row's features, or why there are none."""
+        try:
+            return self.sampler.encode(
+                row.caption if row.text_exist else None,
+                row.video_path if row.video_exist else None,
+                self.options.get("seconds"),
+            )
+        except InputError as error:
+            return f"row {row.number}: {error}"
+        except Exception as error:  # one row must not take the batch along
+            return f"row {row.number}: {type(error).__name__}: {error}"
+
+    def save(self, row: Row, sound: Sound) -> ReportRow:
+        """Writes the row's files, the sound last: where it is, all are."""
+        path, sidecar, muxed = self.paths(row)
+        try:
+            if self.loudness is not None:
+                sound = sound.loud(self.loudness)
+            path.unlink(missing_ok=True)
+            write_json(sidecar, self.settings(row))
+            if muxed is not None:
+                sound.save_video(row.video_path, muxed)
+            sound.save(path)
+        except InputError as error:
+            return ReportRow(row.id, "failed", f"row {row.number}: {error}")
+        return ReportRow(row.id, "ok")
 
 
 def infer_config(
@@ -114,6 +221,11 @@ def infer_config(
         if getattr(getattr(config, section), key) is None:
             raise InputError(f"{section}.{key} is not set in the configuration")
     inference, output = config.inference, config.output
+    if len(inference.guidance_interval) != 2:
+        raise InputError(
+            f"inference.guidance_interval is {inference.guidance_interval}; wanted two times"
+        )
+    low, high = inference.guidance_interval
     sampler = Sampler.load(
         config.model.ckpt_path, inference.device, inference.dtype, config.model.ema, config
     )
@@ -124,36 +236,19 @@ def infer_config(
         data_root=config.data.data_root,
         seed=inference.seed,
         guidance=inference.cfg,
+        guidance_interval=(low, high),
+        guidance_rescale=inference.guidance_rescale,
+        times=inference.times,
         steps=config.sampling.num_steps,
         solver=config.sampling.method,
         batch_size=inference.batch_size,
         trim=inference.trim_to_duration,
         loudness=output.loudness_target_lufs if output.loudness_norm else None,
+        format=output.format,
+        mux=output.mux,
+        overwrite=output.overwrite,
         progress=progress,
     )
-
-
-def _encode(sampler: Sampler, row: Row, seconds: float | None) -> dict[str, Tensor] | str:
-    try:
-        return sampler.encode(
-            row.caption if row.text_exist else None,
-            row.video_path if row.video_exist else None,
-            seconds,
-        )
-    except InputError as error:
-        return f"row {row.number}: {error}"
-    except Exception as error:  # one row must not take the batch along
-        return f"row {row.number}: {type(error).__name__}: {error}"
-
-
-def _save(sound: Sound, out: Path, row: Row, loudness: float | None) -> ReportRow:
-    try:
-        if loudness is not None:
-            sound = sound.loud(loudness)
-        sound.save(out / f"{row.id}.wav")
-    except InputError as error:
-        return ReportRow(row.id, "failed", f"row {row.number}: {error}")
-    return ReportRow(row.id, "ok")
 
 
 if __name__ == "__main__":

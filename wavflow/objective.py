@@ -98,6 +98,6 @@ class WavflowObjective:
             solver=config.eval.sampling_method,
         )
         return [
-            Sample(clip.id, sound.rate, sound.wave, clip.wave)
+            Sample(clip.id, sound.sample_rate, sound.audio, clip.wave)
             for clip, sound in zip(clips, sounds, strict=True)
         ]

@@ -34,6 +34,7 @@ from wavflow.solvers import (
     sampling_times,
     solver_table,
 )
+from wavflow.sound import Sound
 
 log = logging.getLogger("wavflow")
 
@@ -41,26 +42,6 @@ log = logging.getLogger("wavflow")
 MEMORY_SHARE = 0.8
 #: Lengths whose empty conditions are kept.
 KEPT_LENGTHS = 4
-
-
-@dataclass(frozen=True)
-class Sound:
-    """One generated clip: wave (t,) float32 in [-1, 1], rate in Hz."""
-
-    wave: Tensor
-    rate: int
-
-    def loud(self, lufs: float = -23.0) -> Sound:
-        """The same sound at an integrated loudness of `lufs` (ITU-R BS.1770)."""
-        from wavflow.audio import normalize_loudness
-
-        return Sound(normalize_loudness(self.wave, self.rate, lufs), self.rate)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes 16-bit PCM: .wav, or .flac by the suffix."""
-        from wavflow.audio import save_wav
-
-        save_wav(path, self.wave, self.rate)
 
 
 @dataclass(frozen=True)
@@ -184,6 +165,8 @@ class Sampler:
             raise InputError(str(error)) from None
         self._empty: OrderedDict[tuple[int, ...], Conditions] = OrderedDict()
         self._reported: dict[float, int] = {}
+        #: Where the weights come from, for the record.
+        self.weights: dict[str, Any] = {}
 
     @classmethod
     def load(
@@ -215,6 +198,11 @@ class Sampler:
         load_into(model, weights.state, checkpoint)
         kind = precision.resolve_dtype(dtype, where)
         sampler = cls(model, config, where, kind, engine)
+        sampler.weights = {
+            "file": str(checkpoint),
+            "which": weights.which,
+            "global_step": weights.global_step,
+        }
         log.info(
             "%s: %s weights, %s, engine %s",
             checkpoint,
@@ -225,7 +213,7 @@ class Sampler:
         return sampler
 
     @property
-    def rate(self) -> int:
+    def sample_rate(self) -> int:
         """Samples per second."""
         return self.config.data.target_sample_rate
 
@@ -263,6 +251,29 @@ class Sampler:
             guidance_interval=tuple(guidance_interval),
             guidance_rescale=guidance_rescale,
         )
+
+    def __call__(
+        self,
+        caption: str | None = None,
+        video: str | os.PathLike[str] | None = None,
+        *,
+        loudness: float | None = -23.0,
+        **options: Any,
+    ) -> Sound:
+        """One finished sound: `sampler("a dog barks", seconds=8).save("dog.wav")`.
+
+        Args:
+            caption, video: what is heard and seen; at least one of them.
+            loudness: LUFS of the sound, None leaves it as it was generated.
+            options: `seconds`, `seed` and all of :meth:`generate_features`.
+
+        Raises:
+            InputError: as :meth:`as_completed`.
+        """
+        if caption is None and video is None:
+            raise InputError("nothing to generate: give a caption, a video or both")
+        (sound,) = self.generate([caption], [video], **options)
+        return sound if loudness is None else sound.loud(loudness)
 
     def generate(
         self,
@@ -556,7 +567,7 @@ class Sampler:
         waves = kernels.unpatchify(
             tokens.float(), samples=data.samples if trim else None, audio_scale=data.audio_scale
         )
-        return [Sound(wave.clone(), self.rate) for wave in waves.clamp(-1, 1).cpu()]
+        return [Sound(wave.clone(), self.sample_rate) for wave in waves.clamp(-1, 1).cpu()]
 
     def _conditions(self, features: Sequence[dict[str, Tensor]]) -> Conditions:
         missing = {
@@ -621,3 +632,11 @@ def _settle(
         if asked != was:
             raise InputError(f"{checkpoint}: trained with data.{key} {was}; asked for {asked}")
     return given
+
+
+def load(checkpoint: str | os.PathLike[str], **options: Any) -> Sampler:
+    """`wavflow.load("checkpoint.pth")("a dog barks", seconds=8).save("dog.wav")`.
+
+    All options of :meth:`Sampler.load`.
+    """
+    return Sampler.load(checkpoint, **options)
