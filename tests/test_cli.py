@@ -76,6 +76,11 @@ def test_generate_by_caption_video_and_both(trained, tmp_path, capsys):
         assert run("generate", *options, *given, "--out", tmp_path / name) == 0
         assert load_audio(tmp_path / name, 8000).shape == (16000,)
         assert f"{name}: 2.00 s at 8000 Hz" in capsys.readouterr().err
+    (tmp_path / "bad.mp4").write_text("no video")
+    given = ["--video", tmp_path / "bad.mp4", "--out", tmp_path / "no.wav"]
+    assert run("generate", *options, *given) == 2
+    assert "bad.mp4: not readable as video" in capsys.readouterr().err
+    assert not (tmp_path / "no.wav").exists()
 
 
 def test_generate_with_every_option(trained, tmp_path, capsys):

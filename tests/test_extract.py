@@ -105,7 +105,7 @@ def test_text_only_rows_never_decode(world, monkeypatch):
     def refuse(*args):
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("wavflow.features.video.decode", refuse)
+    monkeypatch.setattr("wavflow.features.guard.decode", refuse)
     rows = [row for row in read(world / "toy/train.csv") if row["video_exist"] == "0"]
     assert rows
     rewrite(world / "toy/text.csv", rows)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import struct
+import subprocess
 import warnings
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,18 +32,35 @@ def numbers(frames: torch.Tensor) -> list[int]:
     return (bits.long() << torch.arange(8)).sum(1).tolist()
 
 
-def make_video(path: Path, count: int, fps: Fraction | int, pts: list[int] | None = None) -> Path:
+def make_video(
+    path: Path, count: int, fps: Fraction | int, pts: list[int] | None = None, **options
+) -> Path:
+    """A video whose frames spell their numbers."""
+    options = {"preset": "ultrafast", "crf": "28"} | options
+    return write_video(path, [picture(i) for i in range(count)], fps, pts, **options)
+
+
+def write_video(
+    path: Path,
+    pictures: Sequence[np.ndarray],
+    fps: Fraction | int,
+    pts: list[int] | None = None,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    **options: str,
+) -> Path:
     """`pts` are in milliseconds and replace the constant rate."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width = stream.height = SIDE
-        stream.options = {"preset": "ultrafast", "crf": "28"}
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.options = options
         if pts is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        for i in range(count):
-            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+        for i, each in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(each, format="rgb24").reformat(format=pix_fmt)
             if pts is not None:
                 frame.pts, frame.time_base = pts[i], Fraction(1, 1000)
             container.mux(stream.encode(frame))
@@ -96,27 +116,33 @@ def test_how_many_frames_there_are(tmp_path, count, fps, clip, sync):
             decode(path, [at(8), at(25)], 8.0)
 
 
-def graph_numbers(path: Path, fps: int) -> list[int]:
-    """The frames that FFmpeg's own fps filter shows."""
+def filtered(path: Path, *filters: str) -> torch.Tensor:  # (t 3 h w)
+    """The frames that FFmpeg's own filters show, as RGB."""
     import av
 
     shown = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         graph = av.filter.Graph()
-        source = graph.add_buffer(template=stream)
-        rate, sink = graph.add("fps", f"fps={fps}"), graph.add("buffersink")
-        source.link_to(rate)
-        rate.link_to(sink)
+        chain = [graph.add_buffer(template=stream)]
+        chain += [graph.add(*each.split("=", 1)) for each in (*filters, "format=pix_fmts=rgb24")]
+        sink = graph.add("buffersink")
+        for one, two in zip(chain, [*chain[1:], sink], strict=True):
+            one.link_to(two)
         graph.configure()
         for frame in [*container.decode(stream), None]:
-            source.push(frame)
+            chain[0].push(frame)
             while True:
                 try:
-                    shown.append(sink.pull().to_ndarray(format="rgb24"))
+                    shown.append(sink.pull().to_ndarray())
                 except (av.BlockingIOError, av.EOFError):
                     break
-    return numbers(torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2))
+    return torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2)
+
+
+def graph_numbers(path: Path, fps: int) -> list[int]:
+    """The frames that FFmpeg's own fps filter shows."""
+    return numbers(filtered(path, f"fps=fps={fps}"))
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
@@ -130,6 +156,85 @@ def test_variable_rates_and_late_starts_agree_with_the_fps_filter(tmp_path, suff
         assert numbers(decode(path, [at(fps)], len(wanted) / fps)[0]) == wanted
         with pytest.raises(InputError, match=f"{len(wanted)} frames"):
             decode(path, [at(fps)], (len(wanted) + 1) / fps)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("x.avi", "libx264", {}),  # pictures out of order
+        ("x.avi", "mpeg4", {"bf": "2"}),
+        ("x.flv", "flv", {}),  # no durations
+        ("x.wmv", "wmv2", {}),
+        ("x.ts", "libx264", {}),  # a late start
+        ("x.mpg", "mpeg2video", {"bf": "2"}),
+        ("x.webm", "libvpx", {}),
+        ("x.mov", "mpeg4", {}),
+        ("x.mxf", "mpeg2video", {"bf": "2"}),
+    ],
+)
+def test_containers_agree_with_the_fps_filter(tmp_path, name, codec, options):
+    path = make_video(tmp_path / name, 50, 25, codec=codec, **options)
+    for fps in (8, 25):
+        wanted = graph_numbers(path, fps)
+        assert numbers(decode(path, [at(fps)], len(wanted) / fps)[0]) == wanted
+        with pytest.raises(InputError, match=f"{len(wanted)} frames"):
+            decode(path, [at(fps)], (len(wanted) + 1) / fps)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg program")
+@pytest.mark.parametrize(("source", "fps"), [(30, 8), (30, 25), (24, 25), (60, 8)])
+def test_frames_are_those_of_the_ffmpeg_program(tmp_path, source, fps):
+    path = make_video(tmp_path / "x.mkv", source * 2, source)
+    options = f"-v error -i {path} -vf fps={fps} -pix_fmt rgb24 -f rawvideo -"
+    raw = subprocess.run(["ffmpeg", *options.split()], capture_output=True, check=True).stdout
+    wanted = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, SIDE, SIDE, 3)
+    found = decode(path, [at(fps)], len(wanted) / fps)[0]
+    assert numbers(found) == numbers(wanted.permute(0, 3, 1, 2))
+
+
+BT709 = {"x264-params": "colormatrix=bt709:colorprim=bt709:transfer=bt709"}
+
+
+@pytest.mark.parametrize(
+    ("codec", "form", "height", "width", "options"),
+    [
+        ("libx264", "yuv420p", 64, 96, {}),
+        ("libx264", "yuv420p", 64, 96, BT709),
+        ("libx264", "yuv420p", 64, 96, {"x264-params": "fullrange=on"}),
+        ("libx264", "yuv420p", 64, 96, {"x264-params": "interlaced=1"}),
+        ("libx264", "yuv420p10le", 64, 96, {}),
+        ("libx264", "yuv422p", 64, 96, {}),
+        ("libx264", "yuv444p", 63, 97, {}),
+        ("ffv1", "yuv420p", 63, 97, {}),
+        ("ffv1", "yuv420p", 1, 97, {}),
+        ("ffv1", "yuva420p", 64, 96, {}),
+        ("ffv1", "gray", 64, 96, {}),
+        ("mjpeg", "yuvj422p", 63, 97, {}),
+        ("rawvideo", "nv12", 64, 96, {}),
+    ],
+)
+def test_colours_are_those_of_the_format_filter(tmp_path, codec, form, height, width, options):
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(0, 256, (6, 1 + height // 4, 1 + width // 4, 3), dtype=np.uint8)
+    pictures = pictures.repeat(4, 1).repeat(4, 2)[:, :height, :width]
+    path = write_video(tmp_path / "x.mkv", pictures, 25, codec=codec, pix_fmt=form, **options)
+    wanted = filtered(path)
+    whole = FrameStream(25, 48, "squash")
+    found = decode(path, [whole], 6 / 25)[0]
+    for picture, frame in zip(wanted, found, strict=True):
+        assert torch.equal(whole.fit(picture.permute(1, 2, 0).contiguous()), frame)
+
+
+def test_pictures_may_change_their_size(tmp_path):
+    path = tmp_path / "x.ts"
+    for start, side, shade in ((0, 64, 200), (400, 48, 60)):
+        pictures = [np.full((side, side, 3), shade, np.uint8)] * 10
+        pts = list(range(start, start + 400, 40))
+        part = write_video(tmp_path / "part.ts", pictures, 25, pts, tune="zerolatency")
+        with open(path, "ab") as file:
+            file.write(part.read_bytes())
+    found = decode(path, [FrameStream(25, 32, "squash")], 0.76)[0].float().mean((1, 2, 3))
+    assert found.tolist() == pytest.approx([200] * 10 + [60] * 9, abs=3)
 
 
 def test_all_streams_come_from_one_pass(tmp_path):

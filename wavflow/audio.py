@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wavflow.errors import InputError
 from wavflow.files import atomic_write
+from wavflow.media import open_media, unreadable
 
 #: Containers whose audio track FFmpeg reads; every other suffix goes to libsndfile.
 CONTAINERS = frozenset(
@@ -22,6 +23,12 @@ FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 MUXED = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 #: One step of a 16-bit file: a sound that never exceeds it is dither or nothing.
 SILENCE_PEAK = 2.0**-15
+#: Hz that a file may have: resampled from less, a small file would become gigabytes.
+RATES = (1_000, 768_000)
+#: Samples of one channel that are read of a file, at most: 6 hours at 48 kHz.
+MAX_SAMPLES = 2**30
+#: Samples of all channels read at a time: a header may promise more than there is memory.
+_BLOCK = 2**22
 #: Seconds read beyond `max_seconds`, so that the resampler sees what follows the cut.
 _MARGIN = 0.25
 
@@ -33,7 +40,7 @@ def load_audio(
 
     Channels are averaged, then resampled (soxr HQ). `max_seconds` keeps at most the first
     round(max_seconds * rate) samples. InputError when the file is missing, unreadable, has no
-    audio, is empty or holds NaN or infinity.
+    audio, is empty, holds NaN or infinity, has a rate outside `RATES` or more than `MAX_SAMPLES`.
     """
     path = Path(path)
     if rate <= 0:
@@ -61,41 +68,65 @@ def load_audio(
     return torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
 
 
+class _Mono:
+    """Collects what is read: the first `limit` seconds and no more than `MAX_SAMPLES`."""
+
+    def __init__(self, path: Path, rate: int, limit: float | None) -> None:
+        if not RATES[0] <= rate <= RATES[1]:
+            raise InputError(f"{path}: {rate} Hz, wanted {RATES[0]} to {RATES[1]}")
+        self.path, self.rate = path, rate
+        self.wanted = None if limit is None else int(limit * rate) + 1
+        self.samples = 0
+        self._parts: list[np.ndarray] = []
+
+    def add(self, part: np.ndarray) -> bool:
+        """Whether more is wanted after `part` (t,)."""
+        self._parts.append(part)
+        self.samples += part.size
+        if self.wanted is not None and self.samples >= self.wanted:
+            return False
+        if self.samples > MAX_SAMPLES:
+            raise InputError(f"{self.path}: more than {MAX_SAMPLES} samples, wanted at most that")
+        return True
+
+    def wave(self) -> np.ndarray:
+        return np.concatenate(self._parts)[: self.wanted] if self._parts else np.zeros(0, "f4")
+
+
 def _read_sound(path: Path, limit: float | None) -> tuple[np.ndarray, int]:
     import soundfile
 
     try:
         with soundfile.SoundFile(path) as file:
-            frames = -1 if limit is None else int(limit * file.samplerate) + 1
-            wave = file.read(frames, dtype="float32", always_2d=True)
-            rate = file.samplerate
+            mono = _Mono(path, file.samplerate, limit)
+            block = max(1, _BLOCK // file.channels)
+            more = True
+            while more:
+                left = block if mono.wanted is None else min(block, mono.wanted - mono.samples)
+                part = file.read(left, dtype="float32", always_2d=True)
+                more = mono.add(part.mean(axis=1)) and len(part) == left
     except (soundfile.SoundFileError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not readable as audio ({reason})") from None
-    return wave.mean(axis=1), rate
+        raise unreadable(path, "audio", " ".join(str(error).split())) from None
+    return mono.wave(), mono.rate
 
 
 def _read_container(path: Path, limit: float | None) -> tuple[np.ndarray, int]:
     import av
 
-    parts: list[np.ndarray] = []
     try:
-        with av.open(str(path)) as container:
+        with open_media(path, "audio") as container:
             if not container.streams.audio:
                 raise InputError(f"{path}: no audio track")
             stream = container.streams.audio[0]
-            rate = stream.codec_context.sample_rate
+            mono = _Mono(path, stream.codec_context.sample_rate, limit)
             planar = av.AudioResampler(format="fltp")
-            samples = 0
             for frame in container.decode(stream):
-                if limit is not None and samples > limit * rate:
+                parts = [part.to_ndarray() for part in planar.resample(frame)]
+                if not all([mono.add(part.mean(axis=0, dtype=np.float32)) for part in parts]):
                     break
-                for part in planar.resample(frame):
-                    parts.append(part.to_ndarray().mean(axis=0, dtype=np.float32))
-                    samples += parts[-1].size
     except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{path}: not readable as audio ({error.strerror})") from None
-    return (np.concatenate(parts) if parts else np.zeros(0, np.float32)), rate
+        raise unreadable(path, "audio", error.strerror) from None
+    return mono.wave(), mono.rate
 
 
 def save_wav(path: str | os.PathLike[str], wave: Tensor | np.ndarray, rate: int) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from wavflow.config import Config
 from wavflow.errors import InputError
 from wavflow.features.extract import load_encoders
+from wavflow.files import load_tensors
 from wavflow.model.networks import PRESETS, WavflowModel
 
 
@@ -57,9 +56,7 @@ def empty_caption(config: Config) -> Tensor:
     shape = config.data.feature_shapes["text_features"]
     path = config.model.empty_string_ckpt
     if path is not None:
-        if not Path(path).is_file():
-            raise InputError(f"{path}: no such file, named by model.empty_string_ckpt")
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = load_tensors(path, "file of the empty caption (model.empty_string_ckpt)")
         where = f"{path}: the empty caption"
     else:
         found = load_encoders(config.model.encoders).text.encode([""])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from wavflow.ema import initial_share
 from wavflow.errors import InputError
-from wavflow.files import atomic_write
+from wavflow.files import atomic_write, load_tensors
 from wavflow.model.networks import IGNORED_KEYS
 
 log = logging.getLogger("wavflow")
@@ -112,16 +112,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: missing, truncated, not a checkpoint, or holding objects other than
             tensors and plain values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds, from EOFError to KeyError
-        raise InputError(
-            f"{path}: not a readable checkpoint, {path.stat().st_size} bytes; truncated, "
-            f"or not written by torch.save with plain tensors ({_first_line(error)})"
-        ) from None
+    content = load_tensors(path, "checkpoint")
     if not isinstance(content, dict):
         raise InputError(f"{path}: wanted a dict of tensors, found {type(content).__name__}")
     return content
@@ -221,8 +212,3 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: str | os.Pat
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{path}: it {kind} {names[0]}{more}; it is of another model")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

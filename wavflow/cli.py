@@ -228,6 +228,7 @@ def generate(
 ) -> None:
     """Generate sound for a caption, a video, both, or a table of them."""
     from wavflow.config import load_config
+    from wavflow.features import guard
     from wavflow.infer import infer
     from wavflow.sampler import Sampler
 
@@ -240,6 +241,8 @@ def generate(
     if mux and csv is None and video is None:
         raise InputError("--mux wants --video: what the sound goes into")
     level = None if keep_loudness else loudness
+    if video is not None:
+        guard.start()
     sampler = Sampler.load(
         checkpoint, device, dtype, ema, None if config is None else load_config(config), engine
     )

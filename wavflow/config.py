@@ -114,6 +114,27 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class DecodingConfig:
+    """What one video may take before it is refused (`wavflow.features.guard`).
+
+    Attributes:
+        file_gb: GB (10^9 bytes) of the file.
+        hours: that the file says it lasts.
+        megapixels: of a picture.
+        idle_packets: in a row that bring no later picture.
+        seconds: on the clock.
+        memory_gb: GB (10^9 bytes) beside the decoded frames, where the system can bound it.
+    """
+
+    file_gb: float = _over(16.0, 0)
+    hours: float = _over(24.0, 0)
+    megapixels: float = _over(36.0, 0)
+    idle_packets: int = _over(1000, 0)
+    seconds: float = _over(300.0, 0)
+    memory_gb: float = _over(4.0, 0)
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """The flow: path, prediction, law of t in training (mean, scale), solver and steps."""
 
@@ -233,6 +254,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

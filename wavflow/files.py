@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import IO, Any
 from wavflow.errors import InputError
 
 MAX_ID_BYTES = 200
+#: Names that Windows gives to devices, whatever follows the first dot.
+DEVICES = frozenset("CON PRN AUX NUL".split()) | {
+    f"{n}{i}" for n in ("COM", "LPT") for i in "123456789"
+}
 
 
 @contextmanager
@@ -51,6 +56,32 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         file.write(text)
 
 
+def load_tensors(path: str | os.PathLike[str], what: str) -> Any:
+    """Read a file of torch.save onto the CPU: tensors and plain values, running nothing.
+
+    torch.save compresses nothing, so that an archive that would unpack to more than its own size
+    is a bomb. Raises InputError, saying that the file is not a readable `what`.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such {what}")
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = sum(entry.file_size for entry in archive.infolist())
+        if inside > size:
+            raise ValueError(f"it unpacks to {inside} bytes")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds, from EOFError to KeyError
+        reason = str(error).strip().split("\n")[0][:160]
+        raise InputError(
+            f"{path}: not a readable {what}, {size} bytes; truncated, or not written by "
+            f"torch.save with plain tensors ({type(error).__name__}: {reason})"
+        ) from None
+
+
 def check_id(id: str) -> str:
     """Return `id` if it is safe as a file name on its own, else raise InputError saying why."""
     if not isinstance(id, str):
@@ -64,6 +95,8 @@ def check_id(id: str) -> str:
         raise InputError(f"id {shown} holds '..' or starts with a dot")
     if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in id):
         raise InputError(f"id {shown} holds a control character")
+    if id.partition(".")[0].rstrip().upper() in DEVICES:
+        raise InputError(f"id {shown} is the name of a device")
     if len(id.encode("utf-8")) > MAX_ID_BYTES:
         raise InputError(
             f"id {shown} is {len(id.encode('utf-8'))} bytes long, at most {MAX_ID_BYTES} are wanted"

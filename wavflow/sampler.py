@@ -352,7 +352,7 @@ class Sampler:
         features: dict[str, Tensor] = {}
         if video is not None:
             seconds = self.config.data.audio_duration if seconds is None else seconds
-            features |= encode_video(encoders, Path(video), seconds)
+            features |= encode_video(encoders, Path(video), seconds, self.config.decoding)
         if caption is not None:
             features |= encode_captions(encoders, [caption])[0]
         return features

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
@@ -74,7 +75,7 @@ def save(
 
 
 def check(folder: Path, world: World) -> None:
-    """Raises InputError, in every process, unless all files are as they were written."""
+    """Raises InputError, in every process, unless all files are as they were written and whole."""
     problems = []
     try:
         entries = sorted(json.loads((folder / WHOLE).read_text(encoding="utf-8")).items())
@@ -87,6 +88,12 @@ def check(folder: Path, world: World) -> None:
             problems.append(f"{path}: {found} bytes; wanted {size}")
         elif _crc(path) != crc:
             problems.append(f"{path}: its bytes are not those that were written")
+        elif path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):  # checks the header's length, sizes and offsets
+                    pass
+            except SafetensorError as error:
+                problems.append(f"{path}: not a readable safetensors file ({error})")
     if found := [problem for part in world.gather(problems) for problem in part]:
         raise InputError(found[0])
 

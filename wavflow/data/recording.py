@@ -16,6 +16,7 @@ from wavflow.config import DataConfig
 from wavflow.data.crop import Grid
 from wavflow.data.manifest import Row
 from wavflow.errors import InputError
+from wavflow.files import load_tensors
 
 VIDEO_KEYS = ("clip_features", "sync_features")
 TEXT_KEYS = ("text_features",)
@@ -112,12 +113,7 @@ def _read_arrays(
 ) -> dict[str, np.ndarray]:
     """Like `read_features`; float16 stays, and rows of None are any number above 0."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such features file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds, from EOFError to KeyError
-        raise InputError(f"{path}: not a readable features file ({type(error).__name__})") from None
+    content = load_tensors(path, "features file")
     if not isinstance(content, dict):
         raise InputError(f"{path}: wanted a dict of features, found {type(content).__name__}")
     for key in keys:
@@ -131,6 +127,8 @@ def _read_arrays(
             continue
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             raise InputError(f"{path}: {key} is a {type(value).__name__}; wanted a dense tensor")
+        if value.nbytes > value.untyped_storage().nbytes():  # one number may stand for millions
+            raise InputError(f"{path}: {key} repeats its numbers; wanted every one written out")
         shape = tuple(value.shape)
         if len(shape) != 2 or not shape[0] or shape != (rows or shape[0], width):
             wanted = f"({rows or 'rows'}, {width})"

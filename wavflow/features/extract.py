@@ -8,11 +8,9 @@ interrupted job goes on where it stopped.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavflow.config import Config, load_config
+from wavflow.config import Config, DecodingConfig, load_config
 from wavflow.data.dataset import COLUMNS
 from wavflow.data.manifest import ReportRow, Row, read_manifest, write_csv, write_report
 from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
 from wavflow.errors import InputError
+from wavflow.features import guard
 from wavflow.features.base import Encoders, get_encoders
-from wavflow.files import atomic_write
+from wavflow.files import atomic_write, load_tensors
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class _Job:
     path: Path
     encoders: str
     seconds: float
+    limits: DecodingConfig
 
 
 def extract(
@@ -64,9 +64,10 @@ def extract(
         csv_path: columns id, audio_path, video_path, caption; optional video_exist, text_exist
             and source, which goes into the training table.
         out: gets features/<id>.pth, <stem of csv_path>.csv and report.csv.
-        config: a `Config`, YAML file or preset; names the encoders and the seconds.
+        config: a `Config`, YAML file or preset; names the encoders, the seconds and the limits on
+            decoding.
         encoders, seconds: instead of the configuration's.
-        workers: processes; default one per core, 0 encodes in this process.
+        workers: videos decoded at a time, each in a process of its own; default one per core.
         progress: called with (rows finished, rows in all).
 
     Raises:
@@ -77,6 +78,7 @@ def extract(
     name = encoders or config.model.encoders
     seconds = seconds or config.data.audio_duration
     load_encoders(name)
+    limits = config.decoding
     csv_path, out = Path(csv_path), Path(out)
     target = out / f"{csv_path.stem}.csv"
     if target.resolve() == csv_path.resolve():
@@ -84,7 +86,9 @@ def extract(
     manifest = read_manifest(csv_path, ("id", "audio_path", "video_path", "caption"))
     (out / "features").mkdir(parents=True, exist_ok=True)
 
-    jobs = [_Job(row, out / "features" / f"{row.id}.pth", name, seconds) for row in manifest]
+    jobs = [
+        _Job(row, out / "features" / f"{row.id}.pth", name, seconds, limits) for row in manifest
+    ]
     outcome = {e.row_number: ReportRow(e.id, "failed", str(e)) for e in manifest.errors}
     for count, (job, status, reason) in enumerate(_run(jobs, workers), 1):
         outcome[job.row.number] = ReportRow(job.row.id, status, reason)
@@ -115,15 +119,22 @@ def load_encoders(name: str) -> Encoders:
         raise InputError(str(error)) from None
 
 
-def encode_video(encoders: Encoders, path: Path, seconds: float) -> dict[str, Tensor]:
+def encode_video(
+    encoders: Encoders,
+    path: Path,
+    seconds: float,
+    limits: DecodingConfig | None = None,
+    threads: int = 0,
+) -> dict[str, Tensor]:
     """Features of one video file, under the keys of a features file.
 
-    Raises:
-        InputError: the file cannot be decoded, or is too short.
-    """
-    from wavflow.features.video import decode
+    It is decoded in another process, with that many threads (0: one a core).
 
-    clip, sync = encoders.video.encode(decode(path, encoders.video.streams, seconds), seconds)
+    Raises:
+        InputError: the file cannot be decoded, passes a limit or is too short.
+    """
+    frames = guard.decode(path, encoders.video.streams, seconds, limits, threads)
+    clip, sync = encoders.video.encode(frames, seconds)
     return {VIDEO_KEYS[0]: clip, VIDEO_KEYS[1]: sync}
 
 
@@ -146,31 +157,20 @@ def _table_row(job: _Job, out: Path) -> dict[str, Any]:
 
 
 def _run(jobs: list[_Job], workers: int | None) -> Iterator[tuple[_Job, str, str]]:
-    workers = min(os.cpu_count() or 1 if workers is None else workers, len(jobs))
-    if workers <= 1:
-        for job in jobs:
-            yield job, *_extract_row(job)
-        return
-    # Forked workers need no `if __name__ == "__main__"` in the caller's script; with CUDA or
-    # without fork they are spawned.
-    fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
-    context = multiprocessing.get_context("fork" if fork else "spawn")
-    with ProcessPoolExecutor(
-        workers, context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    cores = os.cpu_count() or 1
+    workers = max(1, min(cores if workers is None else workers, len(jobs)))
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            futures = {pool.submit(_extract_row, job): job for job in jobs}
+            threads = max(1, cores // workers)
+            futures = {pool.submit(_extract_row, job, threads): job for job in jobs}
             for future in as_completed(futures):
-                try:
-                    yield futures[future], *future.result()
-                except BrokenProcessPool:
-                    yield futures[future], "failed", "a worker process died"
+                yield futures[future], *future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _extract_row(job: _Job) -> tuple[str, str]:
+def _extract_row(job: _Job, threads: int) -> tuple[str, str]:
     """Status and reason of one row: done is `ok`, kept from an earlier run is `skipped`."""
     try:
         source = _source(job)
@@ -179,7 +179,7 @@ def _extract_row(job: _Job) -> tuple[str, str]:
         encoders = load_encoders(job.encoders)
         features: dict[str, Any] = {}
         if job.row.video_exist:
-            features |= encode_video(encoders, job.row.video_path, job.seconds)
+            features |= encode_video(encoders, job.row.video_path, job.seconds, job.limits, threads)
         if job.row.text_exist:
             features |= encode_captions(encoders, [job.row.caption])[0]
         features = {key: value.float().contiguous().clone() for key, value in features.items()}
@@ -222,4 +222,4 @@ def _is_current(job: _Job, source: dict[str, Any]) -> bool:
         read_features(job.path, shapes, shapes)
     except InputError:
         return False
-    return torch.load(job.path, weights_only=True).get("source") == source
+    return load_tensors(job.path, "features file").get("source") == source

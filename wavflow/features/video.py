@@ -7,6 +7,7 @@ rounding differs by up to 24 levels on noisy images.
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from wavflow.config import DecodingConfig
 from wavflow.errors import InputError
+from wavflow.media import open_media, unreadable
 
 if TYPE_CHECKING:
     import av
@@ -49,6 +52,13 @@ class FrameStream:
     def count(self, seconds: float) -> int:
         """Frames of a clip of that length: floor(fps * seconds), exact for decimal seconds."""
         return int(self.fps * Fraction(seconds).limit_denominator(1_000_000))
+
+    def shape(self, seconds: float) -> tuple[int, int, int, int]:
+        """(t, 3, s, s) of a clip of that length; ValueError when it has no frame."""
+        count = self.count(seconds)
+        if count < 1:
+            raise ValueError(f"{seconds} s at {self.fps} fps is no frame, wanted at least one")
+        return count, 3, self.size, self.size
 
     def fit(self, picture: Tensor) -> Tensor:  # (h w 3) uint8 -> (3 size size) uint8
         """Resize one picture in uint8, bicubic and antialiased."""
@@ -80,10 +90,10 @@ def _slot(time: Fraction, fps: int) -> int:
 class _Selection:
     """Fills one stream: slot k shows the last frame whose own slot is at most k."""
 
-    def __init__(self, stream: FrameStream, seconds: float) -> None:
+    def __init__(self, stream: FrameStream, frames: Tensor) -> None:
         self.stream = stream
-        self.wanted = stream.count(seconds)
-        self.frames = torch.empty(self.wanted, 3, stream.size, stream.size, dtype=torch.uint8)
+        self.frames = frames
+        self.wanted = len(frames)
         self.filled = 0
         self.first: int | None = None  # slot of the first frame
 
@@ -101,88 +111,165 @@ class _Selection:
         self.filled += times
 
 
+class _ToRGB:
+    """Pictures as FFmpeg's `format=rgb24` filter makes them: (h w 3) uint8.
+
+    The filter knows the place of chroma samples and converts interlaced pictures as whole ones.
+    PyAV's `VideoFrame.reformat` does neither: it is off by up to 150 levels for interlaced video,
+    50 for 10 bits and 30 for odd heights.
+    """
+
+    def __init__(self) -> None:
+        self._form: tuple[int, int, str] | None = None
+
+    def __call__(self, frame: av.VideoFrame) -> Tensor:
+        form = (frame.width, frame.height, frame.format.name)
+        if form != self._form:
+            self._build(frame)
+            self._form = form
+        self._source.push(frame)
+        return torch.from_numpy(self._sink.pull().to_ndarray())
+
+    def _build(self, frame: av.VideoFrame) -> None:
+        import av
+
+        graph = av.filter.Graph()
+        graph.threads = 1
+        self._source = graph.add_buffer(
+            width=frame.width,
+            height=frame.height,
+            format=frame.format.name,
+            time_base=frame.time_base,
+        )
+        rgb, self._sink = graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")
+        self._source.link_to(rgb)
+        rgb.link_to(self._sink)
+        graph.configure()
+        self._graph = graph  # its contexts do not keep it alive
+
+
 def decode(
-    path: str | os.PathLike[str], streams: Sequence[FrameStream], seconds: float
+    path: str | os.PathLike[str],
+    streams: Sequence[FrameStream],
+    seconds: float,
+    limits: DecodingConfig | None = None,
+    threads: int = 0,
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:  # each (t 3 s s) uint8 RGB
-    """Decode the first `seconds` of a video once, for all `streams`.
+    """Decode the first `seconds` of a video once, for all `streams`, in this process.
 
     Output j of a stream shows slot k = n_0 + j, where a frame at time t has slot
     n = floor(t * fps + 1/2) and slot k shows the last frame with n <= k; the last frame lasts for
-    its duration. Only frames that are shown are converted to RGB (honouring the colour space the
-    file names), and decoding ends when every stream is full. Rotation tags are not applied: a
-    warning says so.
+    its duration, not at all where the file gives none. Only frames that are shown are converted to
+    RGB (honouring the colour space the file names), and decoding ends when every stream is full.
+    Rotation tags and the shape of pixels are not applied: for a rotation a warning says so.
 
-    Raises InputError naming the file when it is missing, is not a video, has no frames, is broken
-    or is shorter than `seconds`; ValueError when `seconds` gives a stream no frame.
+    The limits on what the file claims are checked here, those on time and memory by
+    `wavflow.features.guard.decode`, which is what strangers' files go through. `threads` are the
+    codec's, 0 for one a core. `out`, of the streams' shapes, is filled and returned.
+
+    Raises InputError naming the file when it is missing, is not a video, has no frames, is broken,
+    passes a limit or is shorter than `seconds`; ValueError when `seconds` gives a stream no frame;
+    MemoryError.
     """
     import av
 
     path = Path(path)
-    selections = [_Selection(stream, seconds) for stream in streams]
-    for stream, selection in zip(streams, selections, strict=True):
-        if selection.wanted < 1:
-            raise ValueError(f"{seconds} s at {stream.fps} fps is no frame, wanted at least one")
+    limits = limits or DecodingConfig()
+    shapes = [stream.shape(seconds) for stream in streams]
+    frames = [torch.empty(shape, dtype=torch.uint8) for shape in shapes] if out is None else out
+    selections = [_Selection(*pair) for pair in zip(streams, frames, strict=True)]
     if not path.is_file():
         raise InputError(f"{path}: no such file, wanted a video")
+    size = path.stat().st_size / 1e9
+    if size > limits.file_gb:
+        raise passed(path, f"the file has {size:.3g} GB", "file_gb", limits.file_gb)
     try:
-        with av.open(str(path)) as container:
+        with open_media(path, "video") as container:
             if not container.streams.video:
                 kinds = sorted({s.type for s in container.streams}) or ["nothing"]
                 raise InputError(f"{path}: no video stream, found {' and '.join(kinds)}")
-            end = _decode_stream(path, container, selections)
+            hours = (container.duration or 0) / av.time_base / 3600
+            if hours > limits.hours:
+                raise passed(path, f"the file claims {hours:.1f} hours", "hours", limits.hours)
+            end = _decode_stream(path, container, selections, limits, threads)
     except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{path}: not readable as video ({error.strerror})") from None
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(f"{path}: not enough memory") from None
+        raise unreadable(path, "video", error.strerror) from None
     for stream, selection in zip(streams, selections, strict=True):
         if not selection.full:
             raise InputError(
                 f"{path}: {selection.filled} frames at {stream.fps} fps "
                 f"({float(end):.3f} s), wanted {selection.wanted} ({seconds:g} s)"
             )
-    return [selection.frames for selection in selections]
+    return list(frames)
+
+
+def passed(path: Path, found: str, limit: str, allowed: float) -> InputError:
+    """The error of a file that passes a limit of `DecodingConfig`."""
+    return InputError(f"{path}: {found}, decoding.{limit} allows {allowed:g}")
 
 
 def _decode_stream(
-    path: Path, container: av.container.InputContainer, selections: list[_Selection]
+    path: Path,
+    container: av.container.InputContainer,
+    selections: list[_Selection],
+    limits: DecodingConfig,
+    threads: int,
 ) -> Fraction:
     """Fill the selections; return the time in the file up to which frames were seen."""
-    from av.video.reformatter import VideoReformatter
-
     stream = container.streams.video[0]
-    if stream.codec_context.width * stream.codec_context.height >= _THREADED_PIXELS:
-        stream.thread_type = "AUTO"
-    # One converter for all frames, on one thread: a new one for every frame costs 3 times as much.
-    reformatter = VideoReformatter()
+    codec = stream.codec_context
+
+    def check_size(width: int, height: int) -> None:
+        if width * height > limits.megapixels * 1e6:
+            raise passed(
+                path, f"pictures of {width} x {height} pixels", "megapixels", limits.megapixels
+            )
+
+    check_size(codec.width, codec.height)
+    if codec.width * codec.height >= _THREADED_PIXELS:
+        codec.thread_type, codec.thread_count = "AUTO", threads
+    to_rgb = _ToRGB()
     held: av.VideoFrame | None = None
-    end = Fraction(0)
+    end = latest = Fraction(0)
+    idle = 0
 
     def show(until: Fraction) -> None:
         takers = [(s, n) for s in selections if (n := s.takes(until)) > 0]
         if held is not None and takers:
-            picture = torch.from_numpy(
-                reformatter.reformat(held, format="rgb24", threads=1).to_ndarray()
-            )
+            picture = to_rgb(held)
             for selection, times in takers:
                 selection.put(picture, times)
 
-    for frame in container.decode(stream):
-        if frame.pts is None or frame.time_base is None:
-            raise InputError(f"{path}: a frame without a time stamp")
-        start = frame.pts * frame.time_base
-        if held is None:
-            if frame.rotation:
-                warnings.warn(
-                    f"{path}: the rotation tag ({frame.rotation} degrees) is not applied",
-                    stacklevel=4,
-                )
-            for selection in selections:
-                selection.first = _slot(start, selection.stream.fps)
-        else:
-            show(start)
-        held = frame
-        duration = frame.duration * frame.time_base if frame.duration else None
-        end = start + (duration or 1 / Fraction(stream.average_rate or 25))
-        if all(selection.full for selection in selections):
-            return end
+    for packet in container.demux(stream):
+        idle += 1
+        for frame in packet.decode():
+            if frame.pts is None or frame.time_base is None:
+                raise InputError(f"{path}: a frame without a time stamp")
+            check_size(frame.width, frame.height)
+            start = frame.pts * frame.time_base
+            if held is None:
+                if frame.rotation:
+                    warnings.warn(
+                        f"{path}: the rotation tag ({frame.rotation} degrees) is not applied",
+                        stacklevel=4,
+                    )
+                for selection in selections:
+                    selection.first = _slot(start, selection.stream.fps)
+            else:
+                show(start)
+            if held is None or start > latest:
+                latest, idle = start, 0
+            held = frame
+            end = start + (frame.duration or 0) * frame.time_base
+            if all(selection.full for selection in selections):
+                return end
+        if idle > limits.idle_packets:
+            raise passed(
+                path, f"{idle} packets without a later picture", "idle_packets", limits.idle_packets
+            )
     if held is None:
         raise InputError(f"{path}: no frames in its video stream")
     show(end)
