@@ -31,18 +31,16 @@ from wavflow.build import build_model
 from wavflow.checkpoint import LATEST, load_into, read_weights
 from wavflow.config import config_from_dict
 from wavflow.console import counter
-from wavflow.demo.score import Listener
 from wavflow.demo.sounds import BATCH, read_heldout
 from wavflow.errors import InputError
+from wavflow.evaluation.signals import FLOOR_DB, log_spectral_distance
+from wavflow.evaluation.toy import Listener
 from wavflow.files import write_json
 from wavflow.infer import row_seed
 from wavflow.model.inference import prepare_inference
 from wavflow.precision import resolve_device
 from wavflow.sampler import Sampler
 from wavflow.solvers import BEST, Recommended
-
-FLOOR_DB = -80.0  # of the reference's loudest bin
-WINDOW, HOP = 512, 128
 
 
 @dataclass(frozen=True)
@@ -93,22 +91,6 @@ def relative_l2(found: Tensor, wanted: Tensor) -> Tensor:  # (clips t) each -> (
     return (found - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-12)
 
 
-def log_spectral_distance(found: Tensor, wanted: Tensor) -> Tensor:  # (clips t) each -> (clips)
-    """RMS over times and frequencies of the difference of STFT magnitudes in dB.
-
-    Magnitudes below FLOOR_DB of the clip's largest wanted one count as that much. Hann windows of
-    WINDOW samples, HOP apart.
-    """
-    window = torch.hann_window(WINDOW, dtype=wanted.dtype)
-    found, wanted = (
-        torch.stft(x, WINDOW, HOP, window=window, return_complex=True).abs()
-        for x in (found, wanted)
-    )
-    floor = wanted.amax((1, 2), keepdim=True).clamp_min(1e-12) * 10 ** (FLOOR_DB / 20)
-    level, other = (20 * torch.maximum(x, floor).log10() for x in (found, wanted))
-    return (level - other).square().mean((1, 2)).sqrt()
-
-
 class Clips:
     """A demo's held-out clips and its network, ready to generate and to judge.
 
@@ -131,7 +113,7 @@ class Clips:
         self.seeds = [row_seed(self.config.training.seed, row.id) for row in rows[:count]]
         scenes = [world[row.id] for row in rows[:count]]
         self._clips = [{"kind": scene["kind"], "events": scene["times"]} for scene in scenes]
-        self._heard = Listener(demo)
+        self._heard = Listener(demo / "toy" / "events.json")
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -180,7 +162,7 @@ class Clips:
 
     def figures(self, waves: Tensor) -> dict[str, float]:
         """The demo's, of sounds made from video and text."""
-        return self._heard.figures("vt2a", self._clips, waves.unbind())
+        return self._heard.figures(self._clips, waves.unbind())
 
 
 def compared(found: Tensor, wanted: Tensor) -> dict[str, Any]:

@@ -196,7 +196,17 @@ def test_modules_run(module, tmp_path):
     )
     if module == "wavflow":
         assert done.returncode == 0
-        for command in ("toy", "extract", "pack", "train", "generate", "infer", "demo", "info"):
+        for command in (
+            "toy",
+            "extract",
+            "pack",
+            "train",
+            "generate",
+            "infer",
+            "eval",
+            "demo",
+            "info",
+        ):
             assert command in done.stdout
     else:
         assert done.returncode == 2 and "Traceback" not in done.stderr

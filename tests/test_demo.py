@@ -20,13 +20,13 @@ pytest.importorskip("sklearn")
 from wavflow.data.toy import KINDS, make_scene, write_toy_world
 from wavflow.data.toy_sound import synthesize
 from wavflow.demo import score
-from wavflow.demo.metrics import KindClassifier, Matches, kind_features, match, onsets
 from wavflow.demo.page import write_page
 from wavflow.demo.report import draw_pictures, spectrogram
 from wavflow.demo.run import run_demo
 from wavflow.demo.score import CONTROLS, MODES, recompute
 from wavflow.demo.sounds import other_conditions, put_to_video
 from wavflow.errors import InputError
+from wavflow.evaluation.toy import KindClassifier, Matches, kind_features, match, onsets
 from wavflow_kernels import lift_patchify, unpatchify
 
 RATE = 8000

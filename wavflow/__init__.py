@@ -16,6 +16,7 @@ _HOMES = {
     "FlowMatching": "wavflow.model.flow_matching",
     "InputError": "wavflow.errors",
     "Sampler": "wavflow.sampler",
+    "evaluate": "wavflow.evaluation.evaluate",
     "extract": "wavflow.features.extract",
     "get_wavflow_model": "wavflow.model.networks",
     "load": "wavflow.sampler",
@@ -31,6 +32,7 @@ __all__ = [
     "InputError",
     "Sampler",
     "__version__",
+    "evaluate",
     "extract",
     "get_wavflow_model",
     "load",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from wavflow.config import Config, load_config
     from wavflow.data.toy import write_toy_world
     from wavflow.errors import Cancelled, InputError
+    from wavflow.evaluation.evaluate import evaluate
     from wavflow.features.extract import extract
     from wavflow.model.flow_matching import FlowMatching
     from wavflow.model.networks import get_wavflow_model

@@ -57,12 +57,9 @@ def load_audio(
     if not np.isfinite(wave).all():
         at = int(np.flatnonzero(~np.isfinite(wave))[0])
         raise InputError(f"{path}: sample {at} is {wave[at]}, wanted finite samples")
-    if found != rate:
-        import soxr
-
-        wave = soxr.resample(wave, found, rate)
-        if wave.size == 0:
-            raise InputError(f"{path}: too short to be resampled from {found} to {rate} Hz")
+    wave = resample(wave, found, rate)
+    if wave.size == 0:
+        raise InputError(f"{path}: too short to be resampled from {found} to {rate} Hz")
     if max_seconds is not None:
         wave = wave[: max(1, round(max_seconds * rate))]
     return torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
@@ -91,6 +88,28 @@ class _Mono:
 
     def wave(self) -> np.ndarray:
         return np.concatenate(self._parts)[: self.wanted] if self._parts else np.zeros(0, "f4")
+
+
+def resample(wave: np.ndarray, found: int, rate: int) -> np.ndarray:  # (t,) float32
+    """`wave` (t,) of `found` Hz at `rate` Hz (soxr HQ); nothing where it is too short for it."""
+    if found == rate:
+        return wave
+    import soxr
+
+    return soxr.resample(wave, found, rate)
+
+
+def sound_rate(path: str | os.PathLike[str]) -> int:
+    """Hz of a wav or flac, from its header. InputError when it is missing or unreadable."""
+    import soundfile
+
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file, wanted audio")
+    try:
+        return int(soundfile.info(path).samplerate)
+    except (soundfile.SoundFileError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not readable as audio ({reason})") from None
 
 
 def _read_sound(path: Path, limit: float | None) -> tuple[np.ndarray, int]:
@@ -205,22 +224,31 @@ def mux(
         raise InputError(f"{video}: cannot be muxed into {path.name} ({error.strerror})") from None
 
 
-def normalize_loudness(wave: Tensor, rate: int, lufs: float = -23.0) -> Tensor:  # (t,)
-    """Scale `wave` (t,) to an integrated loudness of `lufs` (ITU-R BS.1770-4).
+def measure_loudness(wave: Tensor, rate: int) -> float | None:
+    """Integrated loudness of `wave` (t,) in LUFS (ITU-R BS.1770-4).
 
-    Left as it is when shorter than one 0.4 s block or below -70 LUFS, the standard's absolute
-    gate. When the gain would push the peak beyond 1, the peak becomes 0.99 instead.
+    None when shorter than one 0.4 s block or below -70 LUFS, the standard's absolute gate.
     """
     if wave.ndim != 1:
-        raise ValueError(f"normalize_loudness: wave has shape {tuple(wave.shape)}, wanted (t,)")
+        raise ValueError(f"measure_loudness: wave has shape {tuple(wave.shape)}, wanted (t,)")
     import pyloudnorm
 
     meter = pyloudnorm.Meter(rate)
     if wave.numel() < meter.block_size * rate:
-        return wave
+        return None
     with np.errstate(divide="ignore"):
         loudness = meter.integrated_loudness(wave.detach().to("cpu", torch.float64).numpy())
-    if not loudness >= -70.0:
+    return float(loudness) if loudness >= -70.0 else None
+
+
+def normalize_loudness(wave: Tensor, rate: int, lufs: float = -23.0) -> Tensor:  # (t,)
+    """Scale `wave` (t,) to an integrated loudness of `lufs` (ITU-R BS.1770-4).
+
+    Left as it is where `measure_loudness` finds none. When the gain would push the peak beyond 1,
+    the peak becomes 0.99 instead.
+    """
+    loudness = measure_loudness(wave, rate)
+    if loudness is None:
         return wave
     wave = wave * 10.0 ** ((lufs - loudness) / 20.0)
     peak = float(wave.abs().max())

@@ -305,6 +305,83 @@ def infer(
     _exit(result.done, result.failed, result.report)
 
 
+@app.command("eval")
+def evaluate(
+    gen: Annotated[Path, typer.Option(help="Folder of generated sounds, .wav or .flac.")],
+    true: Annotated[Path, typer.Option(help="Folder of true sounds; stems are ids.")],
+    rate: Annotated[
+        int | None, typer.Option(help="Hz of the comparison; default the lowest of the files.")
+    ] = None,
+    extractor: Annotated[
+        list[str] | None,
+        typer.Option(help="melstats (the default), ast or clap, [=FOLDER or hub name]."),
+    ] = None,
+    embeddings: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=GENERATED,TRUE: .safetensors, .npz or a folder of .npy by id."),
+    ] = None,
+    logits: Annotated[
+        list[str] | None, typer.Option(help="NAME=GENERATED[,TRUE]: a classifier's.")
+    ] = None,
+    similarity: Annotated[
+        list[str] | None, typer.Option(help="NAME=GENERATED,OTHER: embeddings in one space.")
+    ] = None,
+    offsets: Annotated[
+        list[str] | None, typer.Option(help="NAME=GENERATED: logits of a synchrony model.")
+    ] = None,
+    offset_limit: Annotated[float, typer.Option(help="Seconds of the last offset class.")] = 2.0,
+    captions: Annotated[
+        Path | None, typer.Option(help="Table: id, caption, for clap's similarity.")
+    ] = None,
+    toy: Annotated[
+        Path | None, typer.Option(help="A toy world's events.json, for onsets and kinds.")
+    ] = None,
+    fad_infinity: Annotated[
+        bool, typer.Option("--fad-infinity", help="Also without the bias of few sounds.")
+    ] = False,
+    splits: Annotated[int, typer.Option(help="Parts of an inception score.")] = 10,
+    resamples: Annotated[int, typer.Option(help="Of a bootstrap interval.")] = 1000,
+    confidence: Annotated[float, typer.Option(help="Of an interval.")] = 0.95,
+    seed: Seed = 0,
+    json: Annotated[Path | None, typer.Option(help="File for everything, by id too.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 when anything was left out.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Of ast and clap: auto, cpu, cuda, cuda:N.")] = "auto",
+    workers: Workers = None,
+) -> None:
+    """Judge generated sounds by true ones: distances of sets, figures of pairs, checks."""
+    from wavflow.evaluation.evaluate import Given, evaluate
+    from wavflow.evaluation.figures import Settings
+    from wavflow.evaluation.report import show
+
+    rows = {
+        "embeddings": embeddings,
+        "logits": logits,
+        "similarity": similarity,
+        "offsets": offsets,
+    }
+    result = evaluate(
+        gen,
+        true,
+        rate=rate,
+        extractors=extractor or ["melstats"],
+        given=[Given.parse(kind, text) for kind, texts in rows.items() for text in texts or ()],
+        captions=captions,
+        toy=toy,
+        settings=Settings(splits, fad_infinity, offset_limit, resamples, confidence, seed),
+        device=device,
+        workers=workers,
+        progress=counter,
+    )
+    show(result)
+    if json is not None:
+        result.save(json)
+        _say(str(json))
+    if strict and result.problems:
+        raise typer.Exit(1)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for sounds, pictures and report.html.")] = Path(

@@ -82,6 +82,20 @@ def load_tensors(path: str | os.PathLike[str], what: str) -> Any:
         ) from None
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        InputError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
 def check_id(id: str) -> str:
     """Return `id` if it is safe as a file name on its own, else raise InputError saying why."""
     if not isinstance(id, str):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from wavflow.demo.report import FIGURES, ON_PAGE, TITLES, chosen, film, image, read, sounds
-from wavflow.demo.score import CONTROLS, MODES, read_json
+from wavflow.demo.score import CONTROLS, MODES
 from wavflow.demo.sounds import FILMED
-from wavflow.files import atomic_write
+from wavflow.files import atomic_write, read_json
 
 
 def write_page(out: Path, metrics: dict[str, Any]) -> None:

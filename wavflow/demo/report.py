@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from wavflow.audio import load_audio
-from wavflow.demo.score import CONTROLS, MODES, WANTED, read_json
+from wavflow.demo.score import CONTROLS, MODES, WANTED
 from wavflow.demo.sounds import FILMED, put_to_video
-from wavflow.files import atomic_write
+from wavflow.files import atomic_write, read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

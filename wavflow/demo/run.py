@@ -24,10 +24,10 @@ from wavflow.checkpoint import LATEST
 from wavflow.config import Config, load_config
 from wavflow.console import console, counter, progress_bar
 from wavflow.data.dataset import ClipDataset
-from wavflow.demo.score import CONTROLS, MODES, read_json, recompute
+from wavflow.demo.score import CONTROLS, MODES, recompute
 from wavflow.demo.sounds import BATCH, generate_all
 from wavflow.errors import InputError
-from wavflow.files import write_json
+from wavflow.files import read_json, write_json
 from wavflow.precision import resolve_device, resolve_dtype
 from wavflow.trainer import TrainResult
 

@@ -15,9 +15,9 @@ from wavflow.build import build_model, empty_caption
 from wavflow.config import Config
 from wavflow.data.manifest import Row, read_manifest
 from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
-from wavflow.demo.score import CONTROLS, MODES, read_json
+from wavflow.demo.score import CONTROLS, MODES
 from wavflow.errors import InputError
-from wavflow.files import atomic_write, write_json
+from wavflow.files import atomic_write, read_json, write_json
 from wavflow.infer import row_seed
 from wavflow.precision import resolve_device, resolve_dtype
 from wavflow.sampler import Sampler

@@ -1,23 +1,31 @@
-"""Figures that judge generated sound: when it starts, and what kind of thing is heard.
+"""Figures that judge sounds of a toy world: when they start, and what kind of thing is heard.
 
 Both are blind to loudness. A wave is a float tensor or array (t,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from wavflow.audio import load_audio, sound_rate
+from wavflow.data.manifest import read_manifest
+from wavflow.errors import InputError
+from wavflow.evaluation.spectra import HOP, mel_triangles, power_spectra
+from wavflow.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: Seconds between an onset and the event it belongs to, at most.
 TOLERANCE = 0.05
+#: Training clips that the classifier of kinds learns from, at most.
+CLASSIFIER_CLIPS = 600
 
-_HOP, _WINDOW = 0.005, 0.032  # seconds
 _RANGE = 35.0  # dB below the clip's loudest moment where levels end
 _SIDE = 4  # hops on either side of a moment that are compared
 _GAP = 30  # hops between onsets, at least
@@ -28,27 +36,13 @@ _QUIET = 2.0**-15  # RMS below one step of a 16-bit file
 _BANDS = 24
 
 
-def _spectra(wave: Tensor | np.ndarray, rate: int) -> np.ndarray:  # (frames, bins) float64
-    """Power spectra around 0, 5, 10 ... ms, normalised so that a row sums to the mean square."""
-    x = np.asarray(wave, dtype=np.float64)
-    if x.ndim != 1 or x.size == 0:
-        raise ValueError(f"wave has shape {x.shape}, wanted (t,) with t > 0")
-    hop, half = max(round(_HOP * rate), 1), max(round(_WINDOW * rate / 2), 2)
-    x = np.pad(x, half, mode="reflect" if x.size > half else "edge")
-    rows = np.lib.stride_tricks.sliding_window_view(x, 2 * half)[::hop]
-    window = np.hanning(2 * half + 1)[:-1]
-    power = np.abs(np.fft.rfft(rows * window)) ** 2
-    power[:, 1:-1] *= 2
-    return power / (2 * half * np.sum(window**2))
-
-
 def onsets(wave: Tensor | np.ndarray, rate: int) -> np.ndarray:
     """Times (s), ascending, at which sounds start; none in silence or in a steady sound.
 
     A start is a steep rise of the level, compared with the clip's steepest rise and its loudest
     moment. Its time is where the level passes 6 dB below the peak that follows.
     """
-    power = _spectra(wave, rate).sum(axis=1)
+    power = power_spectra(wave, rate).sum(axis=1)
     if np.sqrt(power.max()) <= _QUIET:
         return np.zeros(0)
     level = np.maximum(10 * np.log10(power / power.max() + 1e-12), -_RANGE)
@@ -64,7 +58,7 @@ def onsets(wave: Tensor | np.ndarray, rate: int) -> np.ndarray:
         peak = level[at : at + 2 * _SIDE].max()
         if peak >= _LEAST_LEVEL and all(abs(at - other) >= _GAP for other in found):
             found.append(int(at))
-    return np.array([_crossing(level, at) for at in sorted(found)]) * _HOP
+    return np.array([_crossing(level, at) for at in sorted(found)]) * HOP
 
 
 def _crossing(level: np.ndarray, at: int) -> float:
@@ -124,13 +118,13 @@ def kind_features(wave: Tensor | np.ndarray, rate: int) -> np.ndarray:  # (3 * 2
 
     Silence gives zeros.
     """
-    power = _spectra(wave, rate)
+    power = power_spectra(wave, rate)
     total = power.sum(axis=1)
     if np.sqrt(total.max()) <= _QUIET:
         return np.zeros(3 * _BANDS + 4)
     kept = np.flatnonzero(total >= total.max() * 10 ** (-15 / 10))
     power, total = power[kept], total[kept]
-    bands = power @ _triangles(power.shape[1], rate)
+    bands = power @ mel_triangles(power.shape[1], rate, _BANDS)
     shape = 10 * np.log10(bands / total[:, None] + 1e-3)
     mix = 10 * np.log10(bands.sum(axis=0) / total.sum() + 1e-3)
     # 0: as spread out as can be; far below: a pure tone.
@@ -141,29 +135,26 @@ def kind_features(wave: Tensor | np.ndarray, rate: int) -> np.ndarray:  # (3 * 2
     return np.concatenate([mix, shape.mean(axis=0), shape.std(axis=0), rest])
 
 
-def _triangles(bins: int, rate: int) -> np.ndarray:  # (bins, bands)
-    """Overlapping triangles, even on the mel scale from 40 Hz to rate / 2."""
-    width = rate / 2 / (bins - 1)
-    mel = 2595 * np.log10(1 + np.array([40.0, rate / 2]) / 700)
-    edges = 700 * (10 ** (np.linspace(*mel, _BANDS + 2) / 2595) - 1)
-    sides = np.maximum(np.diff(edges), width)
-    frequency = np.arange(bins) * width
-    rise = 1 + (frequency - edges[1:-1, None]) / sides[:-1, None]
-    fall = 1 + (edges[1:-1, None] - frequency) / sides[1:, None]
-    return np.clip(np.minimum(rise, fall), 0, None).T
-
-
 class KindClassifier:
     """Tells kinds of sound apart: logistic regression on `kind_features`.
 
     Fitted on each wave as it is, and with white noise 3 to 30 dB below it, so that a little
     hiss does not change the verdict.
+
+    Raises:
+        InputError: scikit-learn is not installed.
     """
 
     def __init__(self, rate: int, seed: int = 0) -> None:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
+        try:
+            from sklearn.linear_model import LogisticRegression
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import StandardScaler
+        except ImportError:
+            raise InputError(
+                "kinds of sound need scikit-learn, which is not installed "
+                "(pip install 'wavflow[demo]')"
+            ) from None
 
         self.rate = rate
         self._rng = np.random.default_rng(seed)
@@ -184,5 +175,84 @@ class KindClassifier:
 
     def predict(self, waves: Iterable[Tensor | np.ndarray]) -> list[str]:
         """The kind of each wave."""
-        rows = [kind_features(wave, self.rate) for wave in waves]
-        return [str(kind) for kind in self._model.predict(np.stack(rows))] if rows else []
+        return self.predict_features([kind_features(wave, self.rate) for wave in waves])
+
+    def predict_features(self, rows: Sequence[np.ndarray]) -> list[str]:
+        """The kind of each sound, from its `kind_features`."""
+        return [str(kind) for kind in self._model.predict(np.stack(rows))] if len(rows) else []
+
+
+class Listener:
+    """Says what is heard in sounds of a toy world; learns the kinds from its training audio.
+
+    Args:
+        events: the world's events.json, with train.csv and its sounds beside it.
+
+    Attributes:
+        path: the events.json.
+        scenes: {id: {"kind": ..., "times": seconds of the impacts, ...}} of all its clips.
+        rate: Hz of the training audio, at which sounds are judged.
+
+    Raises:
+        InputError: a file that is missing or cannot be read.
+    """
+
+    def __init__(self, events: Path) -> None:
+        self.path = events
+        rows = read_manifest(events.parent / "train.csv", ("id", "audio_path"))[:CLASSIFIER_CLIPS]
+        if not rows:
+            raise InputError(f"{events.parent / 'train.csv'}: no usable row")
+        self.scenes = read_scenes(events)
+        for row in rows:
+            if row.id not in self.scenes:
+                raise InputError(f"{events}: no clip {row.id!r}, which train.csv lists")
+        self.rate = sound_rate(rows[0].audio_path)
+        self.classifier = KindClassifier(self.rate).fit(
+            [self.load(row.audio_path) for row in rows],
+            [self.scenes[row.id]["kind"] for row in rows],
+        )
+
+    def load(self, path: Path) -> Tensor:  # (t,)
+        """A sound file's wave at the rate of the training audio."""
+        return load_audio(path, self.rate)
+
+    def onsets(self, wave: Tensor) -> np.ndarray:
+        return onsets(wave, self.rate)
+
+    def kinds(self, waves: Iterable[Tensor]) -> list[str]:
+        return self.classifier.predict(waves)
+
+    def figures(
+        self, clips: Sequence[Mapping[str, Any]], waves: Sequence[Tensor]
+    ) -> dict[str, float]:
+        """All figures: waves (t,) judged by `kind` and `events` (s) of their clips."""
+        heard = map(self.onsets, waves)
+        pairs = zip(heard, (clip["events"] for clip in clips), strict=True)
+        kinds = [clip["kind"] for clip in clips]
+        return onset_figures(pairs) | {"class_accuracy": share(self.kinds(waves), kinds)}
+
+
+def read_scenes(events: Path) -> dict[str, dict[str, Any]]:
+    """A toy world's events.json: {id: {"kind", "times", "split"}}.
+
+    Raises:
+        InputError: no such file, or another content.
+    """
+    scenes = read_json(events)
+    if not isinstance(scenes, dict) or not all(
+        isinstance(scene, dict) and scene.keys() >= {"kind", "times"} for scene in scenes.values()
+    ):
+        raise InputError(f"{events}: wanted a toy world's {{id: {{kind, times, split}}}}")
+    return scenes
+
+
+def onset_figures(pairs: Iterable[tuple[np.ndarray, Sequence[float]]]) -> dict[str, float]:
+    """Recall and precision over clips of (onsets heard, events), both in seconds."""
+    counts = sum((match(heard, events) for heard, events in pairs), Matches())
+    return {"onset_recall": counts.recall, "onset_precision": counts.precision}
+
+
+def share(said: Sequence[str], wanted: Sequence[str]) -> float:
+    """Share of places where both say the same; 0 of nothing."""
+    same = [a == b for a, b in zip(said, wanted, strict=True)]
+    return sum(same) / len(same) if same else 0.0

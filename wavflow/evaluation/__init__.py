@@ -1,0 +1,1 @@
+"""How good generated sounds are: distances of sets, scores of pairs, signals, the toy world."""
