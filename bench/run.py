@@ -8,7 +8,8 @@ floor of a memory-bound op. Percentages are of this machine's own peaks, measure
 ``python -m bench.run sample`` times whole steps of the network (:mod:`bench.sample`);
 ``python -m bench.run fidelity`` says what fast choices cost in sound (:mod:`bench.fidelity`);
 ``python -m bench.run solvers`` how far every solver ends from the exact one (:mod:`bench.solvers`);
-``python -m bench.run train`` times whole training steps (:mod:`bench.train`).
+``python -m bench.run train`` times whole training steps (:mod:`bench.train`);
+``python -m bench.run synchformer`` times the encoder of motion (:mod:`bench.synchformer`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from wavflow_kernels._timing import interleaved
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 NO_TIME = "the time was up"
+PROGRAMS = ("sample", "fidelity", "solvers", "train", "synchformer")
 Call = Callable[[], object]
 
 
@@ -357,7 +359,7 @@ def show(rows: Sequence[dict[str, Any]], dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["sample"], ["fidelity"], ["solvers"], ["train"]):
+    if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
         typer.run(importlib.import_module(f"bench.{sys.argv.pop(1)}").main)
     else:
         typer.run(main)

@@ -18,7 +18,8 @@ from wavflow.data.toy import SIDE, make_scene, write_toy_world
 from wavflow.data.toy_look import draw
 from wavflow.draw import Draw
 from wavflow.errors import InputError
-from wavflow.features.extract import encode_video, extract, load_encoders
+from wavflow.features.base import get_encoders
+from wavflow.features.extract import encode_video, extract
 
 
 @functools.cache
@@ -168,7 +169,7 @@ def write_lossless(path, frames, fps):
 def test_rows_of_a_longer_video_are_those_of_its_cut(tmp_path):
     frames = draw(make_scene(2, "train", 3, 5.0), 125, SIDE)  # struck at 2 s, among others
     write_lossless(tmp_path / "whole.mp4", frames, 25)
-    encoders, grid = load_encoders("embedded"), Grid(replace(toy(), crop="random"))
+    encoders, grid = get_encoders("embedded"), Grid(replace(toy(), crop="random"))
     whole = encode_video(encoders, tmp_path / "whole.mp4", 5.0)
     for second in range(4):
         write_lossless(tmp_path / "cut.mp4", frames[25 * second : 25 * (second + 2)], 25)
@@ -186,7 +187,7 @@ def test_rows_of_a_longer_video_are_those_of_its_cut(tmp_path):
 def test_clip_rows_are_those_of_a_cut_at_every_place(tmp_path):
     frames = draw(make_scene(2, "train", 3, 3.0), 75, SIDE)[::3][:24]  # shown at 8 a second
     write_lossless(tmp_path / "whole.mp4", frames, 8)
-    encoders, grid = load_encoders("embedded"), Grid(replace(toy(), crop="random"))
+    encoders, grid = get_encoders("embedded"), Grid(replace(toy(), crop="random"))
     whole = encode_video(encoders, tmp_path / "whole.mp4", 3.0)["clip_features"]
     assert grid.places(24000, 24, 72) == 9
     for number in range(9):

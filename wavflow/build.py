@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wavflow.config import Config
 from wavflow.errors import InputError
-from wavflow.features.extract import load_encoders
+from wavflow.features.base import get_encoders
 from wavflow.files import load_tensors
 from wavflow.model.networks import PRESETS, WavflowModel
 
@@ -59,7 +59,8 @@ def empty_caption(config: Config) -> Tensor:
         found = load_tensors(path, "file of the empty caption (model.empty_string_ckpt)")
         where = f"{path}: the empty caption"
     else:
-        found = load_encoders(config.model.encoders).text.encode([""])
+        # On the CPU and for this once: a training keeps no encoder in its memory.
+        found = get_encoders(**config.model.encoder_options, device="cpu").text.encode([""])
         where = f"encoders {config.model.encoders}: the empty caption"
     if (
         not isinstance(found, Tensor)

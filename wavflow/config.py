@@ -32,14 +32,13 @@ def _over(default: float | None, low: float, *, equal: bool = False) -> Any:
     return field(default=default, metadata={"low": low, "equal": equal})
 
 
-def _idle(default: Any) -> Any:
-    """A key of public files that has no effect here yet."""
-    return field(default=default, metadata={"idle": True})
-
-
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network and which encoders. A size left at null is the named preset's."""
+    """Which network and which encoders. A size left at null is the named preset's.
+
+    `clip_pretrained` is open_clip's name of weights or a file of them; `synchformer_ckpt` a file,
+    null for the public one.
+    """
 
     name: str = "medium_16k"
     hidden_dim: int | None = _over(None, 0)
@@ -51,9 +50,21 @@ class ModelConfig:
     ckpt_path: str | None = None
     use_ema: bool | str = True
     empty_string_ckpt: str | None = None
-    clip_model_name: str = _idle("ViT-H-14-378-quickgelu")
-    clip_pretrained: str = _idle("dfn5b")
-    synchformer_ckpt: str | None = _idle(None)
+    clip_model_name: str = "ViT-H-14-378-quickgelu"
+    clip_pretrained: str = "dfn5b"
+    synchformer_ckpt: str | None = None
+    encoder_dtype: str = _one_of("float32", "bfloat16")
+
+    @property
+    def encoder_options(self) -> dict[str, str | None]:
+        """Arguments of `wavflow.features.base.get_encoders`."""
+        return {
+            "name": self.encoders,
+            "clip_model_name": self.clip_model_name,
+            "clip_pretrained": self.clip_pretrained,
+            "synchformer_ckpt": self.synchformer_ckpt,
+            "dtype": self.encoder_dtype,
+        }
 
     @property
     def ema(self) -> str:
@@ -376,8 +387,6 @@ def _fill(cls: type, values: Any, prefix: str, where: str) -> Any:
     given = {}
     for key, value in values.items():
         if key in fields:
-            if fields[key].metadata.get("idle") and value != fields[key].default:
-                ignored.append(f"{prefix}{key}")
             given[key] = _value(fields[key], hints[key], value, f"{prefix}{key}", where)
             continue
         near = difflib.get_close_matches(str(key), fields, 1, 0.75)

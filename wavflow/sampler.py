@@ -348,7 +348,7 @@ class Sampler:
         Raises:
             InputError: a video that cannot be decoded; encoders of another width than the model.
         """
-        encoders = load_encoders(self.config.model.encoders)
+        encoders = load_encoders(self.config.model, self.device)
         features: dict[str, Tensor] = {}
         if video is not None:
             seconds = self.config.data.audio_duration if seconds is None else seconds
@@ -442,7 +442,7 @@ class Sampler:
         data = self.config.data
         if seconds == data.audio_duration:
             return data
-        video = load_encoders(self.config.model.encoders).video
+        video = load_encoders(self.config.model, self.device).video
         rows = {"clip_seq_len": video.clip_rows(seconds), "sync_seq_len": video.sync_rows(seconds)}
         if min(rows.values()) < 1:
             raise InputError(f"seconds is {seconds}; its video has no frame, wanted more")

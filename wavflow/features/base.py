@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from wavflow.config import ModelConfig
+from wavflow.errors import InputError
 from wavflow.features.video import FrameStream
 
 TEXT_LENGTH = 77
@@ -28,6 +32,10 @@ class VideoEncoder(Protocol):
 
     def sync_rows(self, seconds: float) -> int: ...
 
+    def load(self) -> None:
+        """Get the weights ready now and not at the first `encode`; InputError if that fails."""
+        ...
+
     def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
         """Return clip features (clip_rows, clip_dim) and sync features (sync_rows, sync_dim),
         both float32 on the CPU."""
@@ -41,22 +49,66 @@ class TextEncoder(Protocol):
     dim: int
     length: int
 
-    def encode(self, captions: list[str]) -> Tensor: ...  # (b 77 dim) float32
+    def load(self) -> None:
+        """As `VideoEncoder.load`."""
+        ...
+
+    def encode(self, captions: list[str]) -> Tensor: ...  # (b 77 dim) float32 on the CPU
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """A video and a text encoder that belong together under one name."""
+    """A video and a text encoder that belong together.
+
+    Attributes:
+        name: of the encoders and their weights: features of one name belong together.
+        workers: processes that may encode side by side; None is one per core.
+    """
 
     name: str
     video: VideoEncoder
     text: TextEncoder
+    workers: int | None = None
 
 
-def get_encoders(name: str = "embedded") -> Encoders:
-    """Make the encoders called `name`; ValueError for a name that does not exist."""
+def get_encoders(
+    name: str = "embedded",
+    *,
+    clip_model_name: str = ModelConfig.clip_model_name,
+    clip_pretrained: str = ModelConfig.clip_pretrained,
+    synchformer_ckpt: str | None = None,
+    dtype: str = ModelConfig.encoder_dtype,
+    device: torch.device | str = "auto",
+) -> Encoders:
+    """Make the encoders called `name`; weights are loaded, and fetched, at their first use.
+
+    Args:
+        name: "embedded", which heeds none of the other arguments, or "clip_synchformer".
+        clip_model_name, clip_pretrained: as `wavflow.features.clip.Clip`.
+        synchformer_ckpt: a file of weights; None fetches the public one.
+        dtype: of matrix products, "float32" or "bfloat16".
+        device: where weights live and encoding runs.
+
+    Raises:
+        InputError: a name that does not exist; a given file that does not exist.
+    """
     if name == "embedded":
         from wavflow.features.embedded import EmbeddedText, EmbeddedVideo
 
         return Encoders(name, EmbeddedVideo(), EmbeddedText())
-    raise ValueError(f"encoders {name!r} do not exist, wanted 'embedded'")
+    if name == "clip_synchformer":
+        from wavflow.features.clip_synchformer import clip_synchformer
+
+        return clip_synchformer(clip_model_name, clip_pretrained, synchformer_ckpt, dtype, device)
+    raise InputError(f"encoders {name!r} do not exist, wanted embedded or clip_synchformer")
+
+
+def check_frames(frames: Sequence[Tensor], streams: Sequence[FrameStream], seconds: float) -> None:
+    """Raises ValueError unless `frames` are what `streams` give of a clip of `seconds`."""
+    for stream, given in zip(streams, frames, strict=True):
+        wanted = (stream.count(seconds), 3, stream.size, stream.size)
+        if tuple(given.shape) != wanted or given.dtype != torch.uint8:
+            raise ValueError(
+                f"frames at {stream.fps} fps are {given.dtype} {tuple(given.shape)}, "
+                f"wanted torch.uint8 {wanted}"
+            )

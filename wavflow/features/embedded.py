@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from wavflow.features.base import TEXT_LENGTH
+from wavflow.features.base import TEXT_LENGTH, check_frames
 from wavflow.features.video import FrameStream
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
@@ -65,6 +65,9 @@ class EmbeddedText:
             vector = vector + 0.8 * parts.sum(dim=0) / len(grams) ** 0.5
             self._words[word] = vector / vector.norm()
         return self._words[word]
+
+    def load(self) -> None:
+        """There are no weights."""
 
     def encode(self, captions: list[str]) -> Tensor:  # (b 77 64)
         if isinstance(captions, str):
@@ -118,15 +121,12 @@ class EmbeddedVideo:
     def sync_rows(self, seconds: float) -> int:
         return 8 * round(3 * seconds)
 
+    def load(self) -> None:
+        """There are no weights."""
+
     def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
         """Frames of `streams`, uint8 (t 3 32 32) each -> clip and sync features, float32."""
-        for stream, given in zip(self.streams, frames, strict=True):
-            wanted = (stream.count(seconds), 3, stream.size, stream.size)
-            if tuple(given.shape) != wanted or given.dtype != torch.uint8:
-                raise ValueError(
-                    f"frames at {stream.fps} fps are {given.dtype} {tuple(given.shape)}, "
-                    f"wanted torch.uint8 {wanted}"
-                )
+        check_frames(frames, self.streams, seconds)
         return self._appearance(frames[0]), self._motion(frames[1], self.sync_rows(seconds))
 
     def _motion(self, frames: Tensor, rows: int) -> Tensor:  # (t 3 s s) -> (rows 4)

@@ -11,14 +11,14 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wavflow.config import Config, DecodingConfig, load_config
+from wavflow.config import Config, DecodingConfig, ModelConfig, load_config
 from wavflow.data.dataset import COLUMNS
 from wavflow.data.manifest import ReportRow, Row, read_manifest, write_csv, write_report
 from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
@@ -43,7 +43,7 @@ class ExtractResult:
 class _Job:
     row: Row
     path: Path
-    encoders: str
+    model: ModelConfig
     seconds: float
     limits: DecodingConfig
 
@@ -67,18 +67,18 @@ def extract(
         config: a `Config`, YAML file or preset; names the encoders, the seconds and the limits on
             decoding.
         encoders, seconds: instead of the configuration's.
-        workers: videos decoded at a time, each in a process of its own; default one per core.
+        workers: rows worked on at a time, each video decoded in a process of its own; by default
+            as many as the encoders allow, up to one per core.
         progress: called with (rows finished, rows in all).
 
     Raises:
-        InputError: the table cannot be read, a column is missing, unknown encoders. A row that
-            cannot be encoded raises nothing: it is left out and reported.
+        InputError: the table cannot be read, a column is missing, unknown encoders or weights that
+            cannot be had. A row that cannot be encoded raises nothing: it is left out and reported.
     """
     config = config if isinstance(config, Config) else load_config(config)
-    name = encoders or config.model.encoders
+    model = replace(config.model, encoders=encoders or config.model.encoders)
     seconds = seconds or config.data.audio_duration
-    load_encoders(name)
-    limits = config.decoding
+    used = load_encoders(model)
     csv_path, out = Path(csv_path), Path(out)
     target = out / f"{csv_path.stem}.csv"
     if target.resolve() == csv_path.resolve():
@@ -87,9 +87,12 @@ def extract(
     (out / "features").mkdir(parents=True, exist_ok=True)
 
     jobs = [
-        _Job(row, out / "features" / f"{row.id}.pth", name, seconds, limits) for row in manifest
+        _Job(row, out / "features" / f"{row.id}.pth", model, seconds, config.decoding)
+        for row in manifest
     ]
+    _load(used, [job.row for job in jobs if not job.path.is_file()])
     outcome = {e.row_number: ReportRow(e.id, "failed", str(e)) for e in manifest.errors}
+    workers = used.workers if workers is None else workers
     for count, (job, status, reason) in enumerate(_run(jobs, workers), 1):
         outcome[job.row.number] = ReportRow(job.row.id, status, reason)
         if progress is not None:
@@ -107,16 +110,13 @@ def extract(
     )
 
 
-def load_encoders(name: str) -> Encoders:
-    """`get_encoders` with a message for people.
+def load_encoders(model: ModelConfig, device: torch.device | str = "auto") -> Encoders:
+    """The encoders of a configuration, made once per process.
 
     Raises:
-        InputError: no such encoders.
+        InputError: as `get_encoders`.
     """
-    try:
-        return _encoders(name)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    return _encoders(**model.encoder_options, device=device)
 
 
 def encode_video(
@@ -144,6 +144,14 @@ def encode_captions(encoders: Encoders, captions: list[str]) -> list[dict[str, T
 
 
 _encoders = functools.cache(get_encoders)
+
+
+def _load(encoders: Encoders, rows: list[Row]) -> None:
+    """Before anything is decoded: what the rows need, and no more."""
+    if any(row.video_exist for row in rows):
+        encoders.video.load()
+    if any(row.text_exist for row in rows):
+        encoders.text.load()
 
 
 def _table_row(job: _Job, out: Path) -> dict[str, Any]:
@@ -176,7 +184,7 @@ def _extract_row(job: _Job, threads: int) -> tuple[str, str]:
         source = _source(job)
         if _is_current(job, source):
             return "skipped", "kept: made earlier from the same source"
-        encoders = load_encoders(job.encoders)
+        encoders = load_encoders(job.model)
         features: dict[str, Any] = {}
         if job.row.video_exist:
             features |= encode_video(encoders, job.row.video_path, job.seconds, job.limits, threads)
@@ -196,7 +204,8 @@ def _source(job: _Job) -> dict[str, Any]:
     row = job.row
     if not row.audio_path.is_file():
         raise InputError(f"{row.audio_path}: no such audio file")
-    source: dict[str, Any] = {"encoders": job.encoders, "seconds": float(job.seconds)}
+    name = load_encoders(job.model).name
+    source: dict[str, Any] = {"encoders": name, "seconds": float(job.seconds)}
     if row.video_exist:
         if row.video_path is None or not row.video_path.is_file():
             raise InputError(f"{row.video_path}: no such video file")
@@ -210,7 +219,7 @@ def _source(job: _Job) -> dict[str, Any]:
 def _is_current(job: _Job, source: dict[str, Any]) -> bool:
     if not job.path.is_file():
         return False
-    encoders = load_encoders(job.encoders)
+    encoders = load_encoders(job.model)
     video, text = encoders.video, encoders.text
     shapes: dict[str, tuple[int, int]] = {}
     if job.row.video_exist:

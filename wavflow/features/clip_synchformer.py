@@ -1,0 +1,126 @@
+"""The public system's encoders: CLIP for pictures and captions, Synchformer for motion."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from wavflow.errors import InputError
+from wavflow.features import synchformer
+from wavflow.features.base import TEXT_LENGTH, Encoders, check_frames
+from wavflow.features.clip import Clip
+from wavflow.features.synchformer import FRAMES, ROWS, STRIDE, Synchformer
+from wavflow.features.video import CLIP_STREAM, SYNC_STREAM
+from wavflow.features.weights import given_file
+from wavflow.precision import resolve_device, resolve_dtype
+
+SEGMENTS = 24  # in one call: those of 8 s
+
+
+def clip_synchformer(
+    clip_model_name: str,
+    clip_pretrained: str,
+    synchformer_ckpt: str | None,
+    dtype: str,
+    device: torch.device | str,
+) -> Encoders:
+    """The encoders, without their weights. Arguments and errors are those of `get_encoders`."""
+    if synchformer_ckpt is not None:
+        given_file(synchformer_ckpt, "model.synchformer_ckpt")
+    motion = synchformer_ckpt or f"{synchformer.PUBLIC.name} {synchformer.PUBLIC.size}"
+    parts = (clip_model_name, _identity(clip_pretrained), _identity(motion), dtype)
+    clip = Clip(clip_model_name, clip_pretrained, device, dtype)
+    return Encoders(
+        f"clip_synchformer: {', '.join(parts)}",
+        ClipSynchformerVideo(clip, synchformer_ckpt, dtype, device),
+        ClipText(clip),
+        workers=1,  # every process would hold weights of its own: 3 GB of float32 for videos
+    )
+
+
+def _identity(weights: str) -> str:
+    """A name of weights; of a file its name and size, wherever it lies."""
+    if not os.path.isfile(weights):
+        return weights
+    return f"{os.path.basename(weights)} {os.path.getsize(weights)}"
+
+
+class ClipText:
+    """All 77 token states of a caption, rows of length 1. Equal captions give equal features."""
+
+    name = "clip-text"
+    length = TEXT_LENGTH
+
+    def __init__(self, clip: Clip) -> None:
+        self._clip = clip
+
+    @property
+    def dim(self) -> int:
+        return self._clip.text_dim
+
+    def load(self) -> None:
+        """As `Clip.text_tower`."""
+        _ = self._clip.text_tower
+
+    def encode(self, captions: list[str]) -> Tensor:  # (b 77 dim)
+        return self._clip.encode_captions(captions)
+
+
+class ClipSynchformerVideo:
+    """Clip features (8 a second, clip_dim), rows of length 1, and sync features (8 a segment, 768).
+
+    `wavflow.features.synchformer` says what a row of sync features stands for.
+    """
+
+    name = "clip-synchformer-video"
+    sync_dim = synchformer.SynchformerConfig.dim
+    streams = (CLIP_STREAM, SYNC_STREAM)
+
+    def __init__(
+        self, clip: Clip, synchformer_ckpt: str | None, dtype: str, device: torch.device | str
+    ) -> None:
+        self._clip, self._ckpt, self._dtype, self._where = clip, synchformer_ckpt, dtype, device
+
+    @property
+    def clip_dim(self) -> int:
+        return self._clip.image_dim
+
+    def clip_rows(self, seconds: float) -> int:
+        return CLIP_STREAM.count(seconds)
+
+    def sync_rows(self, seconds: float) -> int:
+        return ROWS * synchformer.segments(SYNC_STREAM.count(seconds))
+
+    def load(self) -> None:
+        """As `Clip.image_tower`, and as `load_synchformer`."""
+        _ = self._clip.image_tower, self._synchformer
+
+    def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
+        """Frames of `streams`, uint8 -> clip and sync features, float32 on the CPU.
+
+        Raises:
+            InputError: less than one segment; as `load`.
+        """
+        check_frames(frames, self.streams, seconds)
+        if len(frames[1]) < FRAMES:
+            raise InputError(f"{seconds:g} s are {len(frames[1])} frames; wanted at least {FRAMES}")
+        return self._clip.encode_pictures(frames[0]), self._motion(frames[1])
+
+    @torch.no_grad()
+    def _motion(self, frames: Tensor) -> Tensor:  # (t 3 224 224) -> (8s 768)
+        device = resolve_device(self._where)
+        span, more = SEGMENTS * STRIDE, FRAMES - STRIDE  # the last segment's second half
+        rows = [
+            self._synchformer(synchformer.normalize(frames[at : at + span + more].to(device))[None])
+            for at in range(0, STRIDE * synchformer.segments(len(frames)), span)
+        ]
+        return torch.cat(rows, dim=1)[0].cpu()
+
+    @cached_property
+    def _synchformer(self) -> Synchformer:
+        device = resolve_device(self._where)
+        path = synchformer.weights_path(self._ckpt)
+        return synchformer.load_synchformer(path, device, resolve_dtype(self._dtype, device))
