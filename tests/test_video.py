@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
+from wavflow.config import DecodingConfig
 from wavflow.errors import InputError
 from wavflow.features.video import CLIP_STREAM, SYNC_STREAM, FrameStream, decode
 
@@ -227,7 +228,7 @@ def test_colours_are_those_of_the_format_filter(tmp_path, codec, form, height, w
 
 def test_pictures_may_change_their_size(tmp_path):
     path = tmp_path / "x.ts"
-    for start, side, shade in ((0, 64, 200), (400, 48, 60)):
+    for start, side, shade in ((0, 48, 200), (400, 64, 60)):
         pictures = [np.full((side, side, 3), shade, np.uint8)] * 10
         pts = list(range(start, start + 400, 40))
         part = write_video(tmp_path / "part.ts", pictures, 25, pts, tune="zerolatency")
@@ -235,6 +236,8 @@ def test_pictures_may_change_their_size(tmp_path):
             file.write(part.read_bytes())
     found = decode(path, [FrameStream(25, 32, "squash")], 0.76)[0].float().mean((1, 2, 3))
     assert found.tolist() == pytest.approx([200] * 10 + [60] * 9, abs=3)
+    with pytest.raises(InputError, match=r"x\.ts: pictures of 64 x 64 pixels, decoding\.megapix"):
+        decode(path, [at(25)], 0.76, DecodingConfig(megapixels=0.003))
 
 
 def test_all_streams_come_from_one_pass(tmp_path):
