@@ -30,7 +30,7 @@ class Server(http.server.ThreadingHTTPServer):
     Attributes:
         asked: the Range header of every request, None without.
         cuts: bytes after which the next connections break; connections after them do not.
-        pause: seconds between pieces of 64 KiB.
+        going: while it is not set, nothing follows a body's first 64 KiB.
         status: what it answers to everything, if it refuses.
     """
 
@@ -38,7 +38,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.ranges, self.pause = CONTENT, True, 0.0
+        self.content, self.ranges = CONTENT, True
+        self.going = threading.Event()
+        self.going.set()
         self.status: int | None = None
         self.asked: list[str | None] = []
         self.cuts: list[int] = []
@@ -75,7 +77,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         cut = server.cuts.pop(0) if server.cuts else len(body)
         for at in range(0, cut, 65536):
             self.wfile.write(body[at : min(at + 65536, cut)])
-            time.sleep(server.pause)
+            server.going.wait()
 
     def log_message(self, *args: object) -> None:
         """The server is quiet."""
@@ -86,6 +88,7 @@ def server():
     with Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
+        server.going.set()
         server.shutdown()
 
 
@@ -200,9 +203,11 @@ def fetching(server):
     """A process that fetches the server's file, says its size and shows the log."""
     code = f"""
 import logging
-from wavflow.features.weights import WeightFile, fetch
+from wavflow.features import weights
+from wavflow.features.weights import WeightFile
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-print(fetch({server.file()!r}).stat().st_size)
+weights.CONNECTION_TIMEOUT = 300
+print(weights.fetch({server.file()!r}).stat().st_size)
 """
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -214,32 +219,34 @@ print(fetch({server.file()!r}).stat().st_size)
 
 
 def until(condition):
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
 def test_a_second_process_waits_for_the_first(server, cache):
-    server.pause = 0.1  # 1.6 s in all
+    server.going.clear()
     first = fetching(server)
-    until(lambda: server.asked)
+    until((cache / "weights.pth.part").is_file)
     second = fetching(server)
+    assert "another process is making it; waiting" in second.stderr.readline()
+    server.going.set()
     for process in (first, second):
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (0, f"{len(CONTENT)}\n"), err
-    assert "another process is making it; waiting" in err
     assert server.asked == [None] and files(cache) == ["weights.pth"]
 
 
 def test_a_killed_process_leaves_what_it_got_and_no_lock(server, cache):
-    server.pause = 0.1
+    server.going.clear()
     part = cache / "weights.pth.part"
     first = fetching(server)
     until(lambda: part.is_file() and part.stat().st_size)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    server.pause, got = 0.0, part.stat().st_size
+    server.going.set()
+    got = part.stat().st_size
     assert 0 < got < len(CONTENT)
     assert fetch(server.file()).read_bytes() == CONTENT
     assert server.asked == [None, f"bytes={got}-"]
