@@ -6,7 +6,6 @@ import csv
 import json
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,7 @@ from wavflow.infer import infer, row_seed
 from wavflow.sampler import Sampler
 from wavflow.sound import Sound
 
+av = pytest.importorskip("av")
 TINY = [
     "model.hidden_dim=32",
     "model.depth=2",
