@@ -9,6 +9,7 @@ import csv
 import json
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -334,6 +335,16 @@ def test_extraction_by_a_configuration(tiny, world, tmp_path, monkeypatch):
     model = replace(config.model, encoder_dtype="bfloat16")
     changed = extract.extract(both, tmp_path / "out", config=replace(config, model=model))
     assert (changed.done, changed.kept) == (3, 0)
+
+
+def test_many_threads_load_once_and_encode_in_turns(tiny):
+    encoders = get_encoders("clip_synchformer", device="cpu", **tiny)
+    alone = encoders.text.encode(["a bell"])
+    again = get_encoders("clip_synchformer", device="cpu", **tiny)
+    stand_in_made().clear()
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda _: again.text.encode(["a bell"]), range(16)))
+    assert len(stand_in_made()) == 1 and all(torch.equal(each, alone) for each in rows)
 
 
 def stand_in_made() -> list[str]:

@@ -204,6 +204,7 @@ def test_dry_run_and_overfit(table, tmp_path):
     assert list(tmp_path.iterdir()) == []
     more = ("training.overfit=3", "training.max_steps=80", "training.lr=3e-3")
     result = wavflow.train("toy_8k", options(table, tmp_path, *more))
+    assert result.out == tmp_path / "toy_8k_overfit_3"
     losses = [x["loss"] for x in read_metrics(result.out / "metrics.jsonl")]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 

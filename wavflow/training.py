@@ -25,8 +25,8 @@ from wavflow.trainer import Trainer, TrainResult
 def train(config: Config | str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainResult:
     """Trains WavFlow as a configuration says, or goes on with the run it describes.
 
-    The run lives in `<training.output_dir>/<experiment_id>/`. Under torchrun every process calls
-    it.
+    The run lives in `<training.output_dir>/<experiment_id>/`, with `training.overfit` in
+    `<experiment_id>_overfit_<clips>/`. Under torchrun every process calls it.
 
     Args:
         config: a `Config`, YAML file or preset.
@@ -77,7 +77,9 @@ def _prepare(config: Config, *, write: bool) -> Iterator[Trainer]:
     """The trainer of a configuration, in its processes."""
     settings = config.training
     show_log()
-    out = Path(settings.output_dir) / config.experiment_id
+    # A smoke run must not be what the whole run goes on from.
+    part = "" if settings.overfit is None else f"_overfit_{settings.overfit}"
+    out = Path(settings.output_dir) / f"{config.experiment_id}{part}"
     with parallel.join(settings.device, group=settings.strategy == "fsdp") as world:
         if not world.is_main:
             logging.getLogger("wavflow").setLevel(logging.WARNING)

@@ -20,7 +20,8 @@ class VideoEncoder(Protocol):
     """Turns decoded frames into appearance rows and motion rows.
 
     `streams` says which frames it wants from `wavflow.features.video.decode`; `encode` gets them
-    in that order as uint8 (t 3 s s), decoded for the same `seconds`.
+    in that order as uint8 (t 3 s s), decoded for the same `seconds`. `load` and `encode` may be
+    called from many threads.
     """
 
     name: str
@@ -62,13 +63,11 @@ class Encoders:
 
     Attributes:
         name: of the encoders and their weights: features of one name belong together.
-        workers: processes that may encode side by side; None is one per core.
     """
 
     name: str
     video: VideoEncoder
     text: TextEncoder
-    workers: int | None = None
 
 
 def get_encoders(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from functools import cached_property
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -33,11 +35,12 @@ def clip_synchformer(
     motion = synchformer_ckpt or f"{synchformer.PUBLIC.name} {synchformer.PUBLIC.size}"
     parts = (clip_model_name, _identity(clip_pretrained), _identity(motion), dtype)
     clip = Clip(clip_model_name, clip_pretrained, device, dtype)
+    # One at a time loads and encodes: a network fills the device, and its weights exist once.
+    turn = RLock()
     return Encoders(
         f"clip_synchformer: {', '.join(parts)}",
-        ClipSynchformerVideo(clip, synchformer_ckpt, dtype, device),
-        ClipText(clip),
-        workers=1,  # every process would hold weights of its own: 3 GB of float32 for videos
+        ClipSynchformerVideo(clip, turn, synchformer_ckpt, dtype, device),
+        ClipText(clip, turn),
     )
 
 
@@ -54,8 +57,8 @@ class ClipText:
     name = "clip-text"
     length = TEXT_LENGTH
 
-    def __init__(self, clip: Clip) -> None:
-        self._clip = clip
+    def __init__(self, clip: Clip, turn: AbstractContextManager) -> None:
+        self._clip, self._turn = clip, turn
 
     @property
     def dim(self) -> int:
@@ -63,10 +66,12 @@ class ClipText:
 
     def load(self) -> None:
         """As `Clip.text_tower`."""
-        _ = self._clip.text_tower
+        with self._turn:
+            _ = self._clip.text_tower
 
     def encode(self, captions: list[str]) -> Tensor:  # (b 77 dim)
-        return self._clip.encode_captions(captions)
+        with self._turn:
+            return self._clip.encode_captions(captions)
 
 
 class ClipSynchformerVideo:
@@ -80,9 +85,15 @@ class ClipSynchformerVideo:
     streams = (CLIP_STREAM, SYNC_STREAM)
 
     def __init__(
-        self, clip: Clip, synchformer_ckpt: str | None, dtype: str, device: torch.device | str
+        self,
+        clip: Clip,
+        turn: AbstractContextManager,
+        synchformer_ckpt: str | None,
+        dtype: str,
+        device: torch.device | str,
     ) -> None:
-        self._clip, self._ckpt, self._dtype, self._where = clip, synchformer_ckpt, dtype, device
+        self._clip, self._turn = clip, turn
+        self._ckpt, self._dtype, self._where = synchformer_ckpt, dtype, device
 
     @property
     def clip_dim(self) -> int:
@@ -96,7 +107,8 @@ class ClipSynchformerVideo:
 
     def load(self) -> None:
         """As `Clip.image_tower`, and as `load_synchformer`."""
-        _ = self._clip.image_tower, self._synchformer
+        with self._turn:
+            _ = self._clip.image_tower, self._synchformer
 
     def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
         """Frames of `streams`, uint8 -> clip and sync features, float32 on the CPU.
@@ -107,7 +119,8 @@ class ClipSynchformerVideo:
         check_frames(frames, self.streams, seconds)
         if len(frames[1]) < FRAMES:
             raise InputError(f"{seconds:g} s are {len(frames[1])} frames; wanted at least {FRAMES}")
-        return self._clip.encode_pictures(frames[0]), self._motion(frames[1])
+        with self._turn:
+            return self._clip.encode_pictures(frames[0]), self._motion(frames[1])
 
     @torch.no_grad()
     def _motion(self, frames: Tensor) -> Tensor:  # (t 3 224 224) -> (8s 768)

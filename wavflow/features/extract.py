@@ -67,8 +67,8 @@ def extract(
         config: a `Config`, YAML file or preset; names the encoders, the seconds and the limits on
             decoding.
         encoders, seconds: instead of the configuration's.
-        workers: rows worked on at a time, each video decoded in a process of its own; by default
-            as many as the encoders allow, up to one per core.
+        workers: rows worked on at a time, each video decoded in a process of its own; default one
+            per core.
         progress: called with (rows finished, rows in all).
 
     Raises:
@@ -92,7 +92,6 @@ def extract(
     ]
     _load(used, [job.row for job in jobs if not job.path.is_file()])
     outcome = {e.row_number: ReportRow(e.id, "failed", str(e)) for e in manifest.errors}
-    workers = used.workers if workers is None else workers
     for count, (job, status, reason) in enumerate(_run(jobs, workers), 1):
         outcome[job.row.number] = ReportRow(job.row.id, status, reason)
         if progress is not None:
