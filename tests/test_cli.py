@@ -202,6 +202,7 @@ def test_modules_run(module, tmp_path):
             "pack",
             "train",
             "generate",
+            "serve",
             "infer",
             "eval",
             "demo",

@@ -21,6 +21,7 @@ from wavflow.sampler import Sampler
 from wavflow.sound import Sound
 
 av = pytest.importorskip("av")
+soundfile = pytest.importorskip("soundfile")
 TINY = [
     "model.hidden_dim=32",
     "model.depth=2",
@@ -134,11 +135,22 @@ def test_muxing_refuses(videos, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"suffix '.avi', wanted .mp4, .mov, .mkv"):
         mux(videos[0], wave, 8000, tmp_path / "a.avi")
     (tmp_path / "text.mp4").write_text("no video")
-    with pytest.raises(InputError, match="text.mp4: cannot be muxed"):
+    with pytest.raises(InputError, match="text.mp4: not readable as video"):
         mux(tmp_path / "text.mp4", wave, 8000, tmp_path / "a.mp4")
-    sound = tmp_path / "sound.wav"
-    Sound(0.1 * torch.randn(8000), 8000).save(sound)
-    with pytest.raises(InputError, match="sound.wav: no video track"):
+    playlist = tmp_path / "list.m3u8"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{videos[0]}\n")
+    with pytest.raises(InputError, match="list.m3u8: not readable as video"):
+        mux(playlist, wave, 8000, tmp_path / "a.mp4")
+    with av.open(str(tmp_path / "old.webm"), "w") as out:
+        stream = out.add_stream("libvpx", rate=25)
+        stream.width = stream.height = 16
+        out.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+        out.mux(stream.encode(None))
+    with pytest.raises(InputError, match="old.webm: cannot be muxed into a.mp4"):
+        mux(tmp_path / "old.webm", wave, 8000, tmp_path / "a.mp4")
+    sound = tmp_path / "sound.ogg"
+    soundfile.write(sound, 0.1 * np.random.default_rng(0).standard_normal(8000), 8000)
+    with pytest.raises(InputError, match="sound.ogg: no video track"):
         mux(sound, wave, 8000, tmp_path / "a.mp4")
     assert not (tmp_path / "a.mp4").exists() and not list(tmp_path.glob(".*.tmp"))
 

@@ -201,12 +201,17 @@ def mux(
         raise ValueError(f"{path}: suffix {path.suffix!r}, wanted {', '.join(MUXED)}")
     pcm = np.clip(wave.detach().cpu().numpy(), -1, 1).astype(np.float32)[None]
     try:
-        with av.open(str(video)) as source, atomic_write(path) as file:
+        with open_media(Path(video), "video") as source, atomic_write(path) as file:
             if not source.streams.video:
                 raise InputError(f"{video}: no video track")
             pictures = source.streams.video[0]
             with av.open(file, "w", format=MUXED[path.suffix.lower()]) as out:
-                shown = out.add_stream_from_template(pictures)
+                try:
+                    shown = out.add_stream_from_template(pictures)
+                except ValueError as error:  # PyAV's own: the container cannot hold the codec
+                    raise InputError(
+                        f"{video}: cannot be muxed into {path.name} ({error})"
+                    ) from None
                 heard = out.add_stream("aac", rate=rate, layout="mono", bit_rate=192_000)
                 for packet in source.demux(pictures):
                     if packet.dts is None:

@@ -290,6 +290,41 @@ def generate(
 
 
 @app.command()
+def serve(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint or EMA file.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="To listen at.", min=1, max=65535)] = 7860,
+    max_seconds: Annotated[float, typer.Option(help="Of a sound, at most.")] = 30.0,
+    max_upload_mb: Annotated[int, typer.Option(help="Of a video, at most.")] = 256,
+    config: Annotated[str | None, typer.Option(help="For a checkpoint that carries none.")] = None,
+    ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="auto, eager, graph (CUDA graphs), compile.")
+    ] = "auto",
+) -> None:
+    """Serve a web page to generate sound: captions, videos, previews on the way."""
+    from wavflow.config import load_config
+    from wavflow.serve.server import serve
+    from wavflow.serve.studio import Limits
+
+    serve(
+        checkpoint,
+        host=host,
+        port=port,
+        limits=Limits(seconds=max_seconds, upload_mb=max_upload_mb),
+        device=device,
+        dtype=dtype,
+        ema=ema,
+        config=None if config is None else load_config(config),
+        engine=engine,
+    )
+
+
+@app.command()
 def infer(
     config: ConfigFile,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,

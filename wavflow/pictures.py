@@ -77,19 +77,23 @@ def mel_level(wave: Tensor, rate: int) -> Tensor:  # (bands, frames)
     return 10 * torch.log10(triangles @ power / triangles.sum(1, keepdim=True) + 1e-12)
 
 
-def draw_spectrograms(columns: Sequence[tuple[str, int, dict[str, Tensor]]]) -> Figure:
+def draw_spectrograms(
+    columns: Sequence[tuple[str, int, dict[str, Tensor]]], width: float = 2.7
+) -> Figure:
     """Spectrograms on a mel axis: one column a clip, one row a kind of sound.
 
     Args:
         columns: (title, rate in Hz, {name of the row: wave (t,)}) of every clip; one of them has
             all rows. Levels are in dB below the loudest point of a clip's first row.
+        width: of a column in inches.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = max((list(waves) for _, _, waves in columns), key=len)
     with rc_context(STYLE):
-        figure = Figure((2.7 * len(columns) + 1.6, 1.9 * len(names) + 0.7), layout="constrained")
+        size = (width * len(columns) + 1.6, 1.9 * len(names) + 0.7)
+        figure = Figure(size, layout="constrained")
         grid = figure.subplots(len(names), len(columns), squeeze=False)
         for place, (title, rate, waves) in enumerate(columns):
             levels = {name: mel_level(wave, rate) for name, wave in waves.items()}

@@ -40,8 +40,8 @@ class Sound:
         """Writes a copy of `video` with this as its sound, as ``wavflow.audio.mux`` does."""
         mux(video, self.audio, self.sample_rate, path)
 
-    def spectrogram(self, path: str | os.PathLike[str]) -> None:
-        """Writes a PNG of the spectrogram, on a mel axis.
+    def spectrogram(self, path: str | os.PathLike[str], width: float = 2.7) -> None:
+        """Writes a PNG of the spectrogram, on a mel axis, `width` inches wide without its scales.
 
         Raises:
             InputError: matplotlib is not installed.
@@ -49,4 +49,4 @@ class Sound:
         if not pictures.can_draw():
             raise InputError(f"spectrograms need matplotlib ({pictures.INSTALL})")
         column = ("", self.sample_rate, {"": self.audio})
-        pictures.save(pictures.draw_spectrograms([column]), path)
+        pictures.save(pictures.draw_spectrograms([column], width), path)
