@@ -6,6 +6,7 @@ Where open_clip cannot be imported, a stand-in with the functions that are used 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import sys
 import types
@@ -27,6 +28,7 @@ from wavflow.features.base import get_encoders
 from wavflow.features.clip import MEAN, STD, Clip
 from wavflow.features.extract import load_encoders
 from wavflow.features.video import CLIP_STREAM, SYNC_STREAM
+from wavflow.files import read_json
 
 NAME = "Test-378"
 SIZES = {
@@ -81,9 +83,14 @@ def tokenize(captions: list[str]) -> Tensor:  # b 77
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A module in open_clip's place; `made` holds the weights its models were made with."""
+    """A module in open_clip's place; `made` holds the weights its models were made with.
+
+    `cached` stands for Hugging Face's cache: (repository, file) -> path.
+    """
     module = types.ModuleType("open_clip")
-    module.made = []
+    module.made, module.cached = [], {}
+    hub = types.ModuleType("huggingface_hub")
+    hub.try_to_load_from_cache = lambda repository, file: module.cached.get((repository, file))
     models = {
         NAME: SIZES,
         "Small-224": SIZES | {"vision_cfg": SIZES["vision_cfg"] | {"image_size": 224}},
@@ -110,6 +117,7 @@ def stand_in(monkeypatch):
     module.create_model = create_model
     module.get_tokenizer = lambda name: tokenize
     monkeypatch.setitem(sys.modules, "open_clip", module)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.delenv("WAVFLOW_OFFLINE", raising=False)
     return module
 
@@ -191,16 +199,13 @@ def test_weights_that_are_not_there(stand_in, tmp_path):
 
 
 def test_offline_takes_the_hubs_cache_or_nothing(stand_in, monkeypatch):
-    hub, cached = types.ModuleType("huggingface_hub"), {}
-    hub.try_to_load_from_cache = lambda repository, file: cached.get((repository, file))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setenv("WAVFLOW_OFFLINE", "1")
     for tag in ("first", "broken"):
         with pytest.raises(
             InputError, match=f"{tag}: not in Hugging Face's cache, and WAVFLOW_OFF"
         ):
             Clip(NAME, tag, "cpu").encode_captions([""])
-    cached["someone/clip", "open_clip_pytorch_model.bin"] = "/cached/model.bin"
+    stand_in.cached["someone/clip", "open_clip_pytorch_model.bin"] = "/cached/model.bin"
     Clip(NAME, "first", "cpu").encode_captions([""])
     assert stand_in.made == ["/cached/model.bin"]
 
@@ -266,30 +271,42 @@ def test_bfloat16_is_near_and_comes_as_float32(tiny):
     frames = clip_frames(1.0)
     wide = get_encoders("clip_synchformer", **tiny, device="cpu")
     half = get_encoders("clip_synchformer", **tiny, device="cpu", dtype="bfloat16")
-    assert wide.name != half.name
+    assert wide.video.facts() != half.video.facts()
     for a, b in zip(wide.video.encode(frames, 1.0), half.video.encode(frames, 1.0), strict=True):
         assert b.dtype == torch.float32
         assert torch.cosine_similarity(a, b, dim=-1).min() > 0.999
     assert not torch.equal(wide.video.encode(frames, 1.0)[1], half.video.encode(frames, 1.0)[1])
 
 
-def test_the_name_tells_other_weights_apart(tiny, tmp_path):
-    def name(**changes: str) -> str:
-        return get_encoders("clip_synchformer", **tiny | changes).name
+def test_facts_tell_other_weights_apart(tiny, tmp_path, stand_in):
+    def facts(**changes: str) -> dict[str, str]:
+        return get_encoders("clip_synchformer", **tiny | changes).video.facts()
 
+    sha256 = hashlib.sha256((tmp_path / "sync.pth").read_bytes()).hexdigest()
+    named = {"clip_model_name": NAME, "encoder_dtype": "float32", "clip_pretrained": "first"}
+    assert facts() == {**named, "synchformer_sha256": sha256}
     (tmp_path / "moved").mkdir()
     (tmp_path / "moved" / "sync.pth").write_bytes((tmp_path / "sync.pth").read_bytes())
-    (tmp_path / "longer.pth").write_bytes((tmp_path / "sync.pth").read_bytes() + b"\x00")
-    moved = name(synchformer_ckpt=str(tmp_path / "moved" / "sync.pth"))
-    assert moved == name()
+    assert facts(synchformer_ckpt=str(tmp_path / "moved" / "sync.pth")) == facts()
+    # Of the same size, under the same name.
+    (tmp_path / "sync.pth").write_bytes(bytes((tmp_path / "sync.pth").stat().st_size))
     others = [
-        name(clip_pretrained="broken"),
-        name(clip_model_name="Small-224"),
-        name(synchformer_ckpt=str(tmp_path / "longer.pth")),
+        facts(clip_pretrained="broken"),
+        facts(clip_model_name="Small-224"),
+        facts(dtype="bfloat16"),
+        facts(),
     ]
-    assert len({name(), *others}) == 4
-    public = get_encoders("clip_synchformer").name
-    assert "ViT-H-14-378-quickgelu, dfn5b, synchformer_state_dict.pth 950058171" in public
+    moved = facts(synchformer_ckpt=str(tmp_path / "moved" / "sync.pth"))
+    assert all(each != moved for each in others)
+    public = get_encoders("clip_synchformer", clip_model_name=NAME, clip_pretrained="first")
+    assert public.video.facts()["synchformer_sha256"] == synchformer.PUBLIC.sha256
+
+    (tmp_path / "mine.bin").write_bytes(b"mine")
+    mine = facts(clip_pretrained=str(tmp_path / "mine.bin"))
+    assert mine["clip_sha256"] == hashlib.sha256(b"mine").hexdigest()
+    assert "clip_pretrained" not in mine
+    stand_in.cached["someone/clip", "open_clip_pytorch_model.bin"] = str(tmp_path / "mine.bin")
+    assert facts() == {**mine, "clip_pretrained": "first"}
 
 
 def test_a_given_checkpoint_that_is_missing_is_refused_at_once():
@@ -323,18 +340,58 @@ def test_extraction_by_a_configuration(tiny, world, tmp_path, monkeypatch):
     result = extract.extract(both, tmp_path / "out", config=config)
     assert (result.done, result.failed) == (3, 0)
     held = torch.load(next((tmp_path / "out/features").iterdir()), weights_only=True)
-    shapes = {key: tuple(held[key].shape) for key in held if key != "source"}
+    shapes = {key: tuple(held[key].shape) for key in held if key.endswith("_features")}
     assert shapes == {
         "clip_features": (8, 6),
         "sync_features": (16, 48),
         "text_features": (77, 10),
     }
-    assert held["source"]["encoders"].startswith(f"clip_synchformer: {NAME}, first, sync.pth ")
+    assert held["source"]["video"]["clip_pretrained"] == "first"
     assert stand_in_made() == ["first"]
     assert extract.extract(both, tmp_path / "out", config=config).kept == 3
     model = replace(config.model, encoder_dtype="bfloat16")
-    changed = extract.extract(both, tmp_path / "out", config=replace(config, model=model))
+    half = replace(config, model=model)
+    with pytest.raises(InputError, match="json: video.encoder_dtype is float32, wanted b"):
+        extract.extract(both, tmp_path / "out", config=half)
+    changed = extract.extract(both, tmp_path / "out", config=half, overwrite=True)
     assert (changed.done, changed.kept) == (3, 0)
+
+
+def test_fetched_weights_must_be_those_of_the_folder(tiny, stand_in, world, tmp_path, monkeypatch):
+    """open_clip's weights have a name before they are there, and a SHA-256 from then on."""
+    file, load = tmp_path / "model.bin", stand_in.create_model
+
+    def fetch(content: bytes) -> None:
+        """What the next loading of the weights leaves in the cache."""
+
+        def create_model(name: str, pretrained: str) -> Model:
+            file.write_bytes(content)
+            stand_in.cached["someone/clip", "open_clip_pytorch_model.bin"] = str(file)
+            return load(name, pretrained)
+
+        monkeypatch.setattr(stand_in, "create_model", create_model)
+        stand_in.cached.clear()
+        extract._encoders.cache_clear()
+
+    def run(table: Path) -> extract.ExtractResult:
+        return extract.extract(table, tmp_path / "out", config=config)
+
+    overrides = [f"model.{key}={value}" for key, value in tiny.items()]
+    config = load_config(
+        "toy_8k", [*overrides, "model.encoders=clip_synchformer", "data.audio_duration=1.0"]
+    )
+    captions = table(world, caption="a bell rings", video_exist="0", text_exist="1")
+    fetch(b"one")
+    assert run(captions).done == 3
+    record = read_json(tmp_path / "out" / "features.json")
+    assert record["text"]["clip_sha256"] == hashlib.sha256(b"one").hexdigest()
+    fetch(b"two")
+    assert run(captions).kept == 3 and not stand_in.cached  # nothing was to be encoded
+    changed = table(world, caption="a drum")
+    with pytest.raises(InputError, match="features.json: text.clip_sha256 is "):
+        run(changed)
+    fetch(b"one")
+    assert run(changed).done == 3
 
 
 def test_many_threads_load_once_and_encode_in_turns(tiny):
@@ -364,7 +421,7 @@ def test_captions_alone_load_no_synchformer_and_videos_alone_no_text(tiny, world
     videos = table(world, video_exist="1", text_exist="0")
     with pytest.raises(InputError, match="sync.pth: not a readable checkpoint"):
         extract.extract(videos, tmp_path / "video", config=config)
-    assert not list((tmp_path / "video" / "features").iterdir())
+    assert not (tmp_path / "video" / "features").exists()
     torch.save(content(), tmp_path / "sync.pth")
     config = replace(config, model=replace(config.model, clip_pretrained="broken"))
     with pytest.raises(InputError, match="model.clip_pretrained broken"):

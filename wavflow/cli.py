@@ -75,10 +75,24 @@ def extract(
     config: ConfigFile = "toy_8k",
     encoders: Annotated[str | None, typer.Option(help="Instead of the configuration's.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Instead of the configuration's.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n: of n processes, on any machines, the i-th from 0; default as torchrun says."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace features that were made otherwise.")
+    ] = False,
+    pack_to: Annotated[
+        Path | None,
+        typer.Option("--pack", help="Then pack the table into this folder, as `wavflow pack`."),
+    ] = None,
     workers: Workers = None,
 ) -> None:
     """Encode videos and captions, and write the table that training reads."""
     from wavflow.features.extract import extract
+    from wavflow.features.weights import locked
 
     with counter("extract") as progress:
         result = extract(
@@ -87,10 +101,17 @@ def extract(
             config=config,
             encoders=encoders,
             seconds=seconds,
+            shard=None if shard is None else _shard(shard),
+            overwrite=overwrite,
             workers=workers,
             progress=progress,
         )
     _say(f"{result.csv}: {result.done} extracted, {result.kept} kept, {result.failed} failed")
+    if result.unfinished:
+        _say(f"shards that have not ended: {result.unfinished}; the last completes {result.csv}")
+    elif pack_to is not None:
+        with locked(pack_to):  # two shards may both be the last
+            pack(result.csv, pack_to, config)
     _exit(result.done + result.kept, result.failed, result.report)
 
 
@@ -485,6 +506,13 @@ def _describe_checkpoint(path: Path) -> list[str]:
 
 def _say(text: str) -> None:
     console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise InputError(f"--shard is {text!r}; wanted i/n, such as 0/4")
+    return int(number), int(count)
 
 
 def _exit(done: int, failed: int, report: Path) -> None:

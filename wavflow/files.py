@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import secrets
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,6 +49,46 @@ def atomic_write(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def working_in(folder: str | os.PathLike[str], *parts: str) -> Iterator[None]:
+    """Marks this process as one of those that write into `folder`, which is made.
+
+    Whichever process is alone there, when it comes or when it goes, removes what killed ones left
+    of `atomic_write` in the folder and in its subfolders `parts`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+
+        def clean() -> None:
+            with suppress(BlockingIOError):  # another process works here, and will clean
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for place in (folder, *(folder / part for part in parts)):
+                    remove_temporary(place)
+
+        clean()
+        fcntl.flock(file, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            clean()
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes the files of `atomic_write`s that were killed; nobody else may write there."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink()
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

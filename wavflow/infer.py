@@ -17,7 +17,7 @@ from wavflow import __version__
 from wavflow.config import Config
 from wavflow.data.manifest import ReportRow, Row, read_manifest, write_report
 from wavflow.errors import InputError
-from wavflow.files import write_json
+from wavflow.files import working_in, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ def infer(
             outcome[row.number] = kept
     finished = len(rows) - len(todo)
     batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+    with working_in(out), ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
         ahead = [pool.submit(job.encode, row) for row in batches[0]] if batches else []
         for number, batch in enumerate(batches):
             encoded = [future.result() for future in ahead]

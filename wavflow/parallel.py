@@ -82,6 +82,28 @@ class World:
             dist.barrier(group)
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's number and how many torchrun started, by its environment; (0, 1) without."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def own_device(device: str | torch.device = "auto") -> torch.device:
+    """The device of this process: "auto" and "cuda" are the GPU of its local rank, if there is one.
+
+    Raises:
+        InputError: a device that is not there.
+    """
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+        device = f"cuda:{local}"
+    return precision.resolve_device(device)
+
+
+def own_cores() -> int:
+    """CPU cores for each of this machine's processes."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 @contextmanager
 def join(device: str = "auto", group: bool = False) -> Iterator[World]:
     """Joins the processes that torchrun started, by its environment; alone without it.
@@ -93,11 +115,8 @@ def join(device: str = "auto", group: bool = False) -> Iterator[World]:
     Raises:
         InputError: a device that is not there.
     """
-    size, rank = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0)))
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
-        device = f"cuda:{local}"
-    world = World(rank, size, precision.resolve_device(device))
+    rank, size = rank_and_size()
+    world = World(rank, size, own_device(device))
     if size == 1 and not group:
         yield world
         return

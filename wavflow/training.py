@@ -18,6 +18,7 @@ from wavflow.data.dataset import Clips
 from wavflow.data.store import open_dataset
 from wavflow.dry_run import DryRun, dry_run
 from wavflow.errors import InputError
+from wavflow.features import provenance
 from wavflow.objective import WavflowObjective
 from wavflow.trainer import Trainer, TrainResult
 
@@ -83,6 +84,9 @@ def _prepare(config: Config, *, write: bool) -> Iterator[Trainer]:
     with parallel.join(settings.device, group=settings.strategy == "fsdp") as world:
         if not world.is_main:
             logging.getLogger("wavflow").setLevel(logging.WARNING)
+        for table in (config.data.csv_path, config.data.val_csv_path):
+            if table is not None:
+                provenance.check_model(table, config.model)
         with world.main_first():
             report = out / "report.csv" if write and world.is_main else None
             dataset = _open(config.data, settings, report)

@@ -9,7 +9,6 @@ lie; pack.json, written last, names all shards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from wavflow.config import DataConfig
 from wavflow.data.dataset import Clips
 from wavflow.data.recording import Recording
 from wavflow.errors import InputError
+from wavflow.files import sha256
 
 SCHEMA = 1
 PACK = "pack.json"
@@ -142,15 +142,6 @@ def check_config(path: Path, index: dict[str, Any], config: DataConfig) -> None:
                 f"{path}: packed with data.{key} {found}, wanted {wanted}; pack the table into "
                 "another folder"
             )
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _places(path: Path, index: dict[str, Any], config: DataConfig) -> np.ndarray:

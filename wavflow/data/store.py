@@ -32,10 +32,9 @@ from wavflow.data.shards import (
     check_config,
     read_index,
     read_shard,
-    sha256,
 )
 from wavflow.errors import InputError
-from wavflow.files import atomic_write, write_json
+from wavflow.files import atomic_write, remove_temporary, sha256, write_json
 
 # Recordings that a thread may read before the shard takes them.
 AHEAD = 4
@@ -157,8 +156,7 @@ class _Packer:
 
     def run(self, limit: int, workers: int, progress: Progress | None) -> dict[str, Any]:
         """Writes what is missing; returns the content of pack.json."""
-        for left in self.out.glob(".*.tmp"):  # of a run that was killed
-            left.unlink()
+        remove_temporary(self.out)
         while (self.out / f"{self._name}.json").exists():
             index = read_shard(self.out, self._name)
             _check_same(self.out / f"{self._name}.json", index, self.facts, self.config)

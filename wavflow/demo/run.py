@@ -196,6 +196,7 @@ class _Demo:
                     self.out / "toy" / f"{split}.csv",
                     self.out / "features",
                     config=config,
+                    overwrite=True,
                     progress=progress,
                 )
             if result.failed:

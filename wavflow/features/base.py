@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,14 @@ class VideoEncoder(Protocol):
         """Get the weights ready now and not at the first `encode`; InputError if that fails."""
         ...
 
+    def facts(self) -> dict[str, Any]:
+        """What features depend on beside frames: names, dtype and the weights' SHA-256.
+
+        A fact that is not known yet, as the SHA-256 of weights before they are fetched, is left
+        out.
+        """
+        ...
+
     def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
         """Return clip features (clip_rows, clip_dim) and sync features (sync_rows, sync_dim),
         both float32 on the CPU."""
@@ -54,16 +62,16 @@ class TextEncoder(Protocol):
         """As `VideoEncoder.load`."""
         ...
 
+    def facts(self) -> dict[str, Any]:
+        """As `VideoEncoder.facts`."""
+        ...
+
     def encode(self, captions: list[str]) -> Tensor: ...  # (b 77 dim) float32 on the CPU
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """A video and a text encoder that belong together.
-
-    Attributes:
-        name: of the encoders and their weights: features of one name belong together.
-    """
+    """A video and a text encoder that belong together, and what `get_encoders` calls them."""
 
     name: str
     video: VideoEncoder

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from wavflow.errors import InputError
 from wavflow.features.base import TEXT_LENGTH
 from wavflow.features.video import CLIP_STREAM
-from wavflow.features.weights import offline
+from wavflow.features.weights import identity, offline
 from wavflow.precision import resolve_device, resolve_dtype
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -110,6 +110,21 @@ class Clip:
         self.batch = batch
         self._where, self._dtype = device, dtype
 
+    def facts(self) -> dict[str, Any]:
+        """What features depend on: the model, its weights and the dtype.
+
+        Weights are known by their SHA-256, where they are a file or have been fetched from Hugging
+        Face, and open_clip's by their name too.
+        """
+        facts = {"clip_model_name": self.model_name, "encoder_dtype": self._dtype}
+        weights = Path(self.pretrained)
+        if import_open_clip().is_pretrained_cfg(self.model_name, self.pretrained):
+            facts["clip_pretrained"] = self.pretrained
+            weights = self._cached()
+        if weights is not None and weights.is_file():
+            facts["clip_sha256"] = identity(weights)
+        return facts
+
     @property
     def image_dim(self) -> int:
         return model_sizes(self.model_name)["embed_dim"]
@@ -194,10 +209,17 @@ class Clip:
                 f"model.clip_pretrained is {given!r}: no such file, and open_clip's weights of "
                 f"{self.model_name} are {names}"
             )
-        return self._cached() if offline() else given
+        if not offline():
+            return given
+        if (path := self._cached()) is None:
+            raise InputError(
+                f"{self.model_name} {given}: not in Hugging Face's cache, and WAVFLOW_OFFLINE=1 "
+                "forbids to fetch it; model.clip_pretrained may name a file"
+            )
+        return str(path)
 
-    def _cached(self) -> str:
-        """The file in Hugging Face's cache."""
+    def _cached(self) -> Path | None:
+        """The file of open_clip's weights in Hugging Face's cache, if it is there."""
         from huggingface_hub import try_to_load_from_cache
 
         known = import_open_clip().get_pretrained_cfg(self.model_name, self.pretrained)
@@ -205,11 +227,8 @@ class Clip:
         for file in ((name,) if name else HUB_FILES) if repository else ():
             path = try_to_load_from_cache(repository, file)
             if isinstance(path, str):
-                return path
-        raise InputError(
-            f"{self.model_name} {self.pretrained}: not in Hugging Face's cache, and "
-            "WAVFLOW_OFFLINE=1 forbids to fetch it; model.clip_pretrained may name a file"
-        )
+                return Path(path)
+        return None
 
     def _autocast(self) -> torch.autocast:
         dtype = resolve_dtype(self._dtype, self.device)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from functools import cached_property
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from wavflow.features.base import TEXT_LENGTH, Encoders, check_frames
 from wavflow.features.clip import Clip
 from wavflow.features.synchformer import FRAMES, ROWS, STRIDE, Synchformer
 from wavflow.features.video import CLIP_STREAM, SYNC_STREAM
-from wavflow.features.weights import given_file
+from wavflow.features.weights import given_file, identity
 from wavflow.precision import resolve_device, resolve_dtype
 
 SEGMENTS = 24  # in one call: those of 8 s
@@ -32,23 +32,14 @@ def clip_synchformer(
     """The encoders, without their weights. Arguments and errors are those of `get_encoders`."""
     if synchformer_ckpt is not None:
         given_file(synchformer_ckpt, "model.synchformer_ckpt")
-    motion = synchformer_ckpt or f"{synchformer.PUBLIC.name} {synchformer.PUBLIC.size}"
-    parts = (clip_model_name, _identity(clip_pretrained), _identity(motion), dtype)
     clip = Clip(clip_model_name, clip_pretrained, device, dtype)
     # One at a time loads and encodes: a network fills the device, and its weights exist once.
     turn = RLock()
     return Encoders(
-        f"clip_synchformer: {', '.join(parts)}",
+        "clip_synchformer",
         ClipSynchformerVideo(clip, turn, synchformer_ckpt, dtype, device),
         ClipText(clip, turn),
     )
-
-
-def _identity(weights: str) -> str:
-    """A name of weights; of a file its name and size, wherever it lies."""
-    if not os.path.isfile(weights):
-        return weights
-    return f"{os.path.basename(weights)} {os.path.getsize(weights)}"
 
 
 class ClipText:
@@ -68,6 +59,10 @@ class ClipText:
         """As `Clip.text_tower`."""
         with self._turn:
             _ = self._clip.text_tower
+
+    def facts(self) -> dict[str, Any]:
+        """As `VideoEncoder.facts`."""
+        return self._clip.facts()
 
     def encode(self, captions: list[str]) -> Tensor:  # (b 77 dim)
         with self._turn:
@@ -109,6 +104,12 @@ class ClipSynchformerVideo:
         """As `Clip.image_tower`, and as `load_synchformer`."""
         with self._turn:
             _ = self._clip.image_tower, self._synchformer
+
+    def facts(self) -> dict[str, Any]:
+        """As `VideoEncoder.facts`."""
+        given = self._ckpt
+        motion = synchformer.PUBLIC.sha256 if given is None else identity(given)
+        return {**self._clip.facts(), "synchformer_sha256": motion}
 
     def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
         """Frames of `streams`, uint8 -> clip and sync features, float32 on the CPU.

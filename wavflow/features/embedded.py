@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from wavflow.features.base import TEXT_LENGTH, check_frames
 from wavflow.features.video import FrameStream
 
+#: Features of one revision belong together: another one where the functions here change.
+REVISION = 1
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _GRID = 4  # pictures are summed up in 4 x 4 cells
 
@@ -68,6 +71,10 @@ class EmbeddedText:
 
     def load(self) -> None:
         """There are no weights."""
+
+    def facts(self) -> dict[str, Any]:
+        """As `VideoEncoder.facts`."""
+        return {"encoder": self.name, "revision": REVISION}
 
     def encode(self, captions: list[str]) -> Tensor:  # (b 77 64)
         if isinstance(captions, str):
@@ -123,6 +130,10 @@ class EmbeddedVideo:
 
     def load(self) -> None:
         """There are no weights."""
+
+    def facts(self) -> dict[str, Any]:
+        """As `VideoEncoder.facts`."""
+        return {"encoder": self.name, "revision": REVISION}
 
     def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
         """Frames of `streams`, uint8 (t 3 32 32) each -> clip and sync features, float32."""

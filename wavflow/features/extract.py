@@ -1,15 +1,16 @@
 """From a table of videos and captions to feature files and the table that training reads.
 
 `<out>/features/<id>.pth` is a dict with some of clip_features, sync_features and text_features
-(float32), and `source`: what it was made from. A file whose source still matches is kept, so an
-interrupted job goes on where it stopped.
+(float32), `source`, what they were made from and with, and `wavflow`, the version that wrote it. A
+file whose source still matches is kept, so that an interrupted job goes on where it stopped. Many
+processes may share a table and a folder.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,34 +19,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavflow import __version__, parallel
 from wavflow.config import Config, DecodingConfig, ModelConfig, load_config
 from wavflow.data.dataset import COLUMNS
 from wavflow.data.manifest import ReportRow, Row, read_manifest, write_csv, write_report
 from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
 from wavflow.errors import InputError
-from wavflow.features import guard
+from wavflow.features import guard, provenance
 from wavflow.features.base import Encoders, get_encoders
-from wavflow.files import atomic_write, load_tensors
+from wavflow.features.index import Index
+from wavflow.features.weights import locked
+from wavflow.files import atomic_write, load_tensors, working_in
 
 
 @dataclass(frozen=True)
 class ExtractResult:
-    """What became of a table: where its files are, how many rows went each way."""
+    """What became of a table, or of one shard of it.
+
+    Attributes:
+        csv: the table that training reads: the rows of all shards that have features.
+        report: status and reason of every row of the shard.
+        done, kept, failed: how many rows of the shard went each way.
+        unfinished: shards that have not ended; until they have, rows may be missing in `csv`.
+    """
 
     csv: Path
     report: Path
     done: int
     kept: int
     failed: int
-
-
-@dataclass(frozen=True)
-class _Job:
-    row: Row
-    path: Path
-    model: ModelConfig
-    seconds: float
-    limits: DecodingConfig
+    unfinished: int
 
 
 def extract(
@@ -55,6 +58,8 @@ def extract(
     config: Config | str = "toy_8k",
     encoders: str | None = None,
     seconds: float | None = None,
+    shard: tuple[int, int] | None = None,
+    overwrite: bool = False,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractResult:
@@ -63,50 +68,87 @@ def extract(
     Args:
         csv_path: columns id, audio_path, video_path, caption; optional video_exist, text_exist
             and source, which goes into the training table.
-        out: gets features/<id>.pth, <stem of csv_path>.csv and report.csv.
+        out: gets features/<id>.pth, features.json (`wavflow.features.provenance`), <stem of
+            csv_path>.csv and report.csv, of a shard report.<i>-of-<n>.csv.
         config: a `Config`, YAML file or preset; names the encoders, the seconds and the limits on
             decoding.
         encoders, seconds: instead of the configuration's.
+        shard: (i, n) with 0 <= i < n: one row of n, from row i on, while other processes take the
+            others; default the rank and number of torchrun's processes. Each ends by writing the
+            table of all rows that have features, in the order of `csv_path`: the last, all.
+        overwrite: whether features of other encoders, weights or seconds are replaced.
         workers: rows worked on at a time, each video decoded in a process of its own; default one
             per core.
         progress: called with (rows finished, rows in all).
 
     Raises:
         InputError: the table cannot be read, a column is missing, unknown encoders or weights that
-            cannot be had. A row that cannot be encoded raises nothing: it is left out and reported.
+            cannot be had, a shard that cannot be, or features of other encoders, weights or seconds
+            in `out`. A row that cannot be encoded raises nothing: it is left out and reported.
     """
     config = config if isinstance(config, Config) else load_config(config)
     model = replace(config.model, encoders=encoders or config.model.encoders)
     seconds = seconds or config.data.audio_duration
+    part = _Shard(*(shard or parallel.rank_and_size()))
     used = load_encoders(model)
     csv_path, out = Path(csv_path), Path(out)
     target = out / f"{csv_path.stem}.csv"
     if target.resolve() == csv_path.resolve():
         raise InputError(f"{out}: the table written there would replace {csv_path}")
     manifest = read_manifest(csv_path, ("id", "audio_path", "video_path", "caption"))
-    (out / "features").mkdir(parents=True, exist_ok=True)
+    mine = [row for row in manifest if row.number in part]
+    cores = parallel.own_cores()
+    workers = max(1, min(cores if workers is None else workers, len(mine)))
 
-    jobs = [
-        _Job(row, out / "features" / f"{row.id}.pth", model, seconds, config.decoding)
-        for row in manifest
-    ]
-    _load(used, [job.row for job in jobs if not job.path.is_file()])
-    outcome = {e.row_number: ReportRow(e.id, "failed", str(e)) for e in manifest.errors}
-    for count, (job, status, reason) in enumerate(_run(jobs, workers), 1):
-        outcome[job.row.number] = ReportRow(job.row.id, status, reason)
+    def described() -> dict[str, Any]:
+        video, text = any(r.video_exist for r in manifest), any(r.text_exist for r in manifest)
+        return provenance.describe(used, seconds, video=video, text=text)
+
+    with (
+        working_in(out, "features"),
+        Index(out / "index", part.name) as index,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        record = provenance.agree(out, described(), overwrite=overwrite)
+        (out / part.report).unlink(missing_ok=True)  # where it is, the shard has ended
+        job = _Job(out / "features", used, seconds, config.decoding, record, index)
+        outcome = {
+            e.row_number: ReportRow(e.id, "failed", str(e))
+            for e in manifest.errors
+            if e.row_number in part
+        }
+        todo = []
+        for row, known in zip(mine, pool.map(job.known, mine), strict=True):
+            if known is None:
+                todo.append(row)
+            else:
+                outcome[row.number] = known
+        finished = len(mine) - len(todo)
         if progress is not None:
-            progress(count, len(jobs))
+            progress(finished, len(mine))
+        _load(used, todo)
+        # Facts about weights that were fetched just now are new.
+        job = replace(job, record=provenance.save(out, described(), overwrite=overwrite))
+        for row, result in _run(pool, job, todo, max(1, cores // workers)):
+            outcome[row.number] = result
+            finished += 1
+            if progress is not None:
+                progress(finished, len(mine))
+        report = [row for _, row in sorted(outcome.items())]
+        write_report(out / part.report, report)
 
-    good = [job for job in jobs if outcome[job.row.number].status != "failed"]
-    more = [name for name in ("source",) if name in manifest.columns]
-    rows = [_table_row(job, out) | {n: job.row.fields[n] for n in more} for job in good]
-    write_csv(target, rows, [*COLUMNS, *more])
-    report = [row for _, row in sorted(outcome.items())]
-    write_report(out / "report.csv", report)
+        good = {row.number for row in mine if outcome[row.number].status != "failed"}
+        with locked(out / provenance.RECORD):  # whoever comes last sees all
+            index.refresh()
+            others = [row for row in manifest if row.number not in part]
+            noted = zip(others, pool.map(job.is_noted, others), strict=True)
+            good |= {row.number for row, is_noted in noted if is_noted}
+            _write_table(target, [row for row in manifest if row.number in good], manifest.columns)
+            unfinished = sum(not (out / each.report).exists() for each in part.all)
     kept = sum(row.status == "skipped" for row in report)
-    return ExtractResult(
-        target, out / "report.csv", len(good) - kept, kept, len(report) - len(good)
-    )
+    failed = sum(row.status == "failed" for row in report)
+    done = len(report) - kept - failed
+    return ExtractResult(target, out / part.report, done, kept, failed, unfinished)
 
 
 def load_encoders(model: ModelConfig, device: torch.device | str = "auto") -> Encoders:
@@ -115,7 +157,7 @@ def load_encoders(model: ModelConfig, device: torch.device | str = "auto") -> En
     Raises:
         InputError: as `get_encoders`.
     """
-    return _encoders(**model.encoder_options, device=device)
+    return _encoders(**model.encoder_options, device=parallel.own_device(device))
 
 
 def encode_video(
@@ -153,81 +195,144 @@ def _load(encoders: Encoders, rows: list[Row]) -> None:
         encoders.text.load()
 
 
-def _table_row(job: _Job, out: Path) -> dict[str, Any]:
-    return {
-        "id": job.row.id,
-        "audio_path": job.row.audio_path.resolve(),
-        "features_path": job.path.relative_to(out),
-        "video_exist": job.row.video_exist,
-        "text_exist": job.row.text_exist,
-    }
+@dataclass(frozen=True)
+class _Shard:
+    """One of `count` parts of a table, that takes every count-th row."""
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.count:
+            raise InputError(
+                f"shard {self.number}/{self.count} does not exist; wanted 0/{max(self.count, 1)} "
+                f"to {max(self.count, 1) - 1}/{max(self.count, 1)}"
+            )
+
+    def __contains__(self, row_number: int) -> bool:
+        return (row_number - 2) % self.count == self.number  # row 1 is the header
+
+    @property
+    def name(self) -> str:
+        return f"{self.number}-of-{self.count}"
+
+    @property
+    def report(self) -> str:
+        return "report.csv" if self.count == 1 else f"report.{self.name}.csv"
+
+    @property
+    def all(self) -> list[_Shard]:
+        return [_Shard(number, self.count) for number in range(self.count)]
 
 
-def _run(jobs: list[_Job], workers: int | None) -> Iterator[tuple[_Job, str, str]]:
-    cores = os.cpu_count() or 1
-    workers = max(1, min(cores if workers is None else workers, len(jobs)))
-    with ThreadPoolExecutor(workers) as pool:
+@dataclass(frozen=True)
+class _Job:
+    """What all rows have in common. Its methods may be called from many threads."""
+
+    folder: Path
+    encoders: Encoders
+    seconds: float
+    limits: DecodingConfig
+    record: dict[str, Any]
+    index: Index
+
+    def path(self, row: Row) -> Path:
+        return self.folder / f"{row.id}.pth"
+
+    def known(self, row: Row) -> ReportRow | None:
+        """What became of a row without encoding it; None where that is to be done."""
         try:
-            threads = max(1, cores // workers)
-            futures = {pool.submit(_extract_row, job, threads): job for job in jobs}
-            for future in as_completed(futures):
-                yield futures[future], *future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            source, path = self._source(row), self.path(row)
+            if not self.index.knows(path, source):
+                if not self._holds(path, source):
+                    return None
+                self.index.note(path, source)
+        except InputError as error:
+            return ReportRow(row.id, "failed", f"row {row.number}: {error}")
+        return ReportRow(row.id, "skipped", "kept: made earlier from the same source")
+
+    def is_noted(self, row: Row) -> bool:
+        """Whether a process has noted the row's features in the index."""
+        try:
+            return self.index.knows(self.path(row), self._source(row))
+        except InputError:  # its own shard reports it
+            return False
+
+    def encode(self, row: Row, threads: int) -> ReportRow:
+        """Writes the row's features, decoding with that many threads."""
+        try:
+            source, path = self._source(row), self.path(row)
+            features: dict[str, Tensor] = {}
+            if row.video_exist:
+                features |= encode_video(
+                    self.encoders, row.video_path, self.seconds, self.limits, threads
+                )
+            if row.text_exist:
+                features |= encode_captions(self.encoders, [row.caption])[0]
+            for key, value in features.items():
+                if not value.isfinite().all():
+                    raise InputError(f"{key} of the encoders hold non-finite values")
+                features[key] = value.float().contiguous().clone()
+            with atomic_write(path, durable=False) as file:
+                torch.save({**features, "source": source, "wavflow": __version__}, file)
+            self.index.note(path, source)
+        except InputError as error:
+            return ReportRow(row.id, "failed", f"row {row.number}: {error}")
+        except Exception as error:  # one row must not take the batch along
+            return ReportRow(row.id, "failed", f"row {row.number}: {type(error).__name__}: {error}")
+        return ReportRow(row.id, "ok")
+
+    def _source(self, row: Row) -> dict[str, Any]:
+        """What the row's features are made from, and with."""
+        if not row.audio_path.is_file():
+            raise InputError(f"{row.audio_path}: no such audio file")
+        source = {key: self.record[key] for key in ("encoders", "seconds")}
+        if row.video_exist:
+            if row.video_path is None or not row.video_path.is_file():
+                raise InputError(f"{row.video_path}: no such video file")
+            stat = row.video_path.stat()
+            source["video"] = self.record["video"]
+            source["video_file"] = f"{row.video_path.name} {stat.st_size} {stat.st_mtime_ns}"
+        if row.text_exist:
+            source["text"] = self.record["text"]
+            source["caption"] = row.caption
+        return source
+
+    def _holds(self, path: Path, source: dict[str, Any]) -> bool:
+        """Whether a features file is whole and of that source, by reading it."""
+        facts = {**source.get("video", {}), **source.get("text", {})}
+        shapes = {key: tuple(facts[key]) for key in (*VIDEO_KEYS, *TEXT_KEYS) if key in facts}
+        try:
+            read_features(path, shapes, shapes)
+        except InputError:
+            return False
+        return load_tensors(path, "features file").get("source") == source
 
 
-def _extract_row(job: _Job, threads: int) -> tuple[str, str]:
-    """Status and reason of one row: done is `ok`, kept from an earlier run is `skipped`."""
+def _run(
+    pool: ThreadPoolExecutor, job: _Job, rows: list[Row], threads: int
+) -> Iterator[tuple[Row, ReportRow]]:
+    """Rows and what became of them, as they are done."""
     try:
-        source = _source(job)
-        if _is_current(job, source):
-            return "skipped", "kept: made earlier from the same source"
-        encoders = load_encoders(job.model)
-        features: dict[str, Any] = {}
-        if job.row.video_exist:
-            features |= encode_video(encoders, job.row.video_path, job.seconds, job.limits, threads)
-        if job.row.text_exist:
-            features |= encode_captions(encoders, [job.row.caption])[0]
-        features = {key: value.float().contiguous().clone() for key, value in features.items()}
-        with atomic_write(job.path, durable=False) as file:
-            torch.save({**features, "source": source}, file)
-    except InputError as error:
-        return "failed", f"row {job.row.number}: {error}"
-    except Exception as error:  # one row must not take the batch along
-        return "failed", f"row {job.row.number}: {type(error).__name__}: {error}"
-    return "ok", ""
+        futures = {pool.submit(job.encode, row, threads): row for row in rows}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
-def _source(job: _Job) -> dict[str, Any]:
-    row = job.row
-    if not row.audio_path.is_file():
-        raise InputError(f"{row.audio_path}: no such audio file")
-    name = load_encoders(job.model).name
-    source: dict[str, Any] = {"encoders": name, "seconds": float(job.seconds)}
-    if row.video_exist:
-        if row.video_path is None or not row.video_path.is_file():
-            raise InputError(f"{row.video_path}: no such video file")
-        stat = row.video_path.stat()
-        source["video"] = f"{row.video_path.name} {stat.st_size} {stat.st_mtime_ns}"
-    if row.text_exist:
-        source["caption"] = row.caption
-    return source
-
-
-def _is_current(job: _Job, source: dict[str, Any]) -> bool:
-    if not job.path.is_file():
-        return False
-    encoders = load_encoders(job.model)
-    video, text = encoders.video, encoders.text
-    shapes: dict[str, tuple[int, int]] = {}
-    if job.row.video_exist:
-        shapes["clip_features"] = (video.clip_rows(job.seconds), video.clip_dim)
-        shapes["sync_features"] = (video.sync_rows(job.seconds), video.sync_dim)
-    if job.row.text_exist:
-        shapes["text_features"] = (text.length, text.dim)
-    try:
-        read_features(job.path, shapes, shapes)
-    except InputError:
-        return False
-    return load_tensors(job.path, "features file").get("source") == source
+def _write_table(path: Path, rows: Iterable[Row], columns: Iterable[str]) -> None:
+    more = [name for name in ("source",) if name in columns]
+    cells = (
+        {
+            "id": row.id,
+            "audio_path": row.audio_path.resolve(),
+            "features_path": f"features/{row.id}.pth",
+            "video_exist": row.video_exist,
+            "text_exist": row.text_exist,
+            **{name: row.fields[name] for name in more},
+        }
+        for row in rows
+    )
+    write_csv(path, cells, [*COLUMNS, *more])

@@ -6,7 +6,7 @@ fetched.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import http.client
 import logging
 import os
@@ -22,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from wavflow.errors import InputError
+from wavflow.files import sha256
 
 log = logging.getLogger("wavflow")
 
@@ -68,6 +69,17 @@ def given_file(path: str | os.PathLike[str], option: str) -> Path:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file, named by {option}")
     return Path(path)
+
+
+def identity(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file of weights, which a process reads once as long as it stays the same."""
+    stat = os.stat(path)
+    return _identity(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _identity(path: str, size: int, mtime_ns: int) -> str:
+    return sha256(path)
 
 
 @contextmanager
@@ -123,11 +135,7 @@ def fetch(file: WeightFile) -> Path:
 
 
 def _check(file: WeightFile, path: Path) -> None:
-    digest = hashlib.sha256()
-    with open(path, "rb") as content:
-        while chunk := content.read(CHUNK):
-            digest.update(chunk)
-    found = f"{_size(path)} bytes of sha256 {digest.hexdigest()}"
+    found = f"{_size(path)} bytes of sha256 {sha256(path)}"
     wanted = f"{file.size} bytes of sha256 {file.sha256}"
     if found != wanted:
         bad = path.with_name(file.name + ".bad")

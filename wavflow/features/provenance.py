@@ -1,0 +1,117 @@
+"""What the features of a folder were made with: `features.json` beside them.
+
+    {"wavflow": version, "encoders": name, "seconds": length, "video": facts, "text": facts}
+
+A modality's facts are those of its encoder (`VideoEncoder.facts`), its frame rates, and the shapes
+of its features; one that no row has is not there. The version is the last writer's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from wavflow import __version__
+from wavflow.config import ModelConfig
+from wavflow.errors import InputError
+from wavflow.features.base import Encoders
+from wavflow.features.weights import locked
+from wavflow.files import read_json, write_json
+
+RECORD = "features.json"
+
+
+def describe(encoders: Encoders, seconds: float, *, video: bool, text: bool) -> dict[str, Any]:
+    """The record of features that `encoders` make of clips of that length.
+
+    Args:
+        video, text: whether there are any; no encoder is asked for what is not.
+
+    Raises:
+        InputError: as the encoders' sizes and facts do.
+    """
+    record = {"wavflow": __version__, "encoders": encoders.name, "seconds": float(seconds)}
+    if video:
+        see = encoders.video
+        record["video"] = {
+            **see.facts(),
+            "frames": [f"{s.fps} a second, {s.size} pixels, {s.resize}" for s in see.streams],
+            "clip_features": [see.clip_rows(seconds), see.clip_dim],
+            "sync_features": [see.sync_rows(seconds), see.sync_dim],
+        }
+    if text:
+        read = encoders.text
+        record["text"] = {**read.facts(), "text_features": [read.length, read.dim]}
+    return record
+
+
+def agree(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
+    """What `folder` records together with what `wanted` knows beyond it.
+
+    Raises:
+        InputError: they contradict each other in more than the version, unless `overwrite` says
+            that `wanted` alone counts then.
+    """
+    found = _read(folder / RECORD) if (folder / RECORD).exists() else {}
+    for key, has, wants in _contradictions(found, wanted):
+        if overwrite:
+            return wanted
+        raise InputError(
+            f"{folder / RECORD}: {key} is {has}, wanted {wants}; --overwrite extracts all "
+            "features again, another folder keeps both"
+        )
+    return _joined(found, wanted)
+
+
+def save(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
+    """Writes what `agree` returns, and returns it; many processes may do so."""
+    with locked(folder / RECORD):
+        agreed = agree(folder, wanted, overwrite=overwrite)
+        write_json(folder / RECORD, agreed)
+    return agreed
+
+
+def check_model(csv_path: str | os.PathLike[str], model: ModelConfig) -> None:
+    """
+    Raises:
+        InputError: a record lies beside the table, and names other encoders than `model` does.
+    """
+    path = Path(csv_path).parent / RECORD
+    if not path.is_file():
+        return
+    names = {"clip_model_name": model.clip_model_name}
+    if not Path(model.clip_pretrained).is_file():
+        names["clip_pretrained"] = model.clip_pretrained
+    wanted = {"encoders": model.encoders, "video": names, "text": names}
+    for key, has, wants in _contradictions(_read(path), wanted):
+        raise InputError(
+            f"{path}: {key} is {has}; wanted {wants}, as model.{key.rpartition('.')[2]} of the "
+            "configuration says"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: wanted an object as `wavflow extract` writes it")
+    return found
+
+
+def _contradictions(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], of: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Key, value found and value wanted where both are known and differ."""
+    for key, value in wanted.items():
+        if key not in found or key == "wavflow":
+            continue
+        if isinstance(value, Mapping) and isinstance(found[key], Mapping):
+            yield from _contradictions(found[key], value, f"{of}{key}.")
+        elif found[key] != value:
+            yield of + key, found[key], value
+
+
+def _joined(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {k: _joined(found.get(k, {}), v) for k, v in wanted.items() if isinstance(v, Mapping)}
+    return {**found, **wanted, **inner}
