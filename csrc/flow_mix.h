@@ -15,6 +15,7 @@ struct FlowMixArgs {
   void* x_t;             // (batch, count)
   void* x_0;             // (batch, count), computed type; null when noise is given
   int64_t batch, count;
+  int64_t offset;  // of the first element in its stream of normals, a multiple of 4
   Real sigma_min, noise_scale;
 };
 

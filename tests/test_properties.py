@@ -123,6 +123,25 @@ def test_property_noise_is_an_items_own(seeds: list[int], n: int, d: int, backen
         assert torch.equal(row, longer[:n])
 
 
+@given(
+    seed=SEEDS,
+    first=st.one_of(SIZES, st.integers(2**31, 2**40)),
+    n=SIZES,
+    d=SIZES,
+    backend=BACKEND,
+)
+def test_property_noise_goes_on(seed: int, first: int, n: int, d: int, backend: str) -> None:
+    """The tokens from `first` on are those of the whole stream, from any backend."""
+    with wk.use_backend(backend):
+        part = wk.philox_normal(torch.tensor([seed]), n, d, first=first)
+        again = wk.philox_normal(torch.tensor([seed]), n + 5, d, first=max(first - 5, 0))
+        assert torch.equal(part, again[:, min(first, 5) :][:, :n])
+        if first < 1000:
+            assert torch.equal(
+                part, wk.philox_normal(torch.tensor([seed]), first + n, d)[:, first:]
+            )
+
+
 def test_property_noise_is_standard_normal() -> None:
     z = wk.philox_normal(torch.arange(50), 100, 200).flatten().double()
     count = z.numel()

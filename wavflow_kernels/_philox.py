@@ -72,9 +72,12 @@ def _normal_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return radius * cosine, radius * sine
 
 
-def normal(seeds: Tensor, count: int) -> Tensor:
-    """(b, count) float32 standard normals; row i is the stream of ``seeds[i]`` (int64)."""
-    blocks = torch.arange(-(-count // 4), device=seeds.device)
+def normal(seeds: Tensor, count: int, offset: int = 0) -> Tensor:
+    """(b, count) float32 standard normals; row i is the stream of ``seeds[i]`` (int64).
+
+    They begin at number ``offset`` of the stream, a multiple of 4.
+    """
+    blocks = offset // 4 + torch.arange(-(-count // 4), device=seeds.device)
     counter, key = torch.broadcast_tensors(blocks[None, :], seeds[:, None])
     x0, x1, x2, x3 = philox(counter, key)
     values = torch.stack([*_normal_pair(x0, x1), *_normal_pair(x2, x3)], dim=-1)

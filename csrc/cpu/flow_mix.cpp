@@ -30,7 +30,7 @@ static void run(const FlowMixArgs& a) {
     for (int64_t j = begin; j < end; j += 4 * kQuads) {
       for (int64_t l = 0; l < kQuads; ++l) {
         float four[4];
-        normal4(seed, uint64_t(j / 4 + l), four);
+        normal4(seed, uint64_t((a.offset + j) / 4 + l), four);
         for (int k = 0; k < 4; ++k) z[k][l] = four[k];
       }
       const int64_t n = end - j < 4 * kQuads ? end - j : 4 * kQuads;
@@ -49,11 +49,11 @@ WAVFLOW_BIND(m) {
   m.def(
       "flow_mix",
       [](Target target, int dtype, uintptr_t x_1, uintptr_t t, uintptr_t noise, uintptr_t seeds,
-         uintptr_t x_t, uintptr_t x_0, int64_t batch, int64_t count, double sigma_min,
-         double noise_scale) {
+         uintptr_t x_t, uintptr_t x_0, int64_t batch, int64_t count, int64_t offset,
+         double sigma_min, double noise_scale) {
         FlowMixArgs args{target, DType(dtype), pointer<void>(x_1), pointer<void>(t),
                          pointer<void>(noise), pointer<int64_t>(seeds), pointer<void>(x_t),
-                         pointer<void>(x_0), batch, count, sigma_min, noise_scale};
+                         pointer<void>(x_0), batch, count, offset, sigma_min, noise_scale};
 #ifdef WAVFLOW_CUDA
         if (target.device >= 0) return flow_mix_cuda(args);
 #endif

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) mix(FlowMixArgs a) {
         if (kVector || k < n) x_0.at[k] = static_cast<const A*>(a.noise)[at + k];
     } else {
       float z[4];
-      normal4(uint64_t(a.seeds[b]), uint64_t(quad), z);
+      normal4(uint64_t(a.seeds[b]), uint64_t(a.offset / 4 + quad), z);
 #pragma unroll
       for (int k = 0; k < 4; ++k) x_0.at[k] = A(z[k]) * noise_scale;
     }

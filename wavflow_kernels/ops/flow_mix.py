@@ -25,6 +25,7 @@ def _check(
     seeds: Tensor | None,
     sigma_min: float,
     noise_scale: float,
+    offset: int,
 ) -> None:
     op = "flow_mix"
     sizes = check(op, x_1=(x_1, "b n d"), t=(t, "b"), noise=(noise, "b n d"), seeds=(seeds, "b"))
@@ -44,10 +45,11 @@ def _check(
     )
     require(0 <= sigma_min < 1, f"{op}: sigma_min must lie in [0, 1), got {sigma_min}")
     require(noise_scale >= 0, f"{op}: noise_scale must not be negative, got {noise_scale}")
+    require(offset >= 0 and offset % 4 == 0, f"{op}: offset must be a multiple of 4, got {offset}")
 
 
 def _outputs(
-    x_1: Tensor, t: Any, noise: Tensor | None, seeds: Any, sigma_min: float, noise_scale: float
+    x_1: Tensor, t: Any, noise: Tensor | None, seeds: Any, *_: Any
 ) -> tuple[Tensor, Tensor]:
     x_0 = x_1.new_empty(0 if noise is not None else x_1.shape, dtype=compute_dtype(x_1.dtype))
     return x_1.new_empty(x_1.shape), x_0
@@ -60,10 +62,12 @@ def reference(
     seeds: Tensor | None,  # b
     sigma_min: float,
     noise_scale: float,
+    offset: int,
 ) -> tuple[Tensor, Tensor]:  # b n d, b n d
     x_0 = noise
     if x_0 is None:
-        x_0 = _philox.normal(seeds, x_1[0].numel() if len(x_1) else 0).to(t.dtype) * noise_scale
+        count = x_1[0].numel() if len(x_1) else 0
+        x_0 = _philox.normal(seeds, count, offset).to(t.dtype) * noise_scale
         x_0 = x_0.view(x_1.shape)
     time = t[:, None, None]
     x_t = (1 - (1 - sigma_min) * time) * x_0 + time * x_1
@@ -78,6 +82,7 @@ def _launch(
     seeds: Tensor | None,
     sigma_min: float,
     noise_scale: float,
+    offset: int,
 ) -> None:
     if not x_1.numel():
         return
@@ -95,13 +100,14 @@ def _launch(
         address(None if noise is not None else out[1]),
         x_1.shape[0],
         x_1.shape[1] * x_1.shape[2],
+        offset,
         sigma_min,
         noise_scale,
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_1, t, noise, _, ctx.sigma_min, _ = inputs
+    x_1, t, noise, _, ctx.sigma_min, *_ = inputs
     ctx.save_for_backward(x_1, t, output[1] if noise is None else noise)
     ctx.noise_given = noise is not None
 
@@ -114,7 +120,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     d_x_1 = (grad * time).to(x_1.dtype) if ctx.needs_input_grad[0] else None
     d_t = (grad * (x_1 - keep * x_0)).sum((1, 2)) if ctx.needs_input_grad[1] else None
     d_noise = grad * (1 - keep * time) if ctx.noise_given and ctx.needs_input_grad[2] else None
-    return d_x_1, d_t, d_noise, None, None, None
+    return d_x_1, d_t, d_noise, None, None, None, None
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
@@ -130,14 +136,15 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
     seeds = torch.tensor([0, -1, 2**62 + 12345], device=device)
     return [
         Sample(
-            (normal(3, 25, 40), times(3), normal(3, 25, 40, dtype=computed), None, 0.0, 1.0),
+            (normal(3, 25, 40), times(3), normal(3, 25, 40, dtype=computed), None, 0.0, 1.0, 0),
             (0, 1, 2),
             "noise given",
         ),
-        Sample((normal(3, 5, 7), times(3), None, seeds, 0.01, 0.7), (0, 1), "noise drawn"),
-        Sample((normal(3, 111, 300), times(3), None, seeds, 0.0, 1.0), (), "several blocks"),
-        Sample((normal(3, 1, 1), times(3), None, seeds, 0.0, 1.0), (), "one element"),
-        Sample((normal(0, 4, 4), times(0), None, seeds[:0], 0.0, 1.0), (), "empty batch"),
+        Sample((normal(3, 5, 7), times(3), None, seeds, 0.01, 0.7, 0), (0, 1), "noise drawn"),
+        Sample((normal(3, 5, 7), times(3), None, seeds, 0.0, 1.0, 2**34 + 4), (), "further on"),
+        Sample((normal(3, 111, 300), times(3), None, seeds, 0.0, 1.0, 8), (), "several blocks"),
+        Sample((normal(3, 1, 1), times(3), None, seeds, 0.0, 1.0, 0), (), "one element"),
+        Sample((normal(0, 4, 4), times(0), None, seeds[:0], 0.0, 1.0, 0), (), "empty batch"),
     ]
 
 
@@ -152,7 +159,7 @@ def _workload(batch: int) -> Workload:
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         x_1 = torch.randn(batch, 640, 200, device=device, dtype=compute_dtype(dtype))
         t = torch.rand(batch, device=device, dtype=x_1.dtype)
-        return x_1, t, None, torch.arange(batch, device=device), 0.0, 1.0
+        return x_1, t, None, torch.arange(batch, device=device), 0.0, 1.0, 0
 
     return make
 
@@ -160,8 +167,8 @@ def _workload(batch: int) -> Workload:
 OP = Op(
     name="flow_mix",
     schema=(
-        "(Tensor x_1, Tensor t, Tensor? noise, Tensor? seeds, float sigma_min, float noise_scale)"
-        " -> (Tensor, Tensor)"
+        "(Tensor x_1, Tensor t, Tensor? noise, Tensor? seeds, float sigma_min, float noise_scale,"
+        " SymInt offset) -> (Tensor, Tensor)"
     ),
     reference=reference,
     check=_check,
@@ -204,7 +211,7 @@ def flow_mix(
         ValueError: shapes that do not fit, or not exactly one of noise and seeds.
         TypeError: an unsupported dtype.
     """
-    x_t, x_0 = OP(x_1, t, noise, seeds, sigma_min, noise_scale)
+    x_t, x_0 = OP(x_1, t, noise, seeds, sigma_min, noise_scale, 0)
     return x_t, x_0 if noise is None else noise
 
 
@@ -214,11 +221,19 @@ def philox_normal(
     token_size: int,
     *,
     noise_scale: float = 1.0,
+    first: int = 0,
 ) -> Tensor:  # b n d
     """The noise that :func:`flow_mix` draws for `seeds`: (b, tokens, token_size) float32.
+
+    It is tokens first, first + 1, ... of endless streams, so that a long one can be had in parts.
 
     Raises ValueError / TypeError as :func:`flow_mix` does.
     """
     check("philox_normal", seeds=(seeds, "b"))
-    zeros = torch.zeros(len(seeds), tokens, token_size, device=seeds.device)
-    return OP(zeros, zeros.new_zeros(len(seeds)), None, seeds, 0.0, noise_scale)[1]
+    require(first >= 0, f"philox_normal: first must not be negative, got {first}")
+    # Streams are counted in blocks of 4 numbers; 4 tokens are whole ones, whatever their size.
+    more = first % 4
+    zeros = torch.zeros(len(seeds), more + tokens, token_size, device=seeds.device)
+    offset = (first - more) * token_size
+    noise = OP(zeros, zeros.new_zeros(len(seeds)), None, seeds, 0.0, noise_scale, offset)[1]
+    return noise[:, more:]
