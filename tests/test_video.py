@@ -248,6 +248,60 @@ def test_all_streams_come_from_one_pass(tmp_path):
         assert torch.equal(decode(path, [stream], 1.0)[0], frames)
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("x.mp4", "libx264", {"preset": "medium", "bf": "3", "g": "20"}),
+        ("x.mkv", "libx264", {"x264opts": "open-gop=1:keyint=12:bframes=3"}),
+        ("x.ts", "libx264", {"g": "20"}),
+        ("x.mpg", "mpeg2video", {"bf": "2", "g": "10"}),
+        ("x.avi", "mpeg4", {"bf": "2"}),
+        ("x.flv", "flv", {}),
+        ("x.webm", "libvpx", {"g": "15"}),
+    ],
+)
+def test_a_later_start_shows_what_the_whole_shows_there(tmp_path, name, codec, options):
+    """From any slot of a stream on, whether or not the container can jump there."""
+    path = make_video(tmp_path / name, 90, 30, codec=codec, **options)
+    for fps in (25, 8):
+        whole = decode(path, [at(fps)], 2.8)[0]
+        for first in (1, 5, 13, fps * 2):
+            later = decode(path, [at(fps)], 0.5, start=Fraction(first, fps))[0]
+            assert torch.equal(later, whole[first : first + len(later)])
+
+
+@pytest.mark.parametrize("first", range(1, 30, 4))
+def test_a_start_between_the_slots_of_a_stream(tmp_path, first):
+    path, start = make_video(tmp_path / "x.mp4", 90, 25), Fraction(first, 25)
+    # The last frame whose time rounds to the slot, halves to the later one.
+    wanted = [math.ceil(25 * (start + Fraction(2 * slot + 1, 16))) - 1 for slot in range(8)]
+    assert numbers(decode(path, [at(25), at(8)], 1.0, start=start)[1]) == wanted
+
+
+def test_decoding_begins_at_the_key_frame_before_the_start(tmp_path):
+    path = make_video(tmp_path / "x.mp4", 250, 25, g="25")
+    size = path.stat().st_size
+    broken = bytearray(path.read_bytes())
+    broken[size // 8 : size // 2] = bytes(size // 2 - size // 8)  # seconds 1 to 4
+    (tmp_path / "y.mp4").write_bytes(broken)
+    wanted = decode(path, [at(25)], 2.0, start=7)[0]
+    assert numbers(wanted) == [n % 256 for n in range(175, 225)]
+    assert torch.equal(decode(tmp_path / "y.mp4", [at(25)], 2.0, start=7)[0], wanted)
+    with pytest.raises(InputError):
+        decode(tmp_path / "y.mp4", [at(25)], 9.0)
+
+
+def test_the_last_picture_may_be_held(tmp_path):
+    path = make_video(tmp_path / "x.mp4", 50, 25)
+    whole = decode(path, [at(25)], 2.0)[0]
+    with pytest.raises(
+        InputError, match=r"25 frames at 25 fps \(2.000 s\), wanted 26 \(1.04 s from"
+    ):
+        decode(path, [at(25)], 1.04, start=1)
+    held = decode(path, [at(25)], 1.08, start=1, hold=0.08)[0]
+    assert torch.equal(held, torch.cat([whole[25:], whole[-1:], whole[-1:]]))
+
+
 def test_counts_are_exact_for_decimal_seconds():
     assert FrameStream(100, 8, "crop").count(0.29) == 29
     assert [CLIP_STREAM.count(8), SYNC_STREAM.count(8.0), CLIP_STREAM.count(1.28)] == [64, 200, 10]

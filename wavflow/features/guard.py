@@ -24,6 +24,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch import Tensor
 from wavflow.config import DecodingConfig
 from wavflow.errors import InputError
 from wavflow.features import video
-from wavflow.features.video import FrameStream, passed
+from wavflow.features.video import FrameStream, exact, passed
 
 #: Bytes of a line at most, and characters of a message in it.
 _LINE, _MESSAGE = 1 << 16, 1000
@@ -45,6 +46,9 @@ def decode(
     seconds: float,
     limits: DecodingConfig | None = None,
     threads: int = 0,
+    *,
+    start: float | Fraction = 0,
+    hold: float | Fraction = 0,
 ) -> list[Tensor]:  # each (t 3 s s) uint8 RGB
     """`wavflow.features.video.decode` of anybody's file, in a worker process and within limits.
 
@@ -59,7 +63,7 @@ def decode(
         "cwd": os.getcwd(),
         "path": str(path),
         "streams": [asdict(stream) for stream in streams],
-        "seconds": seconds,
+        **{k: str(exact(v)) for k, v in (("seconds", seconds), ("start", start), ("hold", hold))},
         "limits": asdict(limits),
         "threads": threads or torch.get_num_threads(),
     }
@@ -227,18 +231,21 @@ def serve() -> None:
 
 def _answer(request: dict[str, Any], descriptor: int, idle_bytes: int | None) -> dict[str, Any]:
     os.chdir(request["cwd"])
-    path, seconds = Path(request["path"]), request["seconds"]
+    path = Path(request["path"])
+    seconds, start, hold = (Fraction(request[name]) for name in ("seconds", "start", "hold"))
     limits, threads = DecodingConfig(**request["limits"]), request["threads"]
     streams = [FrameStream(**stream) for stream in request["streams"]]
-    frames = _frames(descriptor, [stream.shape(seconds) for stream in streams])
+    shapes = [stream.shape(seconds) for stream in streams]
+    # Before the frames are mapped: the last request's bounds may be too tight for them.
+    _bound(limits, idle_bytes, sum(map(math.prod, shapes)))
+    frames = _frames(descriptor, shapes)
     os.close(descriptor)
     torch.set_num_threads(threads)
-    _bound(limits, idle_bytes, sum(each.numel() for each in frames))
     reply: dict[str, Any] = {"error": None}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            video.decode(path, streams, seconds, limits, threads, frames)
+            video.decode(path, streams, seconds, limits, threads, frames, start=start, hold=hold)
         except Exception as error:
             reply["error"] = _reason(error, path, limits)[:_MESSAGE]
     reply["warnings"] = [str(each.message)[:_MESSAGE] for each in caught[:5]]

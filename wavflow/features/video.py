@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
 
 #: Fewer pixels than this decode faster on one thread.
 _THREADED_PIXELS = 320 * 240
+#: Seconds before a time to look for its key frame: containers may go by the order of decoding.
+_SEEK_MARGIN = Fraction(1, 2)
+
+
+def exact(seconds: float | Fraction) -> Fraction:
+    """Seconds as they are written in decimals, or as a ratio of small numbers."""
+    return Fraction(seconds).limit_denominator(1_000_000)
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,11 @@ class FrameStream:
         if self.resize not in ("squash", "crop"):
             raise ValueError(f"FrameStream: resize {self.resize!r}, wanted 'squash' or 'crop'")
 
-    def count(self, seconds: float) -> int:
+    def count(self, seconds: float | Fraction) -> int:
         """Frames of a clip of that length: floor(fps * seconds), exact for decimal seconds."""
-        return int(self.fps * Fraction(seconds).limit_denominator(1_000_000))
+        return int(self.fps * exact(seconds))
 
-    def shape(self, seconds: float) -> tuple[int, int, int, int]:
+    def shape(self, seconds: float | Fraction) -> tuple[int, int, int, int]:
         """(t, 3, s, s) of a clip of that length; ValueError when it has no frame."""
         count = self.count(seconds)
         if count < 1:
@@ -95,7 +103,7 @@ class _Selection:
         self.frames = frames
         self.wanted = len(frames)
         self.filled = 0
-        self.first: int | None = None  # slot of the first frame
+        self.first = 0  # slot of the video's first frame, if decoding began with it
 
     @property
     def full(self) -> bool:
@@ -103,7 +111,7 @@ class _Selection:
 
     def takes(self, until: Fraction) -> int:
         """How many slots the held frame gets when the next one starts at `until`."""
-        end = _slot(until, self.stream.fps) - (self.first or 0)
+        end = _slot(until, self.stream.fps) - self.first
         return max(0, min(end, self.wanted) - self.filled)
 
     def put(self, picture: Tensor, times: int) -> None:
@@ -155,14 +163,19 @@ def decode(
     limits: DecodingConfig | None = None,
     threads: int = 0,
     out: Sequence[Tensor] | None = None,
+    *,
+    start: float | Fraction = 0,
+    hold: float | Fraction = 0,
 ) -> list[Tensor]:  # each (t 3 s s) uint8 RGB
-    """Decode the first `seconds` of a video once, for all `streams`, in this process.
+    """Decode `seconds` of a video from `start` on once, for all `streams`, in this process.
 
     Output j of a stream shows slot k = n_0 + j, where a frame at time t has slot
-    n = floor(t * fps + 1/2) and slot k shows the last frame with n <= k; the last frame lasts for
-    its duration, not at all where the file gives none. Only frames that are shown are converted to
-    RGB (honouring the colour space the file names), and decoding ends when every stream is full.
-    Rotation tags and the shape of pixels are not applied: for a rotation a warning says so.
+    n = floor((t - start) * fps + 1/2), n_0 is that of the video's first frame if start were 0, and
+    slot k shows the last frame with n <= k. The last frame lasts for its duration, not at all where
+    the file gives none, and `hold` seconds more. Only frames that are shown are converted to RGB
+    (honouring the colour space the file names); decoding begins at the key frame before `start` and
+    ends when every stream is full. Rotation tags and the shape of pixels are not applied: for a
+    rotation a warning says so.
 
     The limits on what the file claims are checked here, those on time and memory by
     `wavflow.features.guard.decode`, which is what strangers' files go through. `threads` are the
@@ -175,7 +188,7 @@ def decode(
     import av
 
     path = Path(path)
-    limits = limits or DecodingConfig()
+    limits, start, hold = limits or DecodingConfig(), exact(start), exact(hold)
     shapes = [stream.shape(seconds) for stream in streams]
     frames = [torch.empty(shape, dtype=torch.uint8) for shape in shapes] if out is None else out
     selections = [_Selection(*pair) for pair in zip(streams, frames, strict=True)]
@@ -185,14 +198,14 @@ def decode(
     if size > limits.file_gb:
         raise passed(path, f"the file has {size:.3g} GB", "file_gb", limits.file_gb)
     try:
-        with open_media(path, "video") as container:
-            if not container.streams.video:
-                kinds = sorted({s.type for s in container.streams}) or ["nothing"]
-                raise InputError(f"{path}: no video stream, found {' and '.join(kinds)}")
-            hours = (container.duration or 0) / av.time_base / 3600
-            if hours > limits.hours:
-                raise passed(path, f"the file claims {hours:.1f} hours", "hours", limits.hours)
-            end = _decode_stream(path, container, selections, limits, threads)
+        # Where a jump does not come out before `start`, all that is before it is decoded.
+        for jump in (True, False) if start else (False,):
+            with open_media(path, "video") as container:
+                _check_container(path, container, limits)
+                pictures = _Pictures(path, container, limits, threads)
+                if pictures.begin(start, jump):
+                    end = _select(pictures, selections, start, hold)
+                    break
     except (av.FFmpegError, OSError) as error:
         if error.errno == errno.ENOMEM:
             raise MemoryError(f"{path}: not enough memory") from None
@@ -201,7 +214,7 @@ def decode(
         if not selection.full:
             raise InputError(
                 f"{path}: {selection.filled} frames at {stream.fps} fps "
-                f"({float(end):.3f} s), wanted {selection.wanted} ({seconds:g} s)"
+                f"({float(end):.3f} s), wanted {selection.wanted} ({_span(start, seconds)})"
             )
     return list(frames)
 
@@ -211,66 +224,142 @@ def passed(path: Path, found: str, limit: str, allowed: float) -> InputError:
     return InputError(f"{path}: {found}, decoding.{limit} allows {allowed:g}")
 
 
-def _decode_stream(
+def _span(start: Fraction, seconds: float | Fraction) -> str:
+    return f"{float(seconds):g} s" + (f" from {float(start):g} s on" if start else "")
+
+
+def _check_container(
+    path: Path, container: av.container.InputContainer, limits: DecodingConfig
+) -> None:
+    import av
+
+    if not container.streams.video:
+        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+        raise InputError(f"{path}: no video stream, found {' and '.join(kinds)}")
+    hours = (container.duration or 0) / av.time_base / 3600
+    if hours > limits.hours:
+        raise passed(path, f"the file claims {hours:.1f} hours", "hours", limits.hours)
+
+
+class _Pictures:
+    """The pictures of a video stream in the order they are shown, checked against the limits.
+
+    Attributes:
+        first: the time of the video's first picture.
+        end: up to which pictures were seen.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        container: av.container.InputContainer,
+        limits: DecodingConfig,
+        threads: int,
+    ) -> None:
+        self.path, self.container, self.limits = path, container, limits
+        self.stream = container.streams.video[0]
+        codec = self.stream.codec_context
+        _check_size(path, codec, limits)
+        if codec.width * codec.height >= _THREADED_PIXELS:
+            codec.thread_type, codec.thread_count = "AUTO", threads
+        self.first = self.end = Fraction(0)
+
+    def begin(self, start: Fraction, jump: bool) -> bool:
+        """Whether pictures from `start` on, and the one before, are what comes next.
+
+        Raises:
+            InputError: there are none at all.
+        """
+        self._frames = _decode_frames(self.path, self.container, self.limits)
+        head = next(self._frames, None)
+        if head is None:
+            raise InputError(f"{self.path}: no frames in its video stream")
+        self.first = _time(head)
+        if head.rotation:
+            warnings.warn(
+                f"{self.path}: the rotation tag ({head.rotation} degrees) is not applied",
+                stacklevel=4,
+            )
+        if jump:
+            head = self._jump(self.first + start)
+        self._head = head
+        return head is not None
+
+    def _jump(self, time: Fraction) -> av.VideoFrame | None:
+        """The key frame that decoding `time` has to begin with, where the container finds it."""
+        import av
+
+        target = int(max(time - _SEEK_MARGIN, self.first) / self.stream.time_base)
+        try:
+            self.container.seek(target, stream=self.stream)
+        except (av.FFmpegError, OSError):
+            return None
+        self._frames = _decode_frames(self.path, self.container, self.limits)
+        # Pictures before the key frame may lack what they are made from.
+        head = next((frame for frame in self._frames if frame.key_frame), None)
+        return None if head is None or _time(head) > time else head
+
+    def __iter__(self) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+        """Every picture from where it begins, with its time."""
+        for frame in chain((self._head,), self._frames):
+            time = _time(frame)
+            self.end = time + (frame.duration or 0) * frame.time_base
+            yield time, frame
+
+
+# Not a method: a generator that holds the object that holds it would keep the file's memory.
+def _decode_frames(
     path: Path,
     container: av.container.InputContainer,
-    selections: list[_Selection],
     limits: DecodingConfig,
-    threads: int,
+) -> Iterator[av.VideoFrame]:
+    idle, latest = 0, None
+    for packet in container.demux(container.streams.video[0]):
+        idle += 1
+        for frame in packet.decode():
+            if frame.pts is None or frame.time_base is None:
+                raise InputError(f"{path}: a frame without a time stamp")
+            _check_size(path, frame, limits)
+            if latest is None or _time(frame) > latest:
+                latest, idle = _time(frame), 0
+            yield frame
+        if idle > limits.idle_packets:
+            found = f"{idle} packets without a later picture"
+            raise passed(path, found, "idle_packets", limits.idle_packets)
+
+
+def _check_size(
+    path: Path, of: av.VideoFrame | av.VideoCodecContext, limits: DecodingConfig
+) -> None:
+    if of.width * of.height > limits.megapixels * 1e6:
+        found = f"pictures of {of.width} x {of.height} pixels"
+        raise passed(path, found, "megapixels", limits.megapixels)
+
+
+def _time(frame: av.VideoFrame) -> Fraction:
+    return frame.pts * frame.time_base
+
+
+def _select(
+    pictures: _Pictures, selections: list[_Selection], start: Fraction, hold: Fraction
 ) -> Fraction:
     """Fill the selections; return the time in the file up to which frames were seen."""
-    stream = container.streams.video[0]
-    codec = stream.codec_context
-
-    def check_size(width: int, height: int) -> None:
-        if width * height > limits.megapixels * 1e6:
-            raise passed(
-                path, f"pictures of {width} x {height} pixels", "megapixels", limits.megapixels
-            )
-
-    check_size(codec.width, codec.height)
-    if codec.width * codec.height >= _THREADED_PIXELS:
-        codec.thread_type, codec.thread_count = "AUTO", threads
+    for selection in selections:
+        selection.first = _slot(pictures.first, selection.stream.fps)
     to_rgb = _ToRGB()
     held: av.VideoFrame | None = None
-    end = latest = Fraction(0)
-    idle = 0
 
     def show(until: Fraction) -> None:
-        takers = [(s, n) for s in selections if (n := s.takes(until)) > 0]
+        takers = [(s, n) for s in selections if (n := s.takes(until - start)) > 0]
         if held is not None and takers:
             picture = to_rgb(held)
             for selection, times in takers:
                 selection.put(picture, times)
 
-    for packet in container.demux(stream):
-        idle += 1
-        for frame in packet.decode():
-            if frame.pts is None or frame.time_base is None:
-                raise InputError(f"{path}: a frame without a time stamp")
-            check_size(frame.width, frame.height)
-            start = frame.pts * frame.time_base
-            if held is None:
-                if frame.rotation:
-                    warnings.warn(
-                        f"{path}: the rotation tag ({frame.rotation} degrees) is not applied",
-                        stacklevel=4,
-                    )
-                for selection in selections:
-                    selection.first = _slot(start, selection.stream.fps)
-            else:
-                show(start)
-            if held is None or start > latest:
-                latest, idle = start, 0
-            held = frame
-            end = start + (frame.duration or 0) * frame.time_base
-            if all(selection.full for selection in selections):
-                return end
-        if idle > limits.idle_packets:
-            raise passed(
-                path, f"{idle} packets without a later picture", "idle_packets", limits.idle_packets
-            )
-    if held is None:
-        raise InputError(f"{path}: no frames in its video stream")
-    show(end)
-    return end
+    for time, frame in pictures:
+        show(time)
+        held = frame
+        if all(selection.full for selection in selections):
+            return pictures.end
+    show(pictures.end + hold)
+    return pictures.end
