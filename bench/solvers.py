@@ -163,7 +163,7 @@ class Problem:
 
             def predict(t: Tensor, x: Tensor, weight: float = weight) -> Tensor:
                 evaluated()
-                return mix_guidance(engine.predict(t, x, conditions, empty, weight), weight)
+                return mix_guidance(engine.predict(float(t), x, conditions, empty, weight), weight)
 
             stepped = adaptive(
                 predict,

@@ -357,6 +357,8 @@ def test_memory_splits_batches_and_refuses_what_cannot_fit(caplog):
     with pytest.raises(InputError, match=r"a clip of 2 s needs about \d+ MB, and generation may"):
         sampler.generate_features([{}], [1], memory=clip - 1)
     with pytest.raises(InputError, match=r"a clip of 2e\+06 s needs about .* fewer seconds"):
+        sampler.generate(["a bell"], seconds=2e6, window=0)
+    with pytest.raises(InputError, match=r"2e\+06 s take about .* fewer seconds, or stream them"):
         sampler.generate(["a bell"], seconds=2e6)
 
 

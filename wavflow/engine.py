@@ -132,10 +132,44 @@ class Engine:
                 both.
         """
         alone = [plain or empty is None for plain in is_unguided(table)]
-        given = (noise, table, conditions, empty)
+        steps = self._steps(noise, table, conditions, empty, rescale, set(alone))
+        with self.cast():
+            return steps.run(alone, after)
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        t: float,
+        x: Tensor,  # b n d
+        conditions: Conditions,
+        empty: Conditions | None,
+        weight: float,
+        rescale: float = 0.0,
+    ) -> Output:
+        """What the network says of x at t; the next call overwrites it.
+
+        A pair (with, without conditions), unless `empty` is None, `weight` 1 or they are rescaled.
+        """
+        alone = weight == 1 or empty is None
+        table = torch.tensor([[t, weight, 0.0, 1.0]], dtype=torch.float64)  # leaves x as it is
+        steps = self._steps(x, table, conditions, empty, rescale, {alone})
+        with self.cast():
+            return steps.predicted(alone)
+
+    def _steps(
+        self,
+        noise: Tensor,
+        table: Tensor,
+        conditions: Conditions,
+        empty: Conditions | None,
+        rescale: float,
+        kinds: set[bool],
+    ) -> _Steps:
+        """Steps that begin with these values, ready to run."""
+        given = (noise, table, conditions, empty, rescale)
         if self.kind == "graph":
             try:
-                steps = self._captured(*given, rescale, set(alone))
+                return self._captured(*given, kinds)
             except RuntimeError as error:
                 if not self.may_fall_back:
                     raise
@@ -144,28 +178,7 @@ class Engine:
                 self._kept.clear()
         if self.kind == "compile" and self._compiled is None:
             self._compiled = torch.compile(_predict, dynamic=False)
-        if self.kind != "graph":
-            steps = _Steps(self.model, self._compiled or _predict, *given, rescale)
-        with self.cast():
-            return steps.run(alone, after)
-
-    @torch.inference_mode()
-    def predict(
-        self,
-        t: Tensor,  # 0-d
-        x: Tensor,  # b n d
-        conditions: Conditions,
-        empty: Conditions | None,
-        weight: float,
-        rescale: float = 0.0,
-    ) -> Output:
-        """What the network says of x at t, by its operations one by one.
-
-        A pair (with, without conditions), unless `empty` is None, `weight` 1 or they are rescaled.
-        """
-        with self.cast():
-            alone = None if weight == 1 else empty
-            return _predict(self.model, t, x, conditions, alone, torch.tensor(weight), rescale)
+        return _Steps(self.model, self._compiled or _predict, *given)
 
     def _captured(
         self,
@@ -270,14 +283,18 @@ class _Steps:
 
     def run(self, alone: list[bool], after: After | None) -> Tensor:  # b n d
         for row, kind in enumerate(alone):
-            if kind in self.graphs:
-                replay, predicted = self.graphs[kind]
-                replay()
-            else:
-                predicted = self.step(kind)
+            predicted = self.predicted(kind)
             if after is not None:
                 after(row, self.point, predicted)
         return self.state[0].clone()
+
+    def predicted(self, alone: bool) -> Output:
+        """Takes the next step; what the network returned there, until the step after it."""
+        if alone not in self.graphs:
+            return self.step(alone)
+        replay, predicted = self.graphs[alone]
+        replay()
+        return predicted
 
 
 def capture(

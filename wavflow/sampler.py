@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import wavflow_kernels as kernels
 from wavflow import precision
+from wavflow.audio import load_audio
 from wavflow.build import build_model
 from wavflow.checkpoint import load_into, read_weights
 from wavflow.config import Config, DataConfig, config_from_dict
 from wavflow.engine import Engine, Output, mix_guidance
 from wavflow.errors import Cancelled, InputError
 from wavflow.features.extract import encode_captions, encode_video, load_encoders
+from wavflow.long import Evaluation, LongSound, known
 from wavflow.memory import available_memory, clip_bytes
 from wavflow.model.inference import prepare_inference
 from wavflow.model.networks import Conditions, WavflowConfig, WavflowModel
+from wavflow.parallel import World
+from wavflow.plan import Plan, Step
+from wavflow.scene import Scene, film, stored
 from wavflow.solvers import (
     BEST,
-    SOLVERS,
-    TIMES,
     SolverError,
     adaptive,
     sampling_times,
     solver_table,
+    table_slots,
 )
 from wavflow.sound import Sound
+from wavflow.windows import Windows
 
 log = logging.getLogger("wavflow")
 
@@ -44,83 +51,8 @@ MEMORY_SHARE = 0.8
 KEPT_LENGTHS = 4
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How sounds are generated.
-
-    Attributes:
-        solver: a key of `wavflow.solvers.SOLVERS`, or `adaptive`.
-        steps: of the solver; `adaptive` takes as many as it needs.
-        times: `even` under the configuration's noise_shift, `sigmoid` or `log-snr`
-            (`wavflow.solvers.sampling_times`).
-        guidance: weight of classifier-free guidance; 1 or less runs the conditional pass alone.
-        guidance_interval: times from and to which there is guidance, as the network sees them
-            (0 noise, 1 data); a step outside costs half.
-        guidance_rescale: share of the guided prediction's standard deviation that is brought back
-            to the unguided one's (`wavflow.engine.rescale_guidance`).
-    """
-
-    solver: str
-    steps: int
-    times: str
-    guidance: float
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_rescale: float = 0.0
-
-    def __post_init__(self) -> None:
-        low, high = self.guidance_interval
-        for wrong, text in (
-            (
-                self.solver not in (*SOLVERS, "adaptive"),
-                f"solver is {self.solver!r}; wanted one of {', '.join(SOLVERS)}, adaptive",
-            ),
-            (self.steps < 1, f"steps is {self.steps}; wanted at least 1"),
-            (self.times not in TIMES, f"times is {self.times!r}; wanted one of {', '.join(TIMES)}"),
-            (
-                not 0 <= low <= high <= 1,
-                f"guidance_interval is {low:g} to {high:g}; wanted times from 0 to 1 in order",
-            ),
-            (
-                not 0 <= self.guidance_rescale <= 1,
-                f"guidance_rescale is {self.guidance_rescale}; wanted 0 to 1",
-            ),
-        ):
-            if wrong:
-                raise InputError(text)
-
-    @property
-    def guided(self) -> bool:
-        """Whether any step needs both passes."""
-        return self.guidance > 1
-
-    def weight(self, t: float) -> float:
-        """Of guidance at time t."""
-        low, high = self.guidance_interval
-        return self.guidance if self.guided and low <= t <= high else 1.0
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a callback is told when a step of a batch is done.
-
-    Attributes:
-        rows: that are generated in this batch, by their places in the request.
-        done, total: steps of this batch; an adaptive solver's total is None.
-        t: the time the network was evaluated at, 0 noise, 1 data.
-    """
-
-    rows: tuple[int, ...]
-    done: int
-    total: int | None
-    t: float
-    _data: Callable[[], list[Sound]] = field(repr=False)
-
-    def preview(self) -> list[Sound]:
-        """The clean sounds that the network expects at this step, one a row; no extra pass.
-
-        To be called within the callback: the next step overwrites what they are made of.
-        """
-        return self._data()
+#: Features of one sound, as a features file holds them, or of the windows of a long one.
+Features = Mapping[str, Tensor] | Scene
 
 
 @dataclass(frozen=True)
@@ -138,12 +70,15 @@ class Sampler:
     more than 8 bits), the solver's state and the noise stay float32. A clip's noise depends on its
     seed alone, whatever else is in the batch.
 
+    A sound longer than the clips of the training is made of windows (`wavflow.long`).
+
     Args:
         model: the network with the weights to use, or its copy prepared for `dtype`.
         config: what it was trained with.
         device: where it runs.
         dtype: of its matrix products.
         engine: how steps run, one of `wavflow.engine.ENGINES`.
+        world: processes that share the windows of long sounds; by default this one alone.
     """
 
     def __init__(
@@ -153,7 +88,9 @@ class Sampler:
         device: torch.device,
         dtype: torch.dtype,
         engine: str = "auto",
+        world: World | None = None,
     ) -> None:
+        self.world = world or World(0, 1, device)
         self.config, self.device, self.dtype = config, device, dtype
         model = model.to(device).eval().requires_grad_(False)
         # torch.compile cannot trace weights in oneDNN's layout.
@@ -177,6 +114,7 @@ class Sampler:
         ema: str = "ema1",
         config: Config | None = None,
         engine: str = "auto",
+        world: World | None = None,
     ) -> Sampler:
         """Reads a checkpoint.
 
@@ -187,6 +125,7 @@ class Sampler:
             ema: `ema1`, `ema2` or `none`; of no effect on a flat file.
             config: for a file that carries none; must agree with one that it carries.
             engine: how steps run, one of `wavflow.engine.ENGINES`.
+            world: processes that share the windows of long sounds.
 
         Raises:
             InputError: unreadable file, no configuration, weights of another model.
@@ -197,7 +136,7 @@ class Sampler:
         model = build_model(config)
         load_into(model, weights.state, checkpoint)
         kind = precision.resolve_dtype(dtype, where)
-        sampler = cls(model, config, where, kind, engine)
+        sampler = cls(model, config, where, kind, engine, world)
         sampler.weights = {
             "file": str(checkpoint),
             "which": weights.which,
@@ -330,48 +269,210 @@ class Sampler:
         if len(negative) != rows:
             raise InputError(f"{len(negative)} negative_captions for {rows} rows; wanted as many")
         lasting = self._seconds(seconds, rows)
-        features = [self.encode(c, v, s) for c, v, s in zip(captions, videos, lasting, strict=True)]
-        for row, caption in enumerate(negative):
-            if caption is not None:
-                features[row]["negative_text_features"] = self.encode(caption)["text_features"]
+        window = options.get("window")
+        features = [
+            self.encode(*row, window)
+            for row in zip(captions, videos, lasting, negative, strict=True)
+        ]
         seeds = [seed + row for row in range(rows)] if seeds is None else list(seeds)
         return self._generate(features, seeds, seconds=lasting, **options)
+
+    def stream(
+        self,
+        caption: str | None = None,
+        video: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Iterator[Sound]:
+        """One sound in parts, each as soon as it is done; memory does not grow with its length.
+
+        The parts are those of the sound that :meth:`generate` makes, up to rounding. With S
+        evaluations of the solver the first one is there after S (S + 1) / 2 evaluations of single
+        windows at least, each window more takes S.
+
+        Args:
+            caption, video: what is heard and seen; at least one of them.
+            options: `seconds`, `seed`, `negative_caption` and those of :meth:`generate_features`,
+                but for trim and progress.
+
+        Raises:
+            InputError: as :meth:`as_completed`; a video that breaks off, when it does.
+        """
+        if caption is None and video is None:
+            raise InputError("nothing to generate: give a caption, a video or both")
+        sound, parts = self._single(caption, video, whole=False, **options)
+        left = sound.samples
+
+        def run() -> Iterator[Sound]:
+            nonlocal left
+            for part in parts(sound, sound.batch):
+                (made,) = self._sounds(part[None], self.config.data, False)
+                if left > 0:
+                    yield Sound(made.audio[:left], made.sample_rate)
+                left -= made.audio.numel()
+
+        return run()
+
+    def complete(
+        self,
+        recording: str | os.PathLike[str] | Tensor,
+        caption: str | None = None,
+        video: str | os.PathLike[str] | None = None,
+        *,
+        seconds: float | None = None,
+        gap: tuple[float, float] | None = None,
+        **options: Any,
+    ) -> Sound:
+        """A recording that goes on, or in which a gap is filled.
+
+        What is kept comes back sample by sample, in whole tokens; a token at an edge that is not
+        kept whole is generated. At every evaluation the kept tokens are the noised truth.
+
+        Args:
+            recording: a sound file, or (t,) samples at the model's rate.
+            caption, video: of the whole sound; it may have neither.
+            seconds: of the whole; by default the recording's.
+            gap: seconds from and to which the recording is not kept.
+            options: as of :meth:`stream`.
+
+        Raises:
+            InputError: as :meth:`as_completed`; nothing to generate, or nothing kept.
+        """
+        rate = self.sample_rate
+        is_tensor = isinstance(recording, Tensor)
+        wave = recording.float().cpu() if is_tensor else load_audio(recording, rate)
+        lasting = len(wave) / rate
+        kept = torch.ones(len(wave), dtype=torch.bool)
+        if gap is not None:
+            low, high = gap
+            if not 0 <= low < high:
+                raise InputError(f"gap is {low:g} to {high:g} s; wanted two times in order")
+            kept[int(low * rate) : math.ceil(high * rate)] = False
+        if not kept.any():
+            raise InputError(f"the gap is all of the recording's {lasting:g} s; wanted less")
+        seconds = lasting if seconds is None else seconds
+        sound, parts = self._single(caption, video, seconds=seconds, **options)
+        given, gain = known(wave.to(self.device), kept.to(self.device), sound)
+        mask = given.mask.cpu().repeat_interleave(sound.token_size)[: sound.samples]
+        if mask.all():
+            raise InputError(
+                f"nothing to generate: the recording has {lasting:g} s; give more seconds or a gap"
+            )
+        tokens = torch.cat(list(parts(replace(sound, known=given), None)))
+        (made,) = self._sounds(tokens[None], self._sizes(seconds), True, gain)
+        wave = F.pad(wave, (0, max(0, sound.samples - len(wave))))[: sound.samples]
+        return Sound(torch.where(mask, wave, made.audio), rate)
+
+    def loop(self, caption: str, **options: Any) -> Sound:
+        """A sound whose end leads into its beginning, of its `seconds` to the nearest token.
+
+        Args:
+            caption: what is heard.
+            options: as of :meth:`stream`.
+
+        Raises:
+            InputError: as :meth:`as_completed`.
+        """
+        options.setdefault("window", self.config.data.audio_duration)
+        sound, parts = self._single(caption, None, loop=True, **options)
+        tokens = torch.cat(list(parts(sound, None)))
+        (made,) = self._sounds(tokens[None], self.config.data, False)
+        return made
+
+    def _single(
+        self,
+        caption: str | None,
+        video: str | os.PathLike[str] | None,
+        *,
+        seconds: float | None = None,
+        seed: int = 0,
+        negative_caption: str | None = None,
+        window: float | None = None,
+        overlap: float | None = None,
+        batch_size: int = 8,
+        memory: int | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        cancel: Event | None = None,
+        loop: bool = False,
+        whole: bool = True,
+        **options: Any,
+    ) -> tuple[LongSound, Callable[[LongSound, int | None], Iterator[Tensor]]]:
+        """A sound of windows, of one if it is no longer, and what makes it in groups."""
+        (seconds,) = self._seconds(seconds, 1)
+        plan = self.plan(**options)
+        features = self.encode(caption, video, seconds, negative_caption, window)
+        if not isinstance(features, Scene):
+            self._check(0, features, self._sizes(seconds))
+        length = window if loop and window else self._window(seconds, window) or seconds
+        sound = self._long(
+            features,
+            seconds,
+            seed,
+            plan,
+            length,
+            overlap,
+            batch_size,
+            memory,
+            loop=loop,
+            whole=whole,
+        )
+        return sound, lambda sound, group: self._long_parts(0, sound, group, on_step, cancel)
 
     def encode(
         self,
         caption: str | None = None,
         video: str | os.PathLike[str] | None = None,
         seconds: float | None = None,
-    ) -> dict[str, Tensor]:
+        negative_caption: str | None = None,
+        window: float | None = None,
+    ) -> Features:
         """Features of one row, as a features file holds them; what is not given is absent.
+
+        A video longer than a window is encoded window by window, when they are generated.
 
         Raises:
             InputError: a video that cannot be decoded; encoders of another width than the model.
         """
         encoders = load_encoders(self.config.model, self.device)
+        seconds = self.config.data.audio_duration if seconds is None else seconds
         features: dict[str, Tensor] = {}
-        if video is not None:
-            seconds = self.config.data.audio_duration if seconds is None else seconds
-            features |= encode_video(encoders, Path(video), seconds, self.config.decoding)
         if caption is not None:
             features |= encode_captions(encoders, [caption])[0]
-        return features
+        if negative_caption is not None:
+            (negative,) = encode_captions(encoders, [negative_caption])
+            features["negative_text_features"] = negative["text_features"]
+        if video is None:
+            return features
+        length, limits = self._window(seconds, window), self.config.decoding
+        if length is not None:
+            return film(encoders, Path(video), features, seconds, length, limits)
+        return features | encode_video(encoders, Path(video), seconds, limits)
+
+    def _window(self, seconds: float, window: float | None) -> float | None:
+        """Seconds of the windows that make a sound of `seconds`; None where it is made at once."""
+        window = self.config.data.audio_duration if window is None else window
+        if window < 0:
+            raise InputError(f"window is {window:g}; wanted seconds, or 0 for none")
+        return window if 0 < window < seconds else None
 
     def generate_features(
-        self, features: Sequence[dict[str, Tensor]], seeds: Sequence[int], **options: Any
+        self, features: Sequence[Features], seeds: Sequence[int], **options: Any
     ) -> list[Sound]:
         """Generates one sound per row of features, in their order.
 
         Args:
             features: per row some of clip_features and sync_features (both or neither),
                 text_features and negative_text_features (what guidance leads away from), of the
-                configuration's shapes; absent ones are missing modalities.
+                configuration's shapes; absent ones are missing modalities. Or what
+                :meth:`encode` returned.
             seeds: one per row, each the seed of that row's noise.
             seconds: of all sounds or of each; by default the configuration's. Features of a video
                 must be of as many.
             solver, steps, times, guidance, guidance_interval, guidance_rescale: of the
                 :class:`Plan`, by default :meth:`plan`'s.
-            batch_size: rows at a time, at most; fewer where memory demands it.
+            window: seconds of the windows that a longer sound is made of, by default as trained;
+                0 makes any sound at once.
+            overlap: seconds that neighbouring windows have in common, by default a fifth of one.
+            batch_size: rows, or windows, at a time, at most; fewer where memory demands it.
             memory: bytes that generation may add to what is in use; by default 0.8 of what is
                 free. Nothing runs that is expected to need more.
             trim: cut to the asked duration, else whole tokens are kept.
@@ -388,10 +489,12 @@ class Sampler:
 
     def _generate(
         self,
-        features: Sequence[dict[str, Tensor]],
+        features: Sequence[Features],
         seeds: Sequence[int],
         *,
         seconds: float | Sequence[float] | None = None,
+        window: float | None = None,
+        overlap: float | None = None,
         batch_size: int = 8,
         memory: int | None = None,
         trim: bool = True,
@@ -409,8 +512,25 @@ class Sampler:
         lasting = self._seconds(seconds, len(features))
         sizes = {length: self._sizes(length) for length in dict.fromkeys(lasting)}
         for row, given in enumerate(features):
-            self._check(row, given, sizes[lasting[row]])
-        batches = self._batches(lasting, sizes, plan, batch_size, memory)
+            if not isinstance(given, Scene):
+                self._check(row, given, sizes[lasting[row]])
+        at_once = [None if self._window(s, window) else s for s in lasting]
+        batches = self._batches(at_once, sizes, plan, batch_size, memory)
+        long = [
+            self._long(
+                features[row],
+                lasting[row],
+                seeds[row],
+                plan,
+                self._window(lasting[row], window),
+                overlap,
+                batch_size,
+                memory,
+            )
+            for row in range(len(features))
+            if at_once[row] is None
+        ]
+        long_rows = [row for row, seconds in enumerate(at_once) if seconds is None]
 
         def run() -> Iterator[tuple[int, Sound]]:
             done = 0
@@ -424,6 +544,14 @@ class Sampler:
                 if progress is not None:
                     progress(done, len(features))
                 yield from zip(batch.rows, sounds, strict=True)
+            for row, sound in zip(long_rows, long, strict=True):
+                parts = self._long_parts(row, sound, None, on_step, cancel)
+                data = sizes[lasting[row]]
+                (made,) = self._sounds(torch.cat(list(parts))[None], data, trim)
+                done += 1
+                if progress is not None:
+                    progress(done, len(features))
+                yield row, made
 
         return run()
 
@@ -450,38 +578,47 @@ class Sampler:
 
     def _batches(
         self,
-        lasting: Sequence[float],
+        lasting: Sequence[float | None],
         sizes: dict[float, DataConfig],
         plan: Plan,
         batch_size: int,
         memory: int | None,
     ) -> list[_Batch]:
-        """Batches of rows of one length, which fit into the memory."""
-        if memory is None:
-            memory = int(MEMORY_SHARE * available_memory(self.device))
+        """Batches of rows of one length, which fit into the memory; none of rows of None."""
         batches: list[_Batch] = []
         for length, data in sizes.items():
-            clip = clip_bytes(self._network_sizes(data), self.dtype, plan.guided)
-            if clip > memory:
-                raise InputError(
-                    f"a clip of {length:g} s needs about {_size(clip)}, and generation may use "
-                    f"{_size(memory)}: ask for fewer seconds"
-                )
             rows = [row for row, seconds in enumerate(lasting) if seconds == length]
-            size = min(batch_size, memory // clip, len(rows))
-            batches += [
-                _Batch(tuple(rows[at : at + size]), data) for at in range(0, len(rows), size)
-            ]
-            if self._reported.get(length) != size:
-                self._reported[length] = size
-                log.info(
-                    "clips of %g s, %d at a time: about %s of %s",
-                    length,
-                    size,
-                    _size(size * clip),
-                    _size(memory),
-                )
+            if rows:
+                size = self._fitting(data, plan, min(batch_size, len(rows)), memory)
+                batches += [
+                    _Batch(tuple(rows[at : at + size]), data) for at in range(0, len(rows), size)
+                ]
         return batches
+
+    def _fitting(self, data: DataConfig, plan: Plan, wanted: int, memory: int | None) -> int:
+        """How many clips of up to `wanted` fit into the memory."""
+        if memory is None:
+            memory = int(MEMORY_SHARE * available_memory(self.device))
+        clip, length = (
+            clip_bytes(self._network_sizes(data), self.dtype, plan.guided),
+            data.audio_duration,
+        )
+        if clip > memory:
+            raise InputError(
+                f"a clip of {length:g} s needs about {_size(clip)}, and generation may use "
+                f"{_size(memory)}: ask for fewer seconds"
+            )
+        size = min(wanted, memory // clip)
+        if self._reported.get(length) != size:
+            self._reported[length] = size
+            log.info(
+                "clips of %g s, %d at a time: about %s of %s",
+                length,
+                size,
+                _size(size * clip),
+                _size(memory),
+            )
+        return size
 
     def _network_sizes(self, data: DataConfig) -> WavflowConfig:
         return replace(
@@ -495,7 +632,7 @@ class Sampler:
     def _sample(
         self,
         batch: _Batch,
-        features: Sequence[dict[str, Tensor]],
+        features: Sequence[Mapping[str, Tensor]],
         seeds: Sequence[int],
         plan: Plan,
         on_step: Callable[[Step], None] | None,
@@ -509,9 +646,7 @@ class Sampler:
             data.audio_dim,
             noise_scale=sampling.noise_scale,
         )
-        kind, end = sampling.prediction_type, 1.0 - sampling.min_sigma
-        steps = 1 if plan.solver == "adaptive" else plan.steps
-        grid = sampling_times(plan.times, steps, end, sampling.noise_shift)
+        kind = sampling.prediction_type
         times: list[float] = []
 
         def check_cancelled() -> None:
@@ -538,21 +673,17 @@ class Sampler:
 
             def predict(t: Tensor, x: Tensor) -> Tensor:
                 weight = plan.weight(float(t))
-                pred = self.engine.predict(t, x, conditions, empty, weight, plan.guidance_rescale)
+                pred = self.engine.predict(
+                    float(t), x, conditions, empty, weight, plan.guidance_rescale
+                )
                 after(None, float(t), weight, x, pred)
                 return mix_guidance(pred, weight)
 
             try:
-                return adaptive(predict, noise, *grid.tolist(), prediction=kind)
+                return adaptive(predict, noise, 0.0, 1.0 - sampling.min_sigma, prediction=kind)
             except SolverError as error:
                 raise InputError(f"solver adaptive: {error}") from None
-        table = solver_table(
-            plan.solver,
-            grid,
-            prediction=kind,
-            guidance=plan.weight(plan.guidance_interval[0]),
-            interval=plan.guidance_interval,
-        )
+        table = self._table(plan)
         rows = table[:, :2].tolist()
         return self.engine.solve(
             noise,
@@ -563,13 +694,119 @@ class Sampler:
             after=lambda row, x, pred: after(len(rows), *rows[row], x, pred),
         )
 
-    def _sounds(self, tokens: Tensor, data: DataConfig, trim: bool) -> list[Sound]:
+    def _table(self, plan: Plan) -> Tensor:  # (evaluations, 2 + k (k + 1))
+        sampling = self.config.sampling
+        end = 1.0 - sampling.min_sigma
+        return solver_table(
+            plan.solver,
+            sampling_times(plan.times, plan.steps, end, sampling.noise_shift),
+            prediction=sampling.prediction_type,
+            guidance=plan.weight(plan.guidance_interval[0]),
+            interval=plan.guidance_interval,
+        )
+
+    def _long(
+        self,
+        features: Features,
+        seconds: float,
+        seed: int,
+        plan: Plan,
+        window: float,
+        overlap: float | None,
+        batch_size: int,
+        memory: int | None,
+        *,
+        loop: bool = False,
+        whole: bool = True,
+    ) -> LongSound:
+        """
+        Args:
+            window: seconds of a window; a sound that is no longer than one is made of one.
+            loop: the sound's end leads into its beginning.
+            whole: all of it will be in memory.
+        """
+        if plan.solver == "adaptive":
+            raise InputError(
+                f"solver is 'adaptive', and {seconds:g} s are made of windows; wanted a solver of "
+                "fixed steps, or window 0"
+            )
+        if memory is None:
+            memory = int(MEMORY_SHARE * available_memory(self.device))
+        data, table = self._sizes(window), self._table(plan)
+        # The state, the sums of its predictions and the sound itself.
+        needed = 4 * int(seconds * self.sample_rate) * (2 * table_slots(table) + 4)
+        if whole and needed > memory:
+            raise InputError(
+                f"{seconds:g} s take about {_size(needed)} at once, and generation may use "
+                f"{_size(memory)}: ask for fewer seconds, or stream them"
+            )
+        scene = features if isinstance(features, Scene) else stored(features, data)
+        windows = Windows.cover(seconds, data, overlap=overlap, grid=scene.grid, loop=loop)
+        seeds = torch.tensor([seed], dtype=torch.int64, device=self.device)
+
+        def noise(first: int, tokens: int) -> Tensor:
+            scale = self.config.sampling.noise_scale
+            return kernels.philox_normal(
+                seeds, tokens, data.audio_dim, noise_scale=scale, first=first
+            )[0]
+
+        return LongSound(
+            engine=self.engine,
+            windows=windows,
+            data=data,
+            samples=self._sizes(seconds).samples,
+            table=table,
+            prediction=self.config.sampling.prediction_type,
+            rescale=plan.guidance_rescale,
+            scene=scene,
+            conditions=self._conditions,
+            empty=self._empty_conditions if plan.guided else None,
+            noise=noise,
+            known=None,
+            batch=self._fitting(data, plan, min(batch_size, len(windows)), memory),
+            world=self.world,
+        )
+
+    def _long_parts(
+        self,
+        row: int,
+        sound: LongSound,
+        group: int | None,
+        on_step: Callable[[Step], None] | None,
+        cancel: Event | None,
+    ) -> Iterator[Tensor]:  # (n d) float32
+        done = 0
+
+        def check_cancelled() -> None:
+            if cancel is not None and cancel.is_set():
+                raise Cancelled(f"cancelled after {done} of {sound.evaluations} evaluations")
+
+        def after(evaluation: Evaluation) -> None:
+            nonlocal done
+            done += evaluation.windows
+            if on_step is not None:
+                data = self.config.data
+
+                def preview() -> list[Sound]:
+                    return self._sounds(evaluation.clean[None], data, False)
+
+                on_step(Step((row,), done, sound.evaluations, evaluation.t, preview))
+            check_cancelled()
+
+        check_cancelled()
+        return sound.parts(group, after)
+
+    def _sounds(
+        self, tokens: Tensor, data: DataConfig, trim: bool, gain: float = 1.0
+    ) -> list[Sound]:
         waves = kernels.unpatchify(
-            tokens.float(), samples=data.samples if trim else None, audio_scale=data.audio_scale
+            tokens.float(),
+            samples=data.samples if trim else None,
+            audio_scale=data.audio_scale * gain,
         )
         return [Sound(wave.clone(), self.sample_rate) for wave in waves.clamp(-1, 1).cpu()]
 
-    def _conditions(self, features: Sequence[dict[str, Tensor]]) -> Conditions:
+    def _conditions(self, features: Sequence[Mapping[str, Tensor]]) -> Conditions:
         missing = {
             "clip_features": self.model.get_empty_clip_sequence(1)[0],
             "sync_features": self.model.get_empty_sync_sequence(1)[0],
@@ -579,7 +816,7 @@ class Sampler:
             *(self._stack(features, key, empty) for key, empty in missing.items())
         )
 
-    def _empty_conditions(self, features: Sequence[dict[str, Tensor]]) -> Conditions:
+    def _empty_conditions(self, features: Sequence[Mapping[str, Tensor]]) -> Conditions:
         key = "negative_text_features"
         if any(key in row for row in features):
             negative = self._stack(features, key, self.model.get_empty_string_sequence(1)[0])
@@ -592,10 +829,10 @@ class Sampler:
             self._empty.popitem(last=False)
         return one.expand(len(features))
 
-    def _stack(self, features: Sequence[dict[str, Tensor]], key: str, empty: Tensor) -> Tensor:
+    def _stack(self, features: Sequence[Mapping[str, Tensor]], key: str, empty: Tensor) -> Tensor:
         return torch.stack([row.get(key, empty).to(self.device) for row in features])
 
-    def _check(self, row: int, features: dict[str, Tensor], data: DataConfig) -> None:
+    def _check(self, row: int, features: Mapping[str, Tensor], data: DataConfig) -> None:
         if ("clip_features" in features) != ("sync_features" in features):
             raise InputError(f"row {row}: clip_features and sync_features go together")
         shapes = data.feature_shapes

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +167,20 @@ def encode_video(
     seconds: float,
     limits: DecodingConfig | None = None,
     threads: int = 0,
+    *,
+    start: float | Fraction = 0,
+    hold: float | Fraction = 0,
 ) -> dict[str, Tensor]:
-    """Features of one video file, under the keys of a features file.
+    """Features of `seconds` of a video file from `start` on, under the keys of a features file.
 
-    It is decoded in another process, with that many threads (0: one a core).
+    It is decoded in another process, with that many threads (0: one a core); its last picture
+    lasts for `hold` seconds more.
 
     Raises:
         InputError: the file cannot be decoded, passes a limit or is too short.
     """
-    frames = guard.decode(path, encoders.video.streams, seconds, limits, threads)
+    streams = encoders.video.streams
+    frames = guard.decode(path, streams, seconds, limits, threads, start=start, hold=hold)
     clip, sync = encoders.video.encode(frames, seconds)
     return {VIDEO_KEYS[0]: clip, VIDEO_KEYS[1]: sync}
 

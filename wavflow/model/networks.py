@@ -129,9 +129,13 @@ class Conditions:
         """One clip's conditions repeated ``batch`` times, as views."""
         return self._map(lambda f: f.expand(batch, *f.shape[1:]))
 
-    def cat(self, other: Conditions) -> Conditions:
-        """The clips of both, which have the same token counts."""
-        return self._map(lambda mine, theirs: torch.cat((mine, theirs)), other)
+    def cat(self, *others: Conditions) -> Conditions:
+        """The clips of all, which have the same token counts."""
+        return self._map(lambda *all: torch.cat(all), *others)
+
+    def split(self) -> list[Conditions]:
+        """Those of each clip."""
+        return [self._map(lambda f, i=i: f[i : i + 1]) for i in range(len(self.clip_f))]
 
     def _map(self, function: Callable[..., Tensor], *others: Conditions) -> Conditions:
         shared = ("sync_tokens", "rope", "prepared")
