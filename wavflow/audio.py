@@ -167,11 +167,46 @@ def save_wav(path: str | os.PathLike[str], wave: Tensor | np.ndarray, rate: int)
     if not np.isfinite(wave).all():
         at = int(np.flatnonzero(~np.isfinite(wave))[0])
         raise InputError(f"{path}: sample {at} is {wave[at]}, wanted finite samples")
-    pcm = np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
     import soundfile
 
     with atomic_write(path) as file:
-        soundfile.write(file, pcm, rate, format=FORMATS[path.suffix.lower()], subtype="PCM_16")
+        soundfile.write(
+            file, _pcm(wave), rate, format=FORMATS[path.suffix.lower()], subtype="PCM_16"
+        )
+
+
+class WavWriter:
+    """Writes 16-bit PCM part by part; after every part the file is a whole one of what there is.
+
+    Args:
+        path: a .wav, replaced where it exists.
+        rate: in Hz.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], rate: int) -> None:
+        from wave import open as open_wave
+
+        self._file = open(path, "wb")
+        self._wave = open_wave(self._file, "wb")
+        self._wave.setparams((1, 2, rate, 0, "NONE", ""))
+        self._wave.writeframes(b"")
+
+    def write(self, part: Tensor) -> None:  # (t,)
+        """Appends samples, clipped beyond [-1, 1], and brings them to the disk."""
+        self._wave.writeframes(_pcm(part.detach().cpu().double().numpy()).tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> WavWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._wave.close()
+        self._file.close()
+
+
+def _pcm(wave: np.ndarray) -> np.ndarray:  # int16, little-endian
+    return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype("<i2")
 
 
 def mux(

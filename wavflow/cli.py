@@ -233,6 +233,33 @@ def generate(
     ] = None,
     loudness: Annotated[float, typer.Option(help="LUFS of the output.")] = -23.0,
     keep_loudness: Annotated[bool, typer.Option("--keep-loudness", help="As generated.")] = False,
+    window: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of the windows that a longer sound is made of, default as trained; 0 "
+            "makes any sound at once."
+        ),
+    ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="Seconds that neighbouring windows share; default a fifth of one."),
+    ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Write --out as it is made, in memory that stays; as generated."
+        ),
+    ] = False,
+    recording: Annotated[
+        Path | None, typer.Option(help="A sound to go on from, up to --seconds.")
+    ] = None,
+    gap: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Seconds from and to which --recording is replaced."),
+    ] = None,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Lead the sound's end into its beginning.")
+    ] = False,
     mux: Annotated[
         bool, typer.Option("--mux", help="Also write the video with the sound, as .mp4.")
     ] = False,
@@ -248,20 +275,35 @@ def generate(
     ] = "auto",
 ) -> None:
     """Generate sound for a caption, a video, both, or a table of them."""
+    from wavflow.audio import WavWriter, load_audio
     from wavflow.config import load_config
     from wavflow.features import guard
     from wavflow.infer import infer
     from wavflow.sampler import Sampler
+    from wavflow.sound import Sound
 
-    if (csv is None) == (caption is None and video is None):
+    given = [name for name, value in (("--caption", caption), ("--video", video)) if value]
+    if (csv is None) == (not given and recording is None):
         raise InputError("give --caption, --video or both, or --csv alone")
+    special = {"--stream": stream, "--recording": recording is not None, "--loop": loop}
+    asked = [name for name, is_asked in special.items() if is_asked]
+    if len(asked) > 1 or (asked and csv is not None):
+        others = " and ".join([*asked, *(["--csv"] if csv is not None else [])])
+        raise InputError(f"{others} do not go together")
+    if loop and (caption is None or video is not None):
+        raise InputError("--loop wants --caption, and no video")
+    if gap is not None and recording is None:
+        raise InputError("--gap wants --recording: what it is a gap of")
+    if stream and out.suffix.lower() != ".wav":
+        raise InputError(f"--out is {out}; wanted a .wav file with --stream")
     if csv is not None and negative_caption is not None:
         raise InputError("--negative-caption goes with --caption or --video, not with --csv")
     if format not in ("wav", "flac"):
         raise InputError(f"--format is {format!r}; wanted wav or flac")
     if mux and csv is None and video is None:
         raise InputError("--mux wants --video: what the sound goes into")
-    level = None if keep_loudness else loudness
+    # A recording's level stands; that of a stream is known at its end only.
+    level = None if keep_loudness or stream or recording is not None else loudness
     if video is not None:
         guard.start()
     sampler = Sampler.load(
@@ -275,10 +317,12 @@ def generate(
         "guidance_interval": guidance_interval,
         "guidance_rescale": guidance_rescale,
         "seconds": seconds,
+        "window": window,
+        "overlap": overlap,
         "batch_size": batch_size,
     }
-    with counter("generate") as progress:
-        if csv is not None:
+    if csv is not None:
+        with counter("generate") as progress:
             result = infer(
                 sampler,
                 csv,
@@ -291,23 +335,35 @@ def generate(
                 progress=progress,
                 **options,
             )
-        else:
-            if out.suffix.lower() not in (".wav", ".flac"):
-                raise InputError(f"--out is {out}; wanted a .wav or .flac file")
-            negative = None if negative_caption is None else [negative_caption]
-            (sound,) = sampler.generate(
-                [caption], [video], negative_captions=negative, seed=seed, **options
-            )
-    if csv is not None:
         _say(f"{result.out}: {result.done} generated, {result.failed} failed")
         _exit(result.done, result.failed, result.report)
-    else:
-        sound = sound if level is None else sound.loud(level)
+        return
+    if out.suffix.lower() not in (".wav", ".flac"):
+        raise InputError(f"--out is {out}; wanted a .wav or .flac file")
+    with counter("generate") as progress:
+        options |= {
+            "seed": seed,
+            "negative_caption": negative_caption,
+            "on_step": lambda step: step.total and progress(step.done, step.total),
+        }
+        if stream:
+            parts = sampler.stream(caption, video, **options)
+            with WavWriter(out, sampler.sample_rate) as file:
+                for part in parts:
+                    file.write(part.audio)
+            sound = Sound(load_audio(out, sampler.sample_rate), sampler.sample_rate)
+        elif recording is not None:
+            sound = sampler.complete(recording, caption, video, gap=gap, **options)
+        elif loop:
+            sound = sampler.loop(caption, **options)
+        else:
+            sound = sampler(caption, video, loudness=level, **options)
+    if not stream:
         sound.save(out)
-        _say(f"{out}: {sound.seconds:.2f} s at {sound.sample_rate} Hz")
-        if mux:
-            sound.save_video(video, out.with_suffix(".mp4"))
-            _say(str(out.with_suffix(".mp4")))
+    _say(f"{out}: {sound.seconds:.2f} s at {sound.sample_rate} Hz")
+    if mux:
+        sound.save_video(video, out.with_suffix(".mp4"))
+        _say(str(out.with_suffix(".mp4")))
 
 
 @app.command()

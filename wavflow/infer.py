@@ -20,9 +20,7 @@ from wavflow.errors import InputError
 from wavflow.files import working_in, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from wavflow.sampler import Sampler
+    from wavflow.sampler import Features, Sampler
     from wavflow.sound import Sound
 
 
@@ -139,7 +137,8 @@ class _Job:
 
     def settings(self, row: Row) -> dict[str, Any]:
         """Everything the row's sound depends on, but for rounding."""
-        given = {k: v for k, v in self.options.items() if k not in ("trim", "seconds")}
+        lengths = ("trim", "seconds", "window", "overlap")
+        given = {k: v for k, v in self.options.items() if k not in lengths}
         plan = asdict(self.sampler.plan(**given))
         seconds = self.options.get("seconds") or self.sampler.config.data.audio_duration
         return {
@@ -148,6 +147,8 @@ class _Job:
             "video": str(row.video_path) if row.video_exist else None,
             "seed": row_seed(self.seed, row.id),
             "seconds": seconds,
+            "window": self.options.get("window"),
+            "overlap": self.options.get("overlap"),
             "trim": self.options.get("trim", True),
             **plan,
             "guidance_interval": list(plan["guidance_interval"]),
@@ -178,13 +179,14 @@ class _Job:
         reason = "is there, made from something else; wanted --overwrite or another folder"
         return ReportRow(row.id, "failed", f"row {row.number}: {sound} {reason}")
 
-    def encode(self, row: Row) -> dict[str, Tensor] | str:
+    def encode(self, row: Row) -> Features | str:
         """The row's features, or why there are none."""
         try:
             return self.sampler.encode(
                 row.caption if row.text_exist else None,
                 row.video_path if row.video_exist else None,
                 self.options.get("seconds"),
+                window=self.options.get("window"),
             )
         except InputError as error:
             return f"row {row.number}: {error}"

@@ -196,6 +196,7 @@ class Sampler:
         caption: str | None = None,
         video: str | os.PathLike[str] | None = None,
         *,
+        negative_caption: str | None = None,
         loudness: float | None = -23.0,
         **options: Any,
     ) -> Sound:
@@ -203,6 +204,7 @@ class Sampler:
 
         Args:
             caption, video: what is heard and seen; at least one of them.
+            negative_caption: what guidance leads away from.
             loudness: LUFS of the sound, None leaves it as it was generated.
             options: `seconds`, `seed` and all of :meth:`generate_features`.
 
@@ -211,7 +213,9 @@ class Sampler:
         """
         if caption is None and video is None:
             raise InputError("nothing to generate: give a caption, a video or both")
-        (sound,) = self.generate([caption], [video], **options)
+        (sound,) = self.generate(
+            [caption], [video], negative_captions=[negative_caption], **options
+        )
         return sound if loudness is None else sound.loud(loudness)
 
     def generate(
