@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -279,6 +280,7 @@ def generate(
     from wavflow.config import load_config
     from wavflow.features import guard
     from wavflow.infer import infer
+    from wavflow.parallel import join
     from wavflow.sampler import Sampler
     from wavflow.sound import Sound
 
@@ -294,6 +296,8 @@ def generate(
         raise InputError("--loop wants --caption, and no video")
     if gap is not None and recording is None:
         raise InputError("--gap wants --recording: what it is a gap of")
+    if csv is None and out.suffix.lower() not in (".wav", ".flac"):
+        raise InputError(f"--out is {out}; wanted a .wav or .flac file")
     if stream and out.suffix.lower() != ".wav":
         raise InputError(f"--out is {out}; wanted a .wav file with --stream")
     if csv is not None and negative_caption is not None:
@@ -306,9 +310,6 @@ def generate(
     level = None if keep_loudness or stream or recording is not None else loudness
     if video is not None:
         guard.start()
-    sampler = Sampler.load(
-        checkpoint, device, dtype, ema, None if config is None else load_config(config), engine
-    )
     options = {
         "solver": solver,
         "steps": steps,
@@ -321,8 +322,19 @@ def generate(
         "overlap": overlap,
         "batch_size": batch_size,
     }
-    if csv is not None:
-        with counter("generate") as progress:
+    with join(device) as world, counter("generate") as progress:
+        if world.size > 1 and csv is not None:
+            raise InputError("--csv wants one process; several share the windows of one sound")
+        sampler = Sampler.load(
+            checkpoint,
+            str(world.device),
+            dtype,
+            ema,
+            None if config is None else load_config(config),
+            engine,
+            world,
+        )
+        if csv is not None:
             result = infer(
                 sampler,
                 csv,
@@ -335,35 +347,34 @@ def generate(
                 progress=progress,
                 **options,
             )
+        else:
+            if world.is_main:
+                options["on_step"] = lambda step: step.total and progress(step.done, step.total)
+            options |= {"seed": seed, "negative_caption": negative_caption}
+            if stream:
+                writer = WavWriter(out, sampler.sample_rate) if world.is_main else nullcontext()
+                with writer as file:
+                    for part in sampler.stream(caption, video, **options):
+                        if file is not None:
+                            file.write(part.audio)
+            elif recording is not None:
+                sound = sampler.complete(recording, caption, video, gap=gap, **options)
+            elif loop:
+                sound = sampler.loop(caption, **options)
+            else:
+                sound = sampler(caption, video, loudness=level, **options)
+    if csv is not None:
         _say(f"{result.out}: {result.done} generated, {result.failed} failed")
         _exit(result.done, result.failed, result.report)
-        return
-    if out.suffix.lower() not in (".wav", ".flac"):
-        raise InputError(f"--out is {out}; wanted a .wav or .flac file")
-    with counter("generate") as progress:
-        options |= {
-            "seed": seed,
-            "negative_caption": negative_caption,
-            "on_step": lambda step: step.total and progress(step.done, step.total),
-        }
+    elif world.is_main:
         if stream:
-            parts = sampler.stream(caption, video, **options)
-            with WavWriter(out, sampler.sample_rate) as file:
-                for part in parts:
-                    file.write(part.audio)
             sound = Sound(load_audio(out, sampler.sample_rate), sampler.sample_rate)
-        elif recording is not None:
-            sound = sampler.complete(recording, caption, video, gap=gap, **options)
-        elif loop:
-            sound = sampler.loop(caption, **options)
         else:
-            sound = sampler(caption, video, loudness=level, **options)
-    if not stream:
-        sound.save(out)
-    _say(f"{out}: {sound.seconds:.2f} s at {sound.sample_rate} Hz")
-    if mux:
-        sound.save_video(video, out.with_suffix(".mp4"))
-        _say(str(out.with_suffix(".mp4")))
+            sound.save(out)
+        _say(f"{out}: {sound.seconds:.2f} s at {sound.sample_rate} Hz")
+        if mux:
+            sound.save_video(video, out.with_suffix(".mp4"))
+            _say(str(out.with_suffix(".mp4")))
 
 
 @app.command()

@@ -286,7 +286,8 @@ class _Run:
         if sound.known is not None:
             mask = sound.known.mask[tokens, None]
             truth = sound.known.tokens[tokens]
-            truth = truth if sound.prediction == "x" else (truth - x) / rest
+            if sound.prediction == "v":
+                truth = truth - sound.noise(tokens.start, len(truth))
             predicted = torch.where(mask, truth, predicted)
         clean = predicted if sound.prediction == "x" else x + rest * predicted
         index = torch.tensor([row], device=state.device)
