@@ -15,7 +15,8 @@ from pathlib import Path
 from threading import Event
 
 from wavflow.errors import Cancelled, InputError
-from wavflow.sampler import Plan, Sampler, Step
+from wavflow.plan import Plan, Step
+from wavflow.sampler import Sampler
 from wavflow.sound import Sound
 
 log = logging.getLogger("wavflow")
