@@ -303,7 +303,15 @@ class Sampler:
         """
         if caption is None and video is None:
             raise InputError("nothing to generate: give a caption, a video or both")
-        sound, parts = self._single(caption, video, whole=False, **options)
+        return self._streamed(*self._single(caption, video, whole=False, **options))
+
+    def stream_features(self, features: Features, **options: Any) -> Iterator[Sound]:
+        """:meth:`stream` from features, as :meth:`generate_features` takes them for one sound."""
+        return self._streamed(*self._single(features=features, whole=False, **options))
+
+    def _streamed(
+        self, sound: LongSound, parts: Callable[[LongSound, int | None], Iterator[Tensor]]
+    ) -> Iterator[Sound]:
         left = sound.samples
 
         def run() -> Iterator[Sound]:
@@ -384,9 +392,10 @@ class Sampler:
 
     def _single(
         self,
-        caption: str | None,
-        video: str | os.PathLike[str] | None,
+        caption: str | None = None,
+        video: str | os.PathLike[str] | None = None,
         *,
+        features: Features | None = None,
         seconds: float | None = None,
         seed: int = 0,
         negative_caption: str | None = None,
@@ -403,7 +412,8 @@ class Sampler:
         """A sound of windows, of one if it is no longer, and what makes it in groups."""
         (seconds,) = self._seconds(seconds, 1)
         plan = self.plan(**options)
-        features = self.encode(caption, video, seconds, negative_caption, window)
+        if features is None:
+            features = self.encode(caption, video, seconds, negative_caption, window)
         if not isinstance(features, Scene):
             self._check(0, features, self._sizes(seconds))
         length = window if loop and window else self._window(seconds, window) or seconds
