@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wavflow_kernels.ops.rope_attention import norm_rope, visible
+from wavflow_kernels._window import Window, visible
+from wavflow_kernels.ops.rope_attention import norm_rope, pairs
 
 Calls = dict[str, Callable[[], object]]
 
@@ -37,7 +38,7 @@ def reference_bytes(name: str, *args: Any) -> int:
         return 0
     forward = name == "rope_attention"
     q, k = args[:2] if forward else args[1:3]
-    scores = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]  # float32
+    scores = 4 * q.shape[0] * q.shape[1] * pairs(q.shape[2], k.shape[2], *args[-3:])  # float32
     return scores * (4 if forward else 8)
 
 
@@ -54,13 +55,16 @@ def _rope_attention(
     rope: Tensor | None,
     window: int,
     local: int,
+    spread: int,
 ) -> Calls:
     """Each attention kernel of torch and flash-attn, behind the norm and RoPE it needs, compiled.
 
-    The mask of a window is made beforehand; flash kernels take none, and are left out then.
+    The mask of a window, of all pairs, is made beforehand; flash kernels of GPUs take none, and are
+    left out then.
     """
     prepare = norm_rope if q_weight is None else torch.compile(norm_rope, dynamic=False)
-    mask = visible(q.shape[2], k.shape[2], window, local, q.device)
+    rows, cols = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+    mask = visible(rows, cols, Window(window, local, spread)) if window >= 0 else None
 
     def ready() -> tuple[Tensor, Tensor]:
         return prepare(q, q_weight, rope).to(v.dtype), prepare(k, k_weight, rope).to(v.dtype)
@@ -77,7 +81,7 @@ def _rope_attention(
     if q.device.type == "cuda":
         calls["cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
         calls["efficient"] = sdpa(SDPBackend.EFFICIENT_ATTENTION)
-    if mask is None:
+    if mask is None or q.device.type == "cpu":
         calls["flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
         if q.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
             from flash_attn import flash_attn_func

@@ -11,10 +11,11 @@ struct Heads {
   int64_t b, h, n;  // strides in elements
 };
 
-// Which keys a query sees: those at most `window` away among the first `local` tokens, and all that
-// are later; a later query sees all. window < 0: all see all.
+// Which tokens see each other: those at most `window` apart, where the first `local` stand at 0, 1, 2
+// and so on, and the next `spread` evenly over the same time. Later ones see, and are seen by, all.
+// window < 0: all see all.
 struct AttentionMask {
-  int64_t window, local;
+  int64_t window, local, spread;
 };
 
 struct RopeAttentionArgs {

@@ -175,7 +175,7 @@ def test_the_command_line_writes_its_rows(
 
 @pytest.mark.parametrize(
     ("name", "samples"),
-    [("rope_attention", 1), ("conv_swiglu", 1), ("conv1d", 1), ("prepared_conv", 8)],
+    [("rope_attention", 10), ("conv_swiglu", 1), ("conv1d", 1), ("prepared_conv", 8)],
 )
 def test_peers_compute_what_the_op_computes(name: str, samples: int) -> None:
     op = REGISTRY[name]

@@ -107,6 +107,23 @@ def test_kept_graphs_are_bounded_and_the_oldest_goes(graphs):
         assert len(replayed._kept) <= 2
 
 
+def test_a_graph_is_of_one_window(graphs):
+    model, noise, table, *_ = problem()
+    _, *features, _ = inputs(model, 2)
+    replayed, recorder = graphs(model)
+    ends = []
+    for window, captured in ((None, 1), (3, 2), (4, 3), (3, 3)):
+        model.update_attention(window, "linear")
+        with torch.inference_mode():
+            given = model.preprocess_conditions(*features), model.get_empty_conditions(2)
+        made = replayed.solve(noise, table, *given)
+        wanted = by_solve(model, noise, table, *given)
+        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+        assert recorder.captured == captured
+        ends.append(made)
+    assert torch.equal(ends[1], ends[3]) and not torch.allclose(ends[1], ends[2], rtol=1e-3)
+
+
 def test_a_failed_capture_is_logged_and_compiled(monkeypatch, graphs, caplog):
     model, *given = problem(method="euler")
 

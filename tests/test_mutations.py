@@ -271,6 +271,9 @@ MUTATIONS = {
     ("rope_attention", "one local token fewer"): variant(
         rope_attention.reference, a7=lambda local: max(local - 1, 0)
     ),
+    ("rope_attention", "one spread token fewer"): variant(
+        rope_attention.reference, a8=lambda spread: max(spread - 1, 0)
+    ),
     ("rope_attention", "rotation the other way"): variant(
         rope_attention.reference, a5=conjugate_rotation
     ),
@@ -284,6 +287,9 @@ MUTATIONS = {
     ),
     ("rope_attention_backward", "window one wider"): variant(
         rope_attention.BACKWARD.reference, a6=lambda w: w + 1 if w >= 0 else w
+    ),
+    ("rope_attention_backward", "one spread token fewer"): variant(
+        rope_attention.BACKWARD.reference, a8=lambda spread: max(spread - 1, 0)
     ),
 }
 

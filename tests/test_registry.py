@@ -328,14 +328,17 @@ BAD_CALLS = {
     "rope_attention: q has 5 tokens, k only 4": lambda: wk.rope_attention(
         Q, Q[:, :, 1:], Q[:, :, 1:]
     ),
-    "rope_attention: window must be at least 0, got -1": lambda: wk.rope_attention(
-        Q, Q, Q, window=-1
+    "rope_attention: the window's size must be at least 0, got -1": lambda: wk.rope_attention(
+        Q, Q, Q, window=wk.Window(-1, 5)
     ),
-    "rope_attention: window must be at least 0, got -2": lambda: wk.rope_attention(
-        Q, Q, Q, window=-2
+    "rope_attention: local must lie in [1, 5], got 6": lambda: wk.rope_attention(
+        Q, Q, Q, window=wk.Window(1, 6)
     ),
-    "rope_attention: local must lie in [0, 5], got 6": lambda: wk.rope_attention(
-        Q, Q, Q, window=1, local=6
+    "rope_attention: spread must lie in [0, 2], got 3": lambda: wk.rope_attention(
+        Q, Q, Q, window=wk.Window(1, 3, 3)
+    ),
+    "rope_attention: local must lie in [1, 5], got 0": lambda: wk.rope_attention(
+        Q, Q, Q, window=wk.Window(1, 0)
     ),
 }
 

@@ -12,10 +12,12 @@ from numerics import relative
 from torch import Tensor
 
 import wavflow_kernels as wk
-from wavflow_kernels import _backend
+from wavflow_kernels import Window, _backend
 from wavflow_kernels.ops import rope_attention as ops
 
 BACKEND = st.sampled_from(["cpp", "reference"] if _backend.C is not None else ["reference"])
+WINDOWS = ["reference", "library", *([] if _backend.C is None else ["cpp"])]
+WINDOWED = st.sampled_from(WINDOWS)
 DTYPE = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 HALF_DIM = st.integers(1, 40)
 # Past the blocks of the compiled kernels: 48 queries and 256 keys forward, 96 and 192 backward.
@@ -76,13 +78,79 @@ def test_property_norm_forgets_the_level_and_rope_the_start(
     assert relative(later, out) < 1e-11
 
 
-@given(n=LENGTH, window=st.integers(0, 300), backend=BACKEND)
-def test_property_a_window_over_nothing_is_none(n: int, window: int, backend: str) -> None:
+@given(n=LENGTH, spread=st.integers(0, 40), backend=WINDOWED)
+def test_property_a_window_as_long_as_all_is_none(n: int, spread: int, backend: str) -> None:
     q, k, v = qkv(1, 1, n, n, 8, torch.float32)
+    spread = min(spread, n - 1)
     with wk.use_backend(backend):
         out = wk.rope_attention(q, k, v)
-        assert torch.equal(wk.rope_attention(q, k, v, window=window, local=0), out)
-        assert relative(wk.rope_attention(q, k, v, window=n), out) < 1e-6
+        everything = wk.rope_attention(q, k, v, window=Window(n, n - spread, spread))
+    assert relative(everything, out) < 1e-6
+
+
+@given(
+    local=st.integers(1, 330),
+    spread=st.integers(0, 90),
+    rest=st.integers(0, 20),
+    size=st.integers(0, 340),
+    alone=st.booleans(),
+    half=st.integers(1, 8),
+    backend=WINDOWED,
+)
+def test_property_a_window_is_a_masked_softmax(
+    local: int, spread: int, rest: int, size: int, alone: bool, half: int, backend: str
+) -> None:
+    """Values and gradients of all tokens or the first stream's, against all scores in float64."""
+    n, unit = local + spread + rest, max(spread, 1)
+    nq = local if alone else n
+    clock = torch.cat((torch.arange(local) * unit, torch.arange(spread) * local))
+    hidden = torch.zeros(n, n, dtype=torch.bool)
+    hidden[: len(clock), : len(clock)] = (clock[:, None] - clock).abs() > size * unit
+    inputs = [x.requires_grad_() for x in qkv(2, 1, nq, n, 2 * half, torch.float64)]
+    q, k, v = inputs
+    scores = (q @ k.transpose(-2, -1) * (2 * half) ** -0.5).masked_fill(hidden[:nq], -torch.inf)
+    wanted = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    grad = normal(*wanted.shape, dtype=torch.float64, seed=4)
+    with wk.use_backend(backend):
+        out = wk.rope_attention(q, k, v, window=Window(size, local, spread))
+    for found, right in zip(
+        (out, *torch.autograd.grad(out, inputs, grad)),
+        (wanted, *torch.autograd.grad(wanted, inputs, grad)),
+        strict=True,
+    ):
+        assert (found - right).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("backend", WINDOWS)
+def test_what_a_token_sees(backend: str) -> None:
+    """Six tokens, four over the same time at 0, 1.5, 3 and 4.5, and one without a place."""
+    seen = {
+        0: "110000 1000",
+        1: "111000 1100",
+        2: "011100 0110",
+        5: "000011 0001",
+        6: "110000 1000",
+        7: "011000 0100",
+        8: "001110 0010",
+        9: "000011 0001",
+        10: "111111 1111",
+    }
+    v = torch.eye(11)[None, None, :, :10]
+    zero = torch.zeros_like(v)
+    with wk.use_backend(backend):
+        (out,) = wk.rope_attention(zero, zero, v, window=Window(1, local=6, spread=4))
+    for token, wanted in seen.items():
+        bits = "".join(str(int(weight > 0)) for weight in out[token])
+        assert bits == wanted.replace(" ", ""), token
+
+
+@pytest.mark.parametrize("backend", ["reference", "library"])
+def test_long_windows_hold_nothing_square(backend: str) -> None:
+    """Scores of 20,000 tokens squared are 1.6 GB; a thousand keys for each take 80 MB."""
+    q, k, v = qkv(1, 1, 20000, 20100, 8, torch.float32)
+    with wk.use_backend(backend), torch.profiler.profile(profile_memory=True) as held:
+        wk.rope_attention(q, k, v, window=Window(300, 20000, 50))
+    assert max(e.cpu_memory_usage for e in held.events()) < 100e6
 
 
 def results(backend: str, args: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
@@ -100,7 +168,8 @@ def results(backend: str, args: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
     fewer=st.integers(0, 299),
     half=HALF_DIM,
     window=st.integers(-1, 120),
-    local=st.integers(0, 300),
+    local=st.integers(1, 300),
+    spread=st.integers(0, 300),
     norm=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float64, torch.bfloat16, torch.float32]),
 )
@@ -111,6 +180,7 @@ def test_property_blocks_of_any_size_give_the_mathematics(
     half: int,
     window: int,
     local: int,
+    spread: int,
     norm: bool,
     dtype: torch.dtype,
 ) -> None:
@@ -120,7 +190,8 @@ def test_property_blocks_of_any_size_give_the_mathematics(
     extra: list[Tensor | None] = [None] * 3
     if norm:
         extra = [normal(d, dtype=wide), normal(d, dtype=wide, seed=3), rotations(n, d, wide)]
-    args = (q, k, v, *extra, window, min(local, n))
+    local = min(local, n)
+    args = (q, k, v, *extra, window, local, min(spread, n - local))
     grad = normal(heads[0], nq, heads[1] * d, seed=4, dtype=dtype)
     exact = tuple(x.double() if isinstance(x, Tensor) else x for x in args)
     found, truth = results("cpp", args, grad), results("reference", exact, grad)
@@ -136,7 +207,7 @@ def test_property_one_token_has_nothing_to_choose(dtype: torch.dtype, backend: s
     """The output is its value, and the gradients of q and k vanish but for rounding."""
     q, k, v = qkv(3, 2, 1, 1, 16, dtype)
     grad = normal(3, 1, 32, seed=4, dtype=dtype)
-    out, d_q, d_k, d_v = results(backend, (q, k, v, None, None, None, -1, 0), grad)
+    out, d_q, d_k, d_v = results(backend, (q, k, v, None, None, None, -1, 0, 0), grad)
     assert torch.equal(out, v.transpose(1, 2).flatten(2))
     assert torch.equal(d_v.transpose(1, 2).flatten(2), grad)
     for d_x in (d_q, d_k):
@@ -155,9 +226,9 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
         runs = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            runs.append(results("cpp", (q, k, v, None, None, None, 40, 250), grad))
+            runs.append(results("cpp", (q, k, v, None, None, None, 40, 250, 20), grad))
             with wk.use_backend("cpp"):
-                runs[-1] += ops.OP(q, k, v, *extra, -1, 0)
+                runs[-1] += ops.OP(q, k, v, *extra, -1, 0, 0)
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:
@@ -202,7 +273,7 @@ def test_scores_of_any_size(dtype: torch.dtype) -> None:
 @pytest.mark.compiled
 def test_wide_heads() -> None:
     q, k, v = qkv(1, 1, 70, 90, 600, torch.float64)
-    args = (q, k, v, None, None, None, -1, 0)
+    args = (q, k, v, None, None, None, -1, 0, 0)
     grad = normal(1, 70, 600, dtype=torch.float64)
     for a, t in zip(results("cpp", args, grad), results("reference", args, grad), strict=True):
         assert relative(a, t) < 1e-12

@@ -28,6 +28,9 @@ def build_model(config: Config, empty_string_feat: Tensor | None = None) -> Wavf
         for name in ("hidden_dim", "depth", "fused_depth", "num_heads", "mlp_ratio")
         if getattr(model, name) is not None
     }
+    window = model.attention_window
+    if window is not None:
+        window = max(round(window * data.target_sample_rate / data.audio_dim), 1)
     sizes = dataclasses.replace(
         PRESETS[model.name],
         latent_dim=data.audio_dim,
@@ -38,6 +41,8 @@ def build_model(config: Config, empty_string_feat: Tensor | None = None) -> Wavf
         sync_dim=data.sync_dim,
         text_seq_len=data.text_seq_len,
         text_dim=data.text_dim,
+        attention_window=window,
+        rope_scaling=model.rope_scaling,
         **own,
     )
     return WavflowModel(

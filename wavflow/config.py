@@ -36,6 +36,8 @@ def _over(default: float | None, low: float, *, equal: bool = False) -> Any:
 class ModelConfig:
     """Which network and which encoders. A size left at null is the named preset's.
 
+    `attention_window` is how many seconds away a sound may be to be attended to, null for any
+    number; `rope_scaling` is of clips longer than in training (`wavflow.model.embeddings`).
     `clip_pretrained` is open_clip's name of weights or a file of them; `synchformer_ckpt` a file,
     null for the public one.
     """
@@ -46,6 +48,8 @@ class ModelConfig:
     fused_depth: int | None = _over(None, 0, equal=True)
     num_heads: int | None = _over(None, 0)
     mlp_ratio: float | None = _over(None, 0)
+    attention_window: float | None = _over(None, 0)
+    rope_scaling: str = _one_of("none", "linear", "ntk")
     encoders: str = "clip_synchformer"
     ckpt_path: str | None = None
     use_ema: bool | str = True

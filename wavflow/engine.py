@@ -63,8 +63,8 @@ class Engine:
     - ``eager``: the network's operations one by one.
     - ``graph``: a step is captured once as a CUDA graph and replayed: the table, the row's number,
       the state and the conditions lie on the device at fixed places, so that one graph serves
-      every step, solver and clip of one batch size and length; a step without guidance has one of
-      its own. The last `limit` batch sizes and lengths are kept.
+      every step, solver and clip of one batch size, length and window; a step without guidance has
+      one of its own. The last `limit` of them are kept.
     - ``compile``: the step by ``torch.compile``, for the kinds of GPU code that cannot be captured.
     - ``auto``: ``graph`` on a GPU, else ``eager``. If a capture fails, the reason is logged and
       ``compile`` takes over for good.
@@ -193,7 +193,10 @@ class Engine:
         rows = -(-len(table) // TABLE_ROWS) * TABLE_ROWS
         room = F.pad(table, (0, 0, 0, rows - len(table)))
         lengths = tuple(len(f) for f in (conditions.rope, conditions.sync_tokens.index))
-        key = (noise.shape, noise.dtype, lengths, room.shape, empty is None, rescale)
+        key = (
+            *(noise.shape, noise.dtype, lengths, conditions.window),
+            *(room.shape, empty is None, rescale),
+        )
         steps = self._kept.pop(key, None)
         if steps is None:
             while len(self._kept) >= self.limit:

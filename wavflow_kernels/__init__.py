@@ -6,6 +6,7 @@ Public functions only. Every one takes torch tensors, runs on CPU and CUDA, and 
 
 from ._backend import BackendError, use_backend
 from ._registry import REGISTRY
+from ._window import Window
 from .ops.adaln import TokenRows, adaln, token_rows
 from .ops.conv1d import conv1d
 from .ops.conv_swiglu import conv_swiglu
@@ -25,6 +26,7 @@ __all__ = [
     "BackendError",
     "PreparedConv",
     "TokenRows",
+    "Window",
     "adaln",
     "conv1d",
     "conv_swiglu",

@@ -65,27 +65,54 @@ Buffer allocate(int64_t bytes) {
   return Buffer(static_cast<char*>(::operator new(size_t(bytes), std::align_val_t(64))));
 }
 
-// Ranges of columns, in whole tiles, that hold all the columns which rows [begin, end) see.
+// Ranges of columns: of the first stream, of the spread one, and of all that follow.
+constexpr int kParts = 3;
 struct Ranges {
-  int64_t begin[2], end[2];
+  int64_t begin[kParts], end[kParts];
 };
-WF_HD Ranges seen(int64_t begin, int64_t end, int64_t columns, AttentionMask mask, int64_t tile) {
-  const int64_t all = round_up(columns, tile);
-  if (mask.window < 0 || end > mask.local) return {{0, all}, {all, all}};
-  const int64_t first = std::max<int64_t>(begin - mask.window, 0) / tile * tile;
-  const int64_t last = std::min(round_up(std::min(end + mask.window, mask.local), tile), all);
-  const int64_t later = std::min(std::max(mask.local / tile * tile, last), all);
-  return {{first, later}, {last, all}};
+
+// The columns of `columns` that rows [first, last] see some of; one row's are those it sees.
+WF_HD Ranges seen(int64_t first, int64_t last, int64_t columns, AttentionMask mask) {
+  const int64_t local = mask.local, paced = local + mask.spread;
+  if (mask.window < 0 || last >= paced || (first < local && last >= local))
+    return {{0, columns, columns}, {columns, columns, columns}};
+  // Places on the clock, `unit` to a token of the first stream.
+  const int64_t unit = std::max<int64_t>(mask.spread, 1), reach = mask.window * unit;
+  const int64_t step = first < local ? unit : local, from = first < local ? 0 : local;
+  const int64_t low = std::max<int64_t>((first - from) * step - reach, 0);
+  const int64_t high = (last - from) * step + reach;
+  const int64_t begin = std::min((low + unit - 1) / unit, local);
+  const int64_t end = std::min(high / unit + 1, local);
+  const int64_t spread = local + std::min((low + local - 1) / local, mask.spread);
+  const int64_t spread_end = local + std::min(high / local + 1, mask.spread);
+  return {{std::min(begin, columns), std::min(spread, columns), std::min(paced, columns)},
+          {std::min(end, columns), std::min(spread_end, columns), columns}};
+}
+
+// The same in whole tiles, in order and none twice.
+WF_HD Ranges visits(int64_t first, int64_t last, int64_t columns, AttentionMask mask,
+                    int64_t tile) {
+  Ranges ranges = seen(first, last, columns, mask);
+  int64_t done = 0;
+  for (int part = 0; part < kParts; ++part) {
+    int64_t &begin = ranges.begin[part], &end = ranges.end[part];
+    end = begin < end ? std::max(round_up(end, tile), done) : done;
+    begin = std::min(std::max(begin / tile * tile, done), end);
+    done = end;
+  }
+  return ranges;
 }
 
 // Sets the scores of columns [begin, end) that row i does not see to minus infinity.
 template <class A>
 WF_HD void hide(A* scores, int64_t i, int64_t begin, int64_t end, AttentionMask mask) {
-  if (mask.window < 0 || i >= mask.local) return;
-  const int64_t local = std::min(mask.local, end);
-  for (int64_t j = begin; j < std::min(i - mask.window, local); ++j) scores[j - begin] = -INFINITY;
-  for (int64_t j = std::max(i + mask.window + 1, begin); j < local; ++j)
-    scores[j - begin] = -INFINITY;
+  if (mask.window < 0) return;
+  const Ranges ranges = seen(i, i, end, mask);
+  int64_t done = begin;
+  for (int part = 0; part < kParts; ++part) {
+    for (int64_t j = done; j < ranges.begin[part]; ++j) scores[j - begin] = -INFINITY;
+    done = std::max(ranges.end[part], done);
+  }
 }
 
 // Attention of elements T in instruction set I.
@@ -282,8 +309,8 @@ struct Attention {
     std::fill(at.top, at.top + rows, -A(INFINITY));
     const A root = A(1) / square_root(A(d)), scale = root * A(1.4426950408889634);
     const typename S::Exp2 exp2(scale);
-    const Ranges ranges = seen(begin, end, a.n, a.mask, kTile);
-    for (int part = 0; part < 2; ++part)
+    const Ranges ranges = visits(begin, end - 1, a.n, a.mask, kTile);
+    for (int part = 0; part < kParts; ++part)
       for (int64_t j = ranges.begin[part]; j < ranges.end[part]; j += kKeys) {
         const int64_t columns = std::min(kKeys, ranges.end[part] - j);
         for (int64_t r = 0; r < rows; r += kRows) {
@@ -440,8 +467,8 @@ struct Attention {
     std::fill(at.d_v, at.d_v + rows * width, A(0));
     const A root = A(1) / square_root(A(d)), scale = root * A(1.4426950408889634);
     const typename S::Exp2 exp2(scale);
-    const Ranges ranges = seen(begin, end, a.nq, a.mask, kTile);
-    for (int part = 0; part < 2; ++part)
+    const Ranges ranges = visits(begin, end - 1, a.nq, a.mask, kTile);
+    for (int part = 0; part < kParts; ++part)
       for (int64_t i = ranges.begin[part]; i < ranges.end[part]; i += kBackQueries) {
         const int64_t columns = std::min(kBackQueries, ranges.end[part] - i);
         for (int64_t r = 0; r < rows; r += kRows) {
@@ -573,12 +600,13 @@ WAVFLOW_BIND(m) {
       "rope_attention",
       [=](Target target, int dtype, uintptr_t q, Strides q_strides, uintptr_t k, Strides k_strides,
           uintptr_t v, Strides v_strides, uintptr_t q_weight, uintptr_t k_weight, uintptr_t rope,
-          uintptr_t out, uintptr_t lse, std::array<int64_t, 5> sizes, int64_t window,
-          int64_t local) {
+          uintptr_t out, uintptr_t lse, std::array<int64_t, 5> sizes,
+          std::array<int64_t, 3> window) {
         rope_attention_cpu({target, DType(dtype), heads(q, q_strides), heads(k, k_strides),
                             heads(v, v_strides), pointer<void>(q_weight), pointer<void>(k_weight),
                             pointer<void>(rope), pointer<void>(out), pointer<void>(lse), sizes[0],
-                            sizes[1], sizes[2], sizes[3], sizes[4], {window, local}});
+                            sizes[1], sizes[2], sizes[3], sizes[4],
+                            {window[0], window[1], window[2]}});
       },
       pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def(
@@ -586,12 +614,12 @@ WAVFLOW_BIND(m) {
       [=](Target target, int dtype, uintptr_t grad, Strides grad_strides, uintptr_t q,
           Strides q_strides, uintptr_t k, Strides k_strides, uintptr_t v, Strides v_strides,
           uintptr_t out, Strides out_strides, uintptr_t lse, uintptr_t d_q, uintptr_t d_k,
-          uintptr_t d_v, std::array<int64_t, 5> sizes, int64_t window, int64_t local) {
+          uintptr_t d_v, std::array<int64_t, 5> sizes, std::array<int64_t, 3> window) {
         rope_attention_backward_cpu(
             {target, DType(dtype), heads(grad, grad_strides), heads(q, q_strides),
              heads(k, k_strides), heads(v, v_strides), heads(out, out_strides), pointer<void>(lse),
              pointer<void>(d_q), pointer<void>(d_k), pointer<void>(d_v), sizes[0], sizes[1],
-             sizes[2], sizes[3], sizes[4], {window, local}});
+             sizes[2], sizes[3], sizes[4], {window[0], window[1], window[2]}});
       },
       pybind11::call_guard<pybind11::gil_scoped_release>());
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import wavflow_kernels as wk
-from wavflow_kernels import PreparedConv, TokenRows
+from wavflow_kernels import PreparedConv, TokenRows, Window
 
 # RMSNorm's eps is float32's machine epsilon whatever the input's dtype.
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
@@ -204,19 +204,24 @@ class TransformerBlock(nn.Module):
         x, h = stream.adaln(shift2, scale2, tokens)
         return Stream(x, self.ffn(h), gate2, tokens)
 
-    def forward(self, stream: Stream, c: Conditioning, rope: Tensor) -> Stream:
+    def forward(
+        self, stream: Stream, c: Conditioning, rope: Tensor, window: Window | None
+    ) -> Stream:
         """The block on its own: self-attention over its tokens."""
         entered = self.enter(stream, c)
-        (attended,) = attention([self.attn], [entered.projected], rope)
+        (attended,) = attention([self.attn], [entered.projected], rope, window)
         return self.leave(entered, attended)
 
 
 def attention(
-    inputs: Sequence[AttentionInput], projected: Sequence[Tensor], rope: Tensor
+    inputs: Sequence[AttentionInput],
+    projected: Sequence[Tensor],
+    rope: Tensor,
+    window: Window | None,
 ) -> tuple[Tensor, ...]:
     """Joint attention of the streams, (b n 3c) or (b n 2c) each -> (b n c) of those with queries.
 
-    rope: (tokens of all streams, head_dim) rotations.
+    rope: (tokens of all streams, head_dim) rotations; window: over the tokens of all streams.
     """
     q, k, v = wk.qkv_rope(
         projected,
@@ -227,7 +232,7 @@ def attention(
     )
     dim = v.shape[1] * v.shape[3]
     lengths = [p.shape[1] for p in projected if p.shape[2] == 3 * dim]
-    return wk.rope_attention(q, k, v).split(lengths, dim=1)
+    return wk.rope_attention(q, k, v, window=window).split(lengths, dim=1)
 
 
 class JointBlock(nn.Module):
@@ -251,6 +256,7 @@ class JointBlock(nn.Module):
         latent_c: Conditioning,
         global_c: Conditioning,
         rope: Tensor,
+        window: Window | None,
     ) -> tuple[Stream, ...]:
         """The streams that go on: all three, or the audio alone from a ``pre_only`` block."""
         blocks = (self.latent_block, self.clip_block, self.text_block)
@@ -260,7 +266,8 @@ class JointBlock(nn.Module):
                 blocks, (latent, clip, text), (latent_c, global_c, global_c), strict=True
             )
         ]
-        attended = attention([b.attn for b in blocks], [e.projected for e in entered], rope)
+        projected = [e.projected for e in entered]
+        attended = attention([b.attn for b in blocks], projected, rope, window)
         return tuple(
             block.leave(e, a) for block, e, a in zip(blocks, entered, attended, strict=False)
         )

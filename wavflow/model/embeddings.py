@@ -1,4 +1,4 @@
-"""Timestep embedding."""
+"""Timestep embedding, and rotary positions beyond the lengths of training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 FREQUENCY_BASE = 10000.0
 TIMESTEP_FEATURES = 256
+ROPE_SCALINGS = ("none", "linear", "ntk")
 
 
 def timestep_features(t: Tensor) -> Tensor:  # (b) -> (b 256)
@@ -30,3 +31,21 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         with torch.autocast(t.device.type, enabled=False):
             return self.mlp(timestep_features(t).to(self.mlp[0].weight.dtype))
+
+
+def rope_scale(scaling: str, stretch: float, head_dim: int) -> tuple[float, float]:
+    """Distance of two tokens and base of the frequencies, for a clip longer than in training.
+
+    Args:
+        scaling: "linear" squeezes the positions into those of training (position interpolation,
+            arXiv 2306.15595). "ntk" raises the base so that the slowest frequency turns as far as
+            it did in training, and the fastest as fast (arXiv 2309.00071, section 3.1). "none"
+            goes on with the positions of training.
+        stretch: the clip's length over that of training; up to 1 nothing is scaled.
+        head_dim: channels of a head; more than 2 for "ntk".
+    """
+    if scaling == "none" or stretch <= 1:
+        return 1.0, FREQUENCY_BASE
+    if scaling == "linear":
+        return 1 / stretch, FREQUENCY_BASE
+    return 1.0, FREQUENCY_BASE * stretch ** (head_dim / (head_dim - 2))

@@ -21,10 +21,10 @@ from wavflow.model.blocks import (
     TokenLinear,
     TransformerBlock,
 )
-from wavflow.model.embeddings import TimestepEmbedding
+from wavflow.model.embeddings import ROPE_SCALINGS, TimestepEmbedding, rope_scale
 from wavflow.model.inference import PreparedNetwork
 from wavflow.model.shapes import check_shape
-from wavflow_kernels import TokenRows, rope_table
+from wavflow_kernels import TokenRows, Window, rope_table
 
 # One segment of sync features is 8 tokens; their positions inside it have a learned embedding.
 SYNC_SEGMENT = 8
@@ -34,7 +34,13 @@ IGNORED_KEYS = frozenset({"t_embed.freqs", "latent_rot", "clip_rot"})
 
 @dataclass(frozen=True)
 class WavflowConfig:
-    """Sizes of a network. Sequence lengths are those of one clip; ``latent_dim`` is in samples."""
+    """Sizes of a network. Sequence lengths are those of one clip; ``latent_dim`` is in samples.
+
+    ``attention_window`` is how many audio tokens away a token may be to be seen, None: any number.
+    Clip tokens have places among the audio tokens; text tokens see and are seen by all, so that
+    what they hear is of the whole clip. ``rope_scaling`` is of clips longer than in training
+    (:func:`wavflow.model.embeddings.rope_scale`).
+    """
 
     latent_dim: int = 200
     clip_dim: int = 1024
@@ -49,6 +55,8 @@ class WavflowConfig:
     clip_seq_len: int = 64
     sync_seq_len: int = 192
     text_seq_len: int = 77
+    attention_window: int | None = None
+    rope_scaling: str = "none"
 
     def __post_init__(self) -> None:
         if self.hidden_dim % (2 * self.num_heads):
@@ -65,6 +73,14 @@ class WavflowConfig:
             raise ValueError(
                 f"sync_seq_len is {self.sync_seq_len}, wanted a multiple of {SYNC_SEGMENT}"
             )
+        if self.attention_window is not None and self.attention_window < 0:
+            raise ValueError(f"attention_window is {self.attention_window}, wanted at least 0")
+        if self.rope_scaling not in ROPE_SCALINGS:
+            raise ValueError(
+                f"rope_scaling is {self.rope_scaling!r}, wanted one of {', '.join(ROPE_SCALINGS)}"
+            )
+        if self.rope_scaling == "ntk" and self.head_dim <= 2:
+            raise ValueError("rope_scaling 'ntk' wants heads of more than 2 channels")
 
     @property
     def head_dim(self) -> int:
@@ -78,6 +94,13 @@ class WavflowConfig:
     def ffn_width(self) -> int:
         """The asked width of the blocks' feed-forwards."""
         return int(self.mlp_ratio * self.hidden_dim)
+
+    @property
+    def window(self) -> Window | None:
+        """What audio, clip and text tokens see in the joint attention; None: all of it."""
+        if self.attention_window is None or self.attention_window >= self.latent_seq_len:
+            return None
+        return Window(self.attention_window, self.latent_seq_len, self.clip_seq_len)
 
 
 PRESETS: dict[str, WavflowConfig] = {
@@ -118,6 +141,8 @@ class Conditions:
     sync_rows: Tensor  # (b n_sync c), before upsampling
     sync_tokens: TokenRows  # the sync row of each audio token
     rope: Tensor  # (n + n_clip + n_text, head_dim), rotations of the joint attention's tokens
+    rope_scaling: str = "none"  # of these rotations
+    window: Window | None = None  # of the joint attention
     prepared: PreparedNetwork | None = None
 
     @property
@@ -138,7 +163,7 @@ class Conditions:
         return [self._map(lambda f, i=i: f[i : i + 1]) for i in range(len(self.clip_f))]
 
     def _map(self, function: Callable[..., Tensor], *others: Conditions) -> Conditions:
-        shared = ("sync_tokens", "rope", "prepared")
+        shared = ("sync_tokens", "rope", "rope_scaling", "window", "prepared")
         per_clip = [f.name for f in fields(self) if f.name not in shared]
         sources = (self, *others)
         return replace(
@@ -173,6 +198,8 @@ class WavflowModel(nn.Module):
         clip_seq_len: int,
         sync_seq_len: int,
         text_seq_len: int = 77,
+        attention_window: int | None = None,
+        rope_scaling: str = "none",
         empty_string_feat: Tensor | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -191,8 +218,11 @@ class WavflowModel(nn.Module):
             clip_seq_len=clip_seq_len,
             sync_seq_len=sync_seq_len,
             text_seq_len=text_seq_len,
+            attention_window=attention_window,
+            rope_scaling=rope_scaling,
         )
         self.latent_dim = latent_dim
+        self.trained_seq_len = latent_seq_len
         self.gradient_checkpointing = gradient_checkpointing
         dim = hidden_dim
 
@@ -273,6 +303,12 @@ class WavflowModel(nn.Module):
             sync_seq_len=sync_seq_len,
         )
 
+    def update_attention(self, attention_window: int | None, rope_scaling: str) -> None:
+        """Sets what tokens see and how longer clips are rotated; earlier conditions do not fit."""
+        self.config = replace(
+            self.config, attention_window=attention_window, rope_scaling=rope_scaling
+        )
+
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Loads a whole state dict; what is missing, unknown or misshapen raises a ValueError."""
         given = {name: value for name, value in state_dict.items() if name not in IGNORED_KEYS}
@@ -311,6 +347,8 @@ class WavflowModel(nn.Module):
             sync_rows=self.sync_input_proj(segments.flatten(1, 2)),
             sync_tokens=self._sync_tokens(),
             rope=self._rope(),
+            rope_scaling=config.rope_scaling,
+            window=config.window,
         )
 
     def _sync_tokens(self) -> TokenRows:
@@ -322,12 +360,14 @@ class WavflowModel(nn.Module):
     def _rope(self) -> Tensor:  # (n + n_clip + n_text, head_dim), float32 at least
         tokens, clip_tokens = self.latent_seq_len, self.clip_seq_len
         # Clip tokens run on the audio tokens' clock; text tokens are not rotated.
+        head_dim, stretch = self.config.head_dim, tokens / self.trained_seq_len
+        step, base = rope_scale(self.config.rope_scaling, stretch, head_dim)
         lengths = (tokens, clip_tokens, self.config.text_seq_len)
-        steps = (1.0, tokens / clip_tokens, 0.0)
+        steps = (step, step * (tokens / clip_tokens), 0.0)
         dtype = torch.promote_types(self.empty_clip_feat.dtype, torch.float32)
         return torch.cat(
             [
-                rope_table(n, self.config.head_dim, step=step, device=self.device, dtype=dtype)
+                rope_table(n, head_dim, step=step, base=base, device=self.device, dtype=dtype)
                 for n, step in zip(lengths, steps, strict=True)
             ]
         )
@@ -455,15 +495,17 @@ class WavflowModel(nn.Module):
         everywhere = Conditioning(global_c)
 
         streams = (Stream(x), Stream(conditions.clip_f), Stream(conditions.text_f))
+        window = conditions.window
         for block in self.joint_blocks:
-            streams = self._run(block, *streams, extended, everywhere, conditions.rope)
+            streams = self._run(block, *streams, extended, everywhere, conditions.rope, window)
         (audio,) = streams
         rope = conditions.rope[: x.shape[1]]
+        window = None if window is None else window._replace(spread=0)
         for block in self.fused_blocks:
-            audio = self._run(block, audio, extended, rope)
+            audio = self._run(block, audio, extended, rope, window)
         return self.final_layer(audio, everywhere)
 
-    def _run(self, block: nn.Module, *args: Stream | Conditioning | Tensor) -> Any:
+    def _run(self, block: nn.Module, *args: Stream | Conditioning | Tensor | Window | None) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
@@ -481,6 +523,10 @@ class WavflowModel(nn.Module):
         check_shape(
             f"{argument}.sync_tokens.index", conditions.sync_tokens.index, (config.latent_seq_len,)
         )
+        for name in ("window", "rope_scaling"):
+            found, wanted = getattr(conditions, name), getattr(config, name)
+            if found != wanted:
+                raise ValueError(f"{argument} have {name} {found}, the model has {wanted}")
 
 
 def get_wavflow_model(

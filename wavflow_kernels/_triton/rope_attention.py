@@ -10,6 +10,7 @@ Source: FlashAttention-2 (arXiv 2307.08691).
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 PRECISION = tl.constexpr("tf32x3")  # of float32 products
 EPS = tl.constexpr(RMS_NORM_EPS)
 MAX_HEAD_DIM = 256
+CLOCK = ["reach", "local", "paced", "unit", "apart", "span"]  # of a window: see _window
 
 
 @triton.jit
@@ -70,65 +72,93 @@ def _norm_rope(x, weight, rope, start, size, ROPE: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def _visits(first, last, size, window, local, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+def _clock(token, window):
+    """Place of a token on the common clock, in the type of the window's units."""
+    _, local, _, unit, apart = window
+    later = token >= local
+    return (token - tl.where(later, local, 0)) * tl.where(later, apart, unit)
+
+
+@triton.jit
+def _near(low, high, size, window):
+    """Tokens from the window's reach before token `low` to as much past `high`, of `size`.
+
+    Returns begin and end of the first stream's, then of the spread one's.
+    """
+    reach, local, paced, unit, apart = window
+    low = tl.maximum(_clock(low, window) - reach, 0)
+    high = _clock(high, window) + reach
+    begin = tl.minimum(tl.cdiv(low, unit), local).to(tl.int32)
+    end = tl.minimum(high // unit + 1, local).to(tl.int32)
+    later = tl.minimum(local + tl.cdiv(low, apart), paced).to(tl.int32)
+    later_end = tl.minimum(local + high // apart + 1, paced).to(tl.int32)
+    return (tl.minimum(begin, size), tl.minimum(end, size), tl.minimum(later, size),
+            tl.minimum(later_end, size))  # fmt: skip
+
+
+@triton.jit
+def _after(done, begin, end, BLOCK: tl.constexpr):
+    """The blocks, `done` or later, that hold the tokens [begin, end): first and end."""
+    end_at = tl.where(begin < end, tl.maximum(tl.cdiv(end, BLOCK), done), done)
+    return tl.minimum(tl.maximum(begin // BLOCK, done), end_at), end_at
+
+
+@triton.jit
+def _visits(first, last, size, window, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
     """Which blocks of the other axis, of `size` rows, the rows first .. last see.
 
     Returns their bounds, how many are seen in full, and how many in part. With a window they are
-    [near, near_end), in full from `inner` to `inner_end`, and [edge, blocks), in full from `far`
-    to `full`, where `edge` is the block of the first row that the window does not hold for.
+    [near, near_end), in full from `inner` to `inner_end`, then from `spread` to `spread_end`, and
+    from `rest` on.
     """
-    blocks = tl.cdiv(size, BLOCK)
-    full = size // BLOCK
-    if not WINDOW:
-        return (full, full, full, full, full, full, full), full, blocks - full
-    inside = last < local
-    outside = first >= local
-    local = tl.minimum(local, size)
-    near = tl.where(inside, tl.minimum(tl.maximum(first - window, 0) // BLOCK, blocks), 0)
-    near_end = tl.minimum(tl.cdiv(last + window + 1, BLOCK), blocks)
-    near_end = tl.where(inside, near_end, tl.where(outside, full, tl.cdiv(local, BLOCK)))
-    near_end = tl.maximum(near_end, near)
-    inner = tl.where(inside, tl.cdiv(tl.maximum(last - window, 0), BLOCK), 0)
-    inner = tl.minimum(tl.maximum(inner, near), near_end)
-    inner_end = tl.minimum((first + window + 1) // BLOCK, full)
-    inner_end = tl.where(inside, inner_end, tl.where(outside, full, 0))
-    inner_end = tl.maximum(tl.minimum(inner_end, near_end), inner)
-    edge = tl.maximum(local // BLOCK, near_end)
-    far = tl.maximum(tl.cdiv(local, BLOCK), near_end)
-    full = tl.maximum(full, far)
-    whole = inner_end - inner + full - far
-    bounds = (near, inner, inner_end, near_end, edge, far, full)
-    return bounds, whole, blocks - near - (edge - near_end) - whole
+    if WINDOW:
+        _, local, paced, _, _ = window
+        begin, end, later, later_end = _near(first, last, size, window)
+        inner, inner_end, _, _ = _near(last, first, size, window)
+        # Rows of several streams visit all that there is, in part; those past the paced in full.
+        mixed = (last >= paced) | ((first < local) & (last >= local))
+        begin, end = tl.where(mixed, 0, begin), tl.where(mixed, size, end)
+        inner = tl.where(mixed, 0, inner)
+        inner_end = tl.where(mixed, tl.where(first >= paced, size, 0), inner_end)
+        near, near_end = _after(0, begin, end, BLOCK)
+        inner = tl.minimum(tl.maximum(tl.cdiv(inner, BLOCK), near), near_end)
+        inner_end = tl.maximum(tl.minimum(inner_end // BLOCK, near_end), inner)
+        spread, spread_end = _after(near_end, later, tl.where(mixed, later, later_end), BLOCK)
+        rest, rest_end = _after(spread_end, tl.where(mixed, size, paced), size, BLOCK)
+        whole = inner_end - inner
+        part = near_end - near - whole + spread_end - spread + rest_end - rest
+        return (near, inner, inner_end, near_end, spread, spread_end, rest), whole, part
+    else:
+        full = size // BLOCK
+        return (full,), full, tl.cdiv(size, BLOCK) - full
 
 
 @triton.jit
 def _visit(t, bounds, WINDOW: tl.constexpr, MASK: tl.constexpr):
     """The t-th of the blocks seen in full or, with MASK, of those seen in part."""
-    near, inner, inner_end, near_end, edge, far, full = bounds
     if WINDOW:
+        near, inner, inner_end, near_end, spread, spread_end, rest = bounds
         if MASK:
             at = near + t
             at += tl.where(at >= inner, inner_end - inner, 0)
-            at += tl.where(at >= near_end, edge - near_end, 0)
-            return at + tl.where(at >= far, full - far, 0)
+            at += tl.where(at >= near_end, spread - near_end, 0)
+            return at + tl.where(at >= spread_end, rest - spread_end, 0)
         else:
-            at = inner + t
-            return at + tl.where(at >= inner_end, far - inner_end, 0)
+            return inner + t
     else:
-        return t + full if MASK else t
+        return t + bounds[0] if MASK else t
 
 
 @triton.jit
-def _seen(rows, cols, window, local):
-    """Whether tokens see each other: inside the window, or either beyond the local ones."""
-    distance = rows[:, None] - cols[None, :]
-    near = (distance <= window) & (distance >= -window)
-    return near | (rows >= local)[:, None] | (cols >= local)[None, :]
+def _seen(rows, cols, window):
+    """Whether tokens see each other: near on the clock, or either past the paced ones."""
+    distance = tl.abs(_clock(rows, window)[:, None] - _clock(cols, window)[None, :])
+    return (distance <= window[0]) | (rows >= window[2])[:, None] | (cols >= window[2])[None, :]
 
 
 @triton.jit
 def _attend(t, bounds, q, first, state, keys, values, key_stride, value_stride, k_weight, rope,
-            n, window, local, D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
+            n, window, D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
             BLOCK_N: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
             MASK: tl.constexpr):  # fmt: skip
     """One step of the online softmax: state is (weighted values, sums, maxima) of the rows."""
@@ -143,7 +173,7 @@ def _attend(t, bounds, q, first, state, keys, values, key_stride, value_stride, 
         cols = start + tl.arange(0, BLOCK_N)
         seen = (cols < n)[None, :]
         if WINDOW:
-            seen = seen & _seen(first + tl.arange(0, BLOCK_M), cols, window, local)
+            seen = seen & _seen(first + tl.arange(0, BLOCK_M), cols, window)
         scores = tl.where(seen, scores, -float("inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
     # Rows that have seen no key yet: -inf less -inf would be NaN.
@@ -156,11 +186,11 @@ def _attend(t, bounds, q, first, state, keys, values, key_stride, value_stride, 
     return acc, total, new_top
 
 
-@triton.jit(do_not_specialize=["nq", "n", "window", "local"])
+@triton.jit(do_not_specialize=["nq", "n", *CLOCK])
 def _forward(q, k, v, q_weight, k_weight, rope, out, lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h,
-             v_n, nq, n, window, local, HEADS: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-             WINDOW: tl.constexpr):  # fmt: skip
+             v_n, nq, n, reach, local, paced, unit, apart, span, HEADS: tl.constexpr,
+             D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+             NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(nq, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
     item = tl.program_id(0) // blocks
@@ -172,19 +202,20 @@ def _forward(q, k, v, q_weight, k_weight, rope, out, lse, q_b, q_h, q_n, k_b, k_
     if NORM:
         queries = _norm_rope(queries, q_weight, rope, first, nq, ROPE, D, BLOCK_M, COLS, True)
     last = tl.minimum(first + BLOCK_M, nq) - 1
-    bounds, whole, part = _visits(first, last, n, window, local, WINDOW, BLOCK_N)
+    window = (reach, local, paced, unit.to(span.dtype), apart.to(span.dtype))
+    bounds, whole, part = _visits(first, last, n, window, WINDOW, BLOCK_N)
     acc = tl.zeros((BLOCK_M, COLS), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for t in tl.range(whole):
         acc, total, top = _attend(
             t, bounds, queries, first, (acc, total, top), keys, values, k_n, v_n, k_weight, rope,
-            n, window, local, D, COLS, BLOCK_M, BLOCK_N, NORM, ROPE, WINDOW, False,
+            n, window, D, COLS, BLOCK_M, BLOCK_N, NORM, ROPE, WINDOW, False,
         )  # fmt: skip
     for t in tl.range(part):
         acc, total, top = _attend(
             t, bounds, queries, first, (acc, total, top), keys, values, k_n, v_n, k_weight, rope,
-            n, window, local, D, COLS, BLOCK_M, BLOCK_N, NORM, ROPE, WINDOW, True,
+            n, window, D, COLS, BLOCK_M, BLOCK_N, NORM, ROPE, WINDOW, True,
         )  # fmt: skip
     heads = out + (b * nq * HEADS + h) * D
     _store(heads, HEADS * D, first, nq, acc / total[:, None], D, BLOCK_M, COLS)
@@ -195,7 +226,7 @@ def _forward(q, k, v, q_weight, k_weight, rope, out, lse, q_b, q_h, q_n, k_b, k_
 
 @triton.jit
 def _step_dq(t, bounds, dq, q, grad, lse, delta, first, keys, values, key_stride, value_stride, n,
-             window, local, D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
+             window, D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
              BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     SCALE: tl.constexpr = D**-0.5 * LOG2_E
     start = _visit(t, bounds, WINDOW, MASK) * BLOCK_N
@@ -207,17 +238,17 @@ def _step_dq(t, bounds, dq, q, grad, lse, delta, first, keys, values, key_stride
         cols = start + tl.arange(0, BLOCK_N)
         seen = (cols < n)[None, :]
         if WINDOW:
-            seen = seen & _seen(first + tl.arange(0, BLOCK_M), cols, window, local)
+            seen = seen & _seen(first + tl.arange(0, BLOCK_M), cols, window)
         weights = tl.where(seen, weights, 0.0)
     d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     d_scores = weights * (d_weights - delta[:, None])
     return tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["nq", "n", "window", "local"])
+@triton.jit(do_not_specialize=["nq", "n", *CLOCK])
 def _backward_q(grad, q, k, v, out, lse, delta, dq, g_b, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b,
-                v_h, v_n, nq, n, window, local, HEADS: tl.constexpr, D: tl.constexpr,
-                COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                v_h, v_n, nq, n, reach, local, paced, unit, apart, span, HEADS: tl.constexpr,
+                D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                 WINDOW: tl.constexpr):  # fmt: skip
     """dQ, and delta = rowsum(grad * out) for the other kernel."""
     blocks = tl.cdiv(nq, BLOCK_M)
@@ -236,24 +267,25 @@ def _backward_q(grad, q, k, v, out, lse, delta, dq, g_b, g_n, q_b, q_h, q_n, k_b
     keys = k + b * k_b + h * k_h
     values = v + b * v_b + h * v_h
     last = tl.minimum(first + BLOCK_M, nq) - 1
-    bounds, whole, part = _visits(first, last, n, window, local, WINDOW, BLOCK_N)
+    window = (reach, local, paced, unit.to(span.dtype), apart.to(span.dtype))
+    bounds, whole, part = _visits(first, last, n, window, WINDOW, BLOCK_N)
     acc = tl.zeros((BLOCK_M, COLS), tl.float32)
     for t in tl.range(whole):
         acc = _step_dq(
             t, bounds, acc, queries, grads, logs, deltas, first, keys, values, k_n, v_n, n,
-            window, local, D, COLS, BLOCK_M, BLOCK_N, WINDOW, False,
+            window, D, COLS, BLOCK_M, BLOCK_N, WINDOW, False,
         )  # fmt: skip
     for t in tl.range(part):
         acc = _step_dq(
             t, bounds, acc, queries, grads, logs, deltas, first, keys, values, k_n, v_n, n,
-            window, local, D, COLS, BLOCK_M, BLOCK_N, WINDOW, True,
+            window, D, COLS, BLOCK_M, BLOCK_N, WINDOW, True,
         )  # fmt: skip
     _store(dq + item * nq * D, D, first, nq, acc * D**-0.5, D, BLOCK_M, COLS)
 
 
 @triton.jit
 def _step_dkv(t, bounds, dk, dv, k, v, first, queries, grads, lse, delta, query_stride,
-              grad_stride, nq, window, local, D: tl.constexpr, COLS: tl.constexpr,
+              grad_stride, nq, window, D: tl.constexpr, COLS: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
               MASK: tl.constexpr):  # fmt: skip
     SCALE: tl.constexpr = D**-0.5 * LOG2_E
@@ -269,7 +301,7 @@ def _step_dkv(t, bounds, dk, dv, k, v, first, queries, grads, lse, delta, query_
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     weights = tl.exp2(scores * SCALE - logs[None, :])
     if WINDOW and MASK:
-        seen = _seen(first + tl.arange(0, BLOCK_M), rows, window, local)
+        seen = _seen(first + tl.arange(0, BLOCK_M), rows, window)
         weights = tl.where(seen, weights, 0.0)
     grad = _load(grads, grad_stride, start, nq, D, BLOCK_N, COLS, MASK)
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -279,10 +311,10 @@ def _step_dkv(t, bounds, dk, dv, k, v, first, queries, grads, lse, delta, query_
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["nq", "n", "window", "local"])
+@triton.jit(do_not_specialize=["nq", "n", *CLOCK])
 def _backward_kv(grad, q, k, v, lse, delta, dk, dv, g_b, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b,
-                 v_h, v_n, nq, n, window, local, HEADS: tl.constexpr, D: tl.constexpr,
-                 COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 v_h, v_n, nq, n, reach, local, paced, unit, apart, span, HEADS: tl.constexpr,
+                 D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  WINDOW: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(n, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
@@ -296,18 +328,19 @@ def _backward_kv(grad, q, k, v, lse, delta, dk, dv, g_b, g_n, q_b, q_h, q_n, k_b
     lse += item * nq
     delta += item * nq
     last = tl.minimum(first + BLOCK_M, n) - 1
-    bounds, whole, part = _visits(first, last, nq, window, local, WINDOW, BLOCK_N)
+    window = (reach, local, paced, unit.to(span.dtype), apart.to(span.dtype))
+    bounds, whole, part = _visits(first, last, nq, window, WINDOW, BLOCK_N)
     acc_k = tl.zeros((BLOCK_M, COLS), tl.float32)
     acc_v = tl.zeros((BLOCK_M, COLS), tl.float32)
     for t in tl.range(whole):
         acc_k, acc_v = _step_dkv(
             t, bounds, acc_k, acc_v, keys, values, first, queries, grads, lse, delta, q_n, g_n, nq,
-            window, local, D, COLS, BLOCK_M, BLOCK_N, WINDOW, False,
+            window, D, COLS, BLOCK_M, BLOCK_N, WINDOW, False,
         )  # fmt: skip
     for t in tl.range(part):
         acc_k, acc_v = _step_dkv(
             t, bounds, acc_k, acc_v, keys, values, first, queries, grads, lse, delta, q_n, g_n, nq,
-            window, local, D, COLS, BLOCK_M, BLOCK_N, WINDOW, True,
+            window, D, COLS, BLOCK_M, BLOCK_N, WINDOW, True,
         )  # fmt: skip
     _store(dk + item * n * D, D, first, n, acc_k * D**-0.5, D, BLOCK_M, COLS)
     _store(dv + item * n * D, D, first, n, acc_v, D, BLOCK_M, COLS)
@@ -468,6 +501,25 @@ def _constants(q: Tensor, window: int, config: Config) -> dict[str, Any]:
     }
 
 
+def _window(window: int, local: int, spread: int) -> tuple[int, ...]:
+    """A window as the kernels take it, in units of the coarsest clock with all places whole.
+
+    Returns its reach in units, the ends of both streams, the units between two tokens of either,
+    and twice the clock's length: where that exceeds 32 bits, Triton types it as 64 bits, and the
+    kernels their places after it.
+    """
+    unit = spread // math.gcd(local, spread) if spread else 1
+    length = local * unit
+    return (
+        min(window * unit, length),
+        local,
+        local + spread,
+        unit,
+        length // max(spread, 1),
+        2 * length,
+    )
+
+
 def forward(
     outputs: tuple[Tensor, Tensor],
     q: Tensor,
@@ -478,6 +530,7 @@ def forward(
     rope: Tensor | None,
     window: int,
     local: int,
+    spread: int,
 ) -> None:
     out, lse = outputs
     if not out.numel():
@@ -494,7 +547,7 @@ def forward(
         *(None if x is None else x.contiguous() for x in (q_weight, k_weight, rope)),
         *(out, lse),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-        *(nq, n, min(window, n), local),
+        *(nq, n, *_window(window, local, spread)),
         NORM=q_weight is not None,
         ROPE=rope is not None,
         **_constants(q, window, config),
@@ -511,6 +564,7 @@ def backward(
     lse: Tensor,
     window: int,
     local: int,
+    spread: int,
 ) -> None:
     dq, dk, dv = outputs
     if not dk.numel():
@@ -523,7 +577,7 @@ def backward(
     out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     strides = (*grad.stride()[:2], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    sizes, constants = (nq, n, min(window, n), local), _constants(q, window, config)
+    sizes, constants = (nq, n, *_window(window, local, spread)), _constants(q, window, config)
     launch(
         _backward_q,
         (triton.cdiv(nq, config["block_m"]) * b * h,),

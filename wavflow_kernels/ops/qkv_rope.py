@@ -452,6 +452,7 @@ def rope_table(
     head_dim: int,
     *,
     step: float = 1.0,
+    base: float = FREQUENCY_BASE,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # tokens head_dim
@@ -462,7 +463,8 @@ def rope_table(
         head_dim: channels of a head, even.
         step: distance of two tokens on the common clock; 0 gives rows of exactly (1, 0), which
             rotate nothing.
-        device, dtype: of the result. Angles a_i = n * step * 10000^(-2i / head_dim) are float32.
+        base: of the frequencies; a larger one slows all but the fastest.
+        device, dtype: of the result. Angles a_i = n * step * base^(-2i / head_dim) are float32.
 
     Raises:
         ValueError: tokens not positive, head_dim not even and positive.
@@ -476,5 +478,5 @@ def rope_table(
     )
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     position = torch.arange(tokens, device=device, dtype=torch.float32) * step
-    angle = position[:, None] * FREQUENCY_BASE ** (-exponent / head_dim)
+    angle = position[:, None] * base ** (-exponent / head_dim)
     return torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(1).to(dtype)

@@ -1,8 +1,8 @@
 r"""Attention over all tokens or a sliding window, with RMSNorm and RoPE inside on request.
 
 :math:`o_i = \sum_j \mathrm{softmax}_j(q_i \cdot k_j / \sqrt d)\,v_j` for each head; j runs over the
-keys that query i sees. With a window, token i of the first `local` ones sees those of them with
-:math:`|i - j| \le` window, and every later token; later tokens see and are seen by all.
+keys that query i sees: all, or those of its :class:`Window`. The op takes the window's three
+numbers, a negative size for none; with one, time and memory grow with the tokens, not their square.
 
 With norm weights given, q and k are first normalised and rotated per head as in
 :func:`qkv_rope`, without ever being written to memory.
@@ -32,7 +32,9 @@ from .._registry import (
     target,
     triton_launch,
 )
+from .._window import Block, Window, blocks
 
+NO_WINDOW = Window(-1, 0)
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
 
 
@@ -45,6 +47,7 @@ def _check(
     rope: Tensor | None,
     window: int,
     local: int,
+    spread: int,
 ) -> None:
     op = "rope_attention"
     for name, tensor in (("k", k), ("v", v)):
@@ -76,7 +79,10 @@ def _check(
     require(sizes["d"] % 2 == 0, f"{op}: d must be even, got {sizes['d']}")
     require(sizes["nq"] <= sizes["n"], f"{op}: q has {sizes['nq']} tokens, k only {sizes['n']}")
     require(window >= -1, f"{op}: window must be -1 (none) or more, got {window}")
-    require(0 <= local <= sizes["n"], f"{op}: local must lie in [0, {sizes['n']}], got {local}")
+    if window >= 0:
+        n, room = sizes["n"], sizes["n"] - local
+        require(1 <= local <= n, f"{op}: local must lie in [1, {n}], got {local}")
+        require(0 <= spread <= room, f"{op}: spread must lie in [0, {room}], got {spread}")
 
 
 def norm_rope(x: Tensor, weight: Tensor | None, rope: Tensor | None) -> Tensor:
@@ -92,13 +98,21 @@ def norm_rope(x: Tensor, weight: Tensor | None, rope: Tensor | None) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def visible(nq: int, n: int, window: int, local: int, device: torch.device) -> Tensor | None:
-    """(nq n) bool: which keys each query sees; None: all."""
-    if window < 0:
-        return None
-    i = torch.arange(nq, device=device)[:, None]
-    j = torch.arange(n, device=device)
-    return ((i - j).abs() <= window) | (i >= local) | (j >= local)
+def _pick(x: Tensor, block: Block) -> Tensor:
+    """The keys or values (b h n d) that a block sees."""
+    return x if block.cols is None else x.index_select(2, block.cols)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """What blocks of queries gave, (b h rows ...) each."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled products of queries and keys (b h . d), minus infinity where the mask is False."""
+    wide = compute_dtype(q.dtype)
+    scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * q.shape[-1] ** -0.5
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
 def reference(
@@ -110,21 +124,20 @@ def reference(
     rope: Tensor | None,  # n d
     window: int,
     local: int,
+    spread: int,
 ) -> tuple[Tensor, Tensor]:  # b nq h*d, b h nq
-    scale = q.shape[-1] ** -0.5
-    mask = visible(q.shape[-2], k.shape[-2], window, local, q.device)
-    wide = compute_dtype(q.dtype)
     # Normalised queries and keys are rounded to the dtype of the matrix product.
     q_in = norm_rope(q, q_weight, rope).to(q.dtype)
     k_in = norm_rope(k, k_weight, rope).to(k.dtype)
-    scores = (q_in.to(wide) @ k_in.to(wide).transpose(-2, -1)) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(-1)
-    # Weights are rounded to the inputs' dtype before the second product, as flash kernels do.
-    weights = (scores - lse[..., None]).exp().to(v.dtype)
-    out = (weights.to(wide) @ v.to(wide)).to(q.dtype)
-    return out.transpose(1, 2).flatten(2), lse
+    wide, outs, lses = compute_dtype(q.dtype), [], []
+    for block in blocks(q.shape[-2], k.shape[-2], Window(window, local, spread), q.device):
+        scores = _scores(q_in[:, :, block.rows], _pick(k_in, block), block.mask)
+        lse = scores.logsumexp(-1)
+        # Weights are rounded to the inputs' dtype before the second product, as flash kernels do.
+        weights = (scores - lse[..., None]).exp().to(v.dtype)
+        outs.append((weights.to(wide) @ _pick(v, block).to(wide)).to(q.dtype))
+        lses.append(lse)
+    return _join(outs).transpose(1, 2).flatten(2), _join(lses)
 
 
 def _outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -147,6 +160,7 @@ def _launch(
     rope: Tensor | None,
     window: int,
     local: int,
+    spread: int,
 ) -> None:
     q, k, v = (dense_rows(x) for x in (q, k, v))
     small = [None if x is None else x.contiguous() for x in (q_weight, k_weight, rope)]
@@ -158,8 +172,7 @@ def _launch(
         *_heads(v),
         *(address(x) for x in (*small, *outputs)),
         [*q.shape[:3], *k.shape[2:]],
-        window,
-        local,
+        [min(window, k.shape[2]), local, spread],
     )
 
 
@@ -172,13 +185,18 @@ def library(
     rope: Tensor | None,
     window: int,
     local: int,
+    spread: int,
 ) -> tuple[Tensor]:
     """torch's scaled_dot_product_attention, which picks among its own kernels."""
-    mask = visible(q.shape[-2], k.shape[-2], window, local, q.device)
     q_in = norm_rope(q, q_weight, rope).to(v.dtype)
     k_in = norm_rope(k, k_weight, rope).to(v.dtype)
-    out = F.scaled_dot_product_attention(q_in, k_in, v, attn_mask=mask)
-    return (out.transpose(1, 2).flatten(2),)
+    outs = [
+        F.scaled_dot_product_attention(
+            q_in[:, :, block.rows], _pick(k_in, block), _pick(v, block), attn_mask=block.mask
+        )
+        for block in blocks(q.shape[-2], k.shape[-2], Window(window, local, spread), q.device)
+    ]
+    return (_join(outs).transpose(1, 2).flatten(2),)
 
 
 # The backward, of queries and keys as they enter the matrix product.
@@ -193,8 +211,9 @@ def _check_backward(
     lse: Tensor,
     window: int,
     local: int,
+    spread: int,
 ) -> None:
-    _check(q, k, v, None, None, None, window, local)
+    _check(q, k, v, None, None, None, window, local, spread)
     op, (_, h, _, d) = "rope_attention_backward", q.shape
     check(
         op,
@@ -222,6 +241,7 @@ def _launch_backward(
     lse: Tensor,
     window: int,
     local: int,
+    spread: int,
 ) -> None:
     grad, q, k, v, out = (dense_rows(x) for x in (grad, q, k, v, out))
     grad, out = (x.unflatten(-1, (q.shape[1], -1)).transpose(1, 2) for x in (grad, out))
@@ -236,9 +256,16 @@ def _launch_backward(
         *_heads(out),
         *(address(x) for x in (lse, *outputs)),
         [*q.shape[:3], *k.shape[2:]],
-        window,
-        local,
+        [min(window, k.shape[2]), local, spread],
     )
+
+
+def _add(total: Tensor, block: Block, part: Tensor) -> None:
+    """Adds a block's part to the gradient of all keys or values, in place."""
+    if block.cols is None:
+        total.add_(part)
+    else:
+        total.index_add_(2, block.cols, part)
 
 
 def _reference_backward(
@@ -250,22 +277,23 @@ def _reference_backward(
     lse: Tensor,  # b h nq
     window: int,
     local: int,
+    spread: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide, scale, heads = compute_dtype(q.dtype), q.shape[-1] ** -0.5, q.shape[1]
-    mask = visible(q.shape[-2], k.shape[-2], window, local, q.device)
     grad, out = (x.to(wide).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (grad, out))
-    scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    weights = (scores - lse[..., None]).exp()
-    d_weights = grad @ v.to(wide).transpose(-2, -1)
-    d_scores = weights * (d_weights - (grad * out).sum(-1, keepdim=True)) * scale
-    # Factors of a product are rounded to the inputs' dtype, as flash kernels do.
-    weights, d_scores = (x.to(q.dtype).to(wide) for x in (weights, d_scores))
-    d_q = d_scores @ k.to(wide)
-    d_k = d_scores.transpose(-2, -1) @ q.to(wide)
-    d_v = weights.transpose(-2, -1) @ grad
-    return d_q.to(q.dtype), d_k.to(q.dtype), d_v.to(q.dtype)
+    delta = (grad * out).sum(-1, keepdim=True)
+    d_q, d_k, d_v = [], *(torch.zeros_like(x, dtype=wide) for x in (k, v))
+    for block in blocks(q.shape[-2], k.shape[-2], Window(window, local, spread), q.device):
+        rows, keys = block.rows, _pick(k, block)
+        weights = (_scores(q[:, :, rows], keys, block.mask) - lse[:, :, rows, None]).exp()
+        d_weights = grad[:, :, rows] @ _pick(v, block).to(wide).transpose(-2, -1)
+        d_scores = weights * (d_weights - delta[:, :, rows]) * scale
+        # Factors of a product are rounded to the inputs' dtype, as flash kernels do.
+        weights, d_scores = (x.to(q.dtype).to(wide) for x in (weights, d_scores))
+        d_q.append(d_scores @ keys.to(wide))
+        _add(d_k, block, d_scores.transpose(-2, -1) @ q[:, :, rows].to(wide))
+        _add(d_v, block, weights.transpose(-2, -1) @ grad[:, :, rows])
+    return _join(d_q).to(q.dtype), d_k.to(q.dtype), d_v.to(q.dtype)
 
 
 def norm_rope_backward(
@@ -314,20 +342,24 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
     large = list(arguments(1, 2, 8, 24, 32))
     large[0] = large[0] * 100
     return [
-        Sample((*arguments(2, 2, 37, 37, 32), -1, 0), plain, "odd length"),
-        Sample((*arguments(1, 3, 9, 70, 64), -1, 0), plain, "fewer queries"),
-        Sample((*arguments(1, 2, 33, 33, 32, norm=True, rope=True), -1, 0), fused, "norm and RoPE"),
-        Sample((*arguments(1, 2, 25, 38, 128, norm=True), -1, 0), fused, "norm alone"),
-        Sample((*arguments(2, 2, 50, 57, 32), 12, 50), plain, "window"),
-        Sample((*arguments(1, 1, 40, 47, 32, norm=True, rope=True), 0, 30), fused, "window 0"),
-        Sample((*packed, *weights, None, -1, 0), fused, "strided"),
-        Sample((*large, -1, 0), (), "one key wins"),
+        Sample((*arguments(2, 2, 37, 37, 32), -1, 0, 0), plain, "odd length"),
+        Sample((*arguments(1, 3, 9, 70, 64), -1, 0, 0), plain, "fewer queries"),
+        Sample(
+            (*arguments(1, 2, 33, 33, 32, norm=True, rope=True), -1, 0, 0), fused, "norm and RoPE"
+        ),
+        Sample((*arguments(1, 2, 25, 38, 128, norm=True), -1, 0, 0), fused, "norm alone"),
+        Sample((*arguments(2, 2, 50, 57, 32), 12, 50, 0), plain, "window"),
+        Sample((*arguments(1, 1, 40, 47, 32, norm=True, rope=True), 0, 30, 0), fused, "window 0"),
+        Sample((*arguments(1, 2, 57, 57, 32), 6, 40, 11), plain, "window over two streams"),
+        Sample((*arguments(2, 1, 300, 350, 32), 20, 300, 43), plain, "window, first stream alone"),
+        Sample((*packed, *weights, None, -1, 0, 0), fused, "strided"),
+        Sample((*large, -1, 0, 0), (), "one key wins"),
         # The gradients of its q and k are exactly 0: no yardstick for rounding errors.
-        Sample((*arguments(2, 1, 1, 1, 32), -1, 0), (2,), "one token"),
-        Sample((*arguments(1, 2, 37, 37, 22), -1, 0), plain, "padded heads"),
+        Sample((*arguments(2, 1, 1, 1, 32), -1, 0, 0), (2,), "one token"),
+        Sample((*arguments(1, 2, 37, 37, 22), -1, 0, 0), plain, "padded heads"),
         # So narrow, the rounding of `out` in rowsum(grad * out) outweighs all else in a gradient.
-        Sample((*arguments(2, 2, 37, 37, 6), -1, 0), (), "narrow heads"),
-        Sample((*arguments(0, 2, 3, 4, 32), -1, 0), (), "empty batch"),
+        Sample((*arguments(2, 2, 37, 37, 6), -1, 0, 0), (), "narrow heads"),
+        Sample((*arguments(0, 2, 3, 4, 32), -1, 0, 0), (), "empty batch"),
     ]
 
 
@@ -343,7 +375,7 @@ def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> li
 
 
 def _workload(
-    b: int, nq: int, n: int, *, norm: bool = False, window: int = -1
+    b: int, nq: int, n: int, *, norm: bool = False, window: Window | None = None
 ) -> Callable[[torch.device, torch.dtype], tuple[Any, ...]]:
     """A call with 14 heads of 64; with norm, q, k and v are views of one projection."""
     h, d = 14, 64
@@ -357,7 +389,7 @@ def _workload(
             weights = [torch.ones(d, device=device, dtype=computed) for _ in range(2)]
             rope = torch.randn(n, d, device=device, dtype=computed)
         q, k, v = packed
-        return (q[:, :, :nq], k, v, *weights, rope, window, n if window >= 0 else 0)
+        return (q[:, :, :nq], k, v, *weights, rope, *(window or NO_WINDOW))
 
     return make
 
@@ -366,9 +398,9 @@ def _workload_backward(
     forward: Callable[[torch.device, torch.dtype], tuple[Any, ...]],
 ) -> Callable[[torch.device, torch.dtype], tuple[Any, ...]]:
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-        q, k, v, _, _, _, window, local = forward(device, dtype)
+        q, k, v, _, _, _, *window = forward(device, dtype)
         out, lse = (torch.randn_like(x) for x in _outputs(q))
-        return (torch.randn_like(out), q, k, v, out, lse + 10, window, local)
+        return (torch.randn_like(out), q, k, v, out, lse + 10, *window)
 
     return make
 
@@ -381,21 +413,28 @@ WORKLOADS = {
     "training": _workload(16, 781, 781),
     "long 8192": _workload(1, 8192, 8192),
     "long 16384": _workload(1, 16384, 16384),
-    "long 16384, window 512": _workload(1, 16384, 16384, window=512),
+    "long 16384, window 512": _workload(1, 16384, 16384, window=Window(512, 16384)),
+    "long 16384 joint, window 640": _workload(
+        1, 18099, 18099, window=Window(640, local=16384, spread=1638)
+    ),
 }
 
 
-def _pairs(nq: int, n: int, window: int, local: int) -> int:
-    """Query-key pairs that are seen, counting a window as full at the edges too."""
+def pairs(nq: int, n: int, window: int, local: int, spread: int) -> int:
+    """Pairs of nq queries and n keys that are seen, counting a window as full at the edges too."""
     if window < 0:
         return nq * n
-    inside = min(nq, local)
-    return inside * min(2 * window + 1 + n - local, n) + (nq - inside) * n
+    paced = local + spread
+    inside = min(nq, paced)
+    near = min(2 * window + 1, local)
+    if spread:
+        near += min(2 * window * spread // local + 1, spread)
+    return inside * (near + n - paced) + (nq - inside) * n
 
 
 def _flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
     b, h, nq, d = q.shape
-    return 4 * b * h * d * _pairs(nq, k.shape[2], *rest[-2:])
+    return 4 * b * h * d * pairs(nq, k.shape[2], *rest[-3:])
 
 
 def tuning_key(q: Tensor, k: Tensor, q_weight: Tensor | None, window: int) -> str:
@@ -406,6 +445,8 @@ def tuning_key(q: Tensor, k: Tensor, q_weight: Tensor | None, window: int) -> st
 
 
 def _prefer(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
+    if rest[3] >= 0:  # a library takes a window in pieces
+        return None
     if q.device.type == "cpu":
         # With AVX2 and AVX-512 ours is 1.2 to 5 times faster, in training too; with the baseline's
         # vectors of 16 bytes they are on a par on x86-64, and other processors are not measured.
@@ -418,7 +459,7 @@ BACKWARD = Op(
     name="rope_attention_backward",
     schema=(
         "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt window, "
-        "SymInt local) -> (Tensor, Tensor, Tensor)"
+        "SymInt local, SymInt spread) -> (Tensor, Tensor, Tensor)"
     ),
     reference=_reference_backward,
     check=_check_backward,
@@ -440,7 +481,7 @@ BACKWARD = Op(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, q_weight, k_weight, rope, ctx.window, ctx.local = inputs
+    q, k, v, q_weight, k_weight, rope, *ctx.window = inputs
     if ctx.needs_input_grad[5]:
         raise RuntimeError("rope_attention: no gradient with respect to rope")
     ctx.save_for_backward(q, k, v, q_weight, k_weight, rope, *output)
@@ -455,19 +496,18 @@ def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, 
         v,
         out,
         lse,
-        ctx.window,
-        ctx.local,
+        *ctx.window,
     )
     d_q, d_q_weight = norm_rope_backward(d_q, q, q_weight, rope)
     d_k, d_k_weight = norm_rope_backward(d_k, k, k_weight, rope)
-    return d_q, d_k, d_v, d_q_weight, d_k_weight, None, None, None
+    return d_q, d_k, d_v, d_q_weight, d_k_weight, None, None, None, None
 
 
 OP = Op(
     name="rope_attention",
     schema=(
         "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? rope, "
-        "SymInt window, SymInt local) -> (Tensor, Tensor)"
+        "SymInt window, SymInt local, SymInt spread) -> (Tensor, Tensor)"
     ),
     reference=reference,
     check=_check,
@@ -500,8 +540,7 @@ def rope_attention(
     q_weight: Tensor | None = None,  # d
     k_weight: Tensor | None = None,  # d
     rope: Tensor | None = None,  # n d
-    window: int | None = None,
-    local: int | None = None,
+    window: Window | None = None,
 ) -> Tensor:  # b nq h*d
     """Joint attention ``softmax(q k^T / sqrt(d)) v``, heads concatenated.
 
@@ -513,9 +552,7 @@ def rope_attention(
             :func:`qkv_rope` returns them.
         rope: (n, d) float32 rotations of the tokens as :func:`rope_table` makes them; needs the
             weights. None: no rotation.
-        window: tokens that a local token sees on either side; None: all.
-        local: how many tokens, from the first, the window holds for; None: all n. The rest
-            (clip and text) see and are seen by all.
+        window: which keys each query sees, in time and memory linear in n; None: all.
 
     Returns:
         (b, nq, h * d) in the dtype of q. Differentiable once in q, k, v and the weights.
@@ -526,9 +563,8 @@ def rope_attention(
 
     Source: FlashAttention-2 (arXiv 2307.08691) for the tiling and the backward.
     """
-    require(
-        window is None or window >= 0, f"rope_attention: window must be at least 0, got {window}"
-    )
-    if local is None:
-        local = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
-    return OP(q, k, v, q_weight, k_weight, rope, -1 if window is None else window, local)[0]
+    if window is None:
+        return OP(q, k, v, q_weight, k_weight, rope, *NO_WINDOW)[0]
+    size = window.size
+    require(size >= 0, f"rope_attention: the window's size must be at least 0, got {size}")
+    return OP(q, k, v, q_weight, k_weight, rope, *window)[0]
