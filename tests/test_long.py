@@ -488,3 +488,14 @@ def test_the_command_line(saved, tmp_path, capsys):
         assert message in generate(*wrong, "--out", tmp_path / "d.wav")
     said = generate("--caption", "x", "--stream", "--out", tmp_path / "d.flac")
     assert "wanted a .wav file with --stream" in said
+
+
+def test_two_processes_share_a_native_sound(saved, tmp_path):
+    options = ["--checkpoint", saved, "--caption", "a bell", "--seconds", "3.7", "--window", 0]
+    options += ["--dtype", "float32", "--keep-loudness", "--device", "cpu", "--out"]
+    assert cli(*options, tmp_path / "one.wav") == 0
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "wavflow"]
+    child = start(*launcher, "generate", *options, tmp_path / "two.wav")
+    assert child.wait(timeout=240) == 0, child.stderr.read()
+    one, two = (load_audio(tmp_path / f"{n}.wav", 8000) for n in ("one", "two"))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=0)

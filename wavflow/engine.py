@@ -194,7 +194,7 @@ class Engine:
         room = F.pad(table, (0, 0, 0, rows - len(table)))
         lengths = tuple(len(f) for f in (conditions.rope, conditions.sync_tokens.index))
         key = (
-            *(noise.shape, noise.dtype, lengths, conditions.window),
+            *(noise.shape, noise.dtype, lengths, conditions.window, self.model.sharing.size),
             *(room.shape, empty is None, rescale),
         )
         steps = self._kept.pop(key, None)

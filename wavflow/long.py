@@ -199,6 +199,7 @@ class _Run:
         """Lets windows [first, last) in, and has the features of the next encoded meanwhile."""
         windows, sound = self.windows, self.sound
         # Whoever waits for parts may use the network meanwhile.
+        sound.engine.model.sharing.among(0, 1)
         sound.engine.model.update_seq_lengths(
             sound.data.latent_seq_len, sound.data.clip_seq_len, sound.data.sync_seq_len
         )

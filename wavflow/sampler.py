@@ -70,7 +70,8 @@ class Sampler:
     more than 8 bits), the solver's state and the noise stay float32. A clip's noise depends on its
     seed alone, whatever else is in the batch.
 
-    A sound longer than the clips of the training is made of windows (`wavflow.long`).
+    A sound longer than the clips of the training is made of windows (`wavflow.long`). Several
+    processes share the windows of a long sound, or the tokens of one that is made at once.
 
     Args:
         model: the network with the weights to use, or its copy prepared for `dtype`.
@@ -78,7 +79,7 @@ class Sampler:
         device: where it runs.
         dtype: of its matrix products.
         engine: how steps run, one of `wavflow.engine.ENGINES`.
-        world: processes that share the windows of long sounds; by default this one alone.
+        world: processes that share every sound; by default this one alone.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Sampler:
             ema: `ema1`, `ema2` or `none`; of no effect on a flat file.
             config: for a file that carries none; must agree with one that it carries.
             engine: how steps run, one of `wavflow.engine.ENGINES`.
-            world: processes that share the windows of long sounds.
+            world: processes that share every sound.
 
         Raises:
             InputError: unreadable file, no configuration, weights of another model.
@@ -653,6 +654,7 @@ class Sampler:
         cancel: Event | None,
     ) -> Tensor:  # (b n d) float32
         data, sampling = batch.data, self.config.sampling
+        self.model.sharing.among(self.world.rank, self.world.size)
         self.model.update_seq_lengths(data.latent_seq_len, data.clip_seq_len, data.sync_seq_len)
         noise = kernels.philox_normal(
             torch.tensor(seeds, dtype=torch.int64, device=self.device),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import wavflow_kernels as wk
+from wavflow.model.sharing import Sharing
 from wavflow_kernels import PreparedConv, TokenRows, Window
 
 # RMSNorm's eps is float32's machine epsilon whatever the input's dtype.
@@ -33,6 +34,8 @@ class Preparable:
 class TokenConv(Preparable, nn.Conv1d):
     """``nn.Conv1d``'s parameters and initialisation on (b n c) tensors, "same" zero padding."""
 
+    sharing: Sharing | None = None
+
     def __init__(
         self,
         in_dim: int,
@@ -45,7 +48,12 @@ class TokenConv(Preparable, nn.Conv1d):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return wk.conv1d(x, self.operand, self.bias, activation=self.activation)
+        def convolve(x: Tensor) -> Tensor:
+            return wk.conv1d(x, self.operand, self.bias, activation=self.activation)
+
+        if self.sharing is None:
+            return convolve(x)
+        return self.sharing.convolved(x, self.kernel_size[0], convolve)
 
 
 class TokenLinear(Preparable, nn.Linear):
@@ -67,9 +75,11 @@ class SwiGLU(nn.Module):
     """
 
     prepared: PreparedConv | None = None
+    sharing: Sharing | None = None
 
     def __init__(self, dim: int, width: int, kernel_size: int | None = None) -> None:
         super().__init__()
+        self.kernel_size = 1 if kernel_size is None else kernel_size
         inner = swiglu_inner(width)
 
         def layer(in_dim: int, out_dim: int) -> nn.Module:
@@ -89,9 +99,14 @@ class SwiGLU(nn.Module):
         self.w2.prepare(dtype, winograd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.prepared is not None:
-            return self.w2(wk.conv_swiglu(x, self.prepared))
-        return self.w2(wk.conv_swiglu(x, self.w1.weight, self.w3.weight))
+        weights = (self.w1.weight, self.w3.weight) if self.prepared is None else (self.prepared,)
+
+        def gate(x: Tensor) -> Tensor:
+            return wk.conv_swiglu(x, *weights)
+
+        if self.sharing is None:
+            return self.w2(gate(x))
+        return self.w2(self.sharing.convolved(x, self.kernel_size, gate))
 
 
 class Conditioning(NamedTuple):
@@ -173,6 +188,8 @@ class TransformerBlock(nn.Module):
     A ``pre_only`` block only supplies keys and values to the joint attention.
     """
 
+    sharing: Sharing | None = None
+
     def __init__(
         self,
         dim: int,
@@ -209,7 +226,7 @@ class TransformerBlock(nn.Module):
     ) -> Stream:
         """The block on its own: self-attention over its tokens."""
         entered = self.enter(stream, c)
-        (attended,) = attention([self.attn], [entered.projected], rope, window)
+        (attended,) = attention([self.attn], [entered.projected], rope, window, self.sharing)
         return self.leave(entered, attended)
 
 
@@ -218,10 +235,12 @@ def attention(
     projected: Sequence[Tensor],
     rope: Tensor,
     window: Window | None,
+    sharing: Sharing | None,
 ) -> tuple[Tensor, ...]:
     """Joint attention of the streams, (b n 3c) or (b n 2c) each -> (b n c) of those with queries.
 
-    rope: (tokens of all streams, head_dim) rotations; window: over the tokens of all streams.
+    rope: (tokens of all streams, head_dim) rotations; window: over the tokens of all streams;
+    sharing: of the first stream's.
     """
     q, k, v = wk.qkv_rope(
         projected,
@@ -232,6 +251,9 @@ def attention(
     )
     dim = v.shape[1] * v.shape[3]
     lengths = [p.shape[1] for p in projected if p.shape[2] == 3 * dim]
+    if sharing is not None and sharing.size > 1:
+        own = projected[0].shape[1]
+        k, v = (torch.cat((sharing.whole(x[:, :, :own], 2), x[:, :, own:]), dim=2) for x in (k, v))
     return wk.rope_attention(q, k, v, window=window).split(lengths, dim=1)
 
 
@@ -267,7 +289,9 @@ class JointBlock(nn.Module):
             )
         ]
         projected = [e.projected for e in entered]
-        attended = attention([b.attn for b in blocks], projected, rope, window)
+        attended = attention(
+            [b.attn for b in blocks], projected, rope, window, self.latent_block.sharing
+        )
         return tuple(
             block.leave(e, a) for block, e, a in zip(blocks, entered, attended, strict=False)
         )

@@ -24,6 +24,7 @@ from wavflow.model.blocks import (
 from wavflow.model.embeddings import ROPE_SCALINGS, TimestepEmbedding, rope_scale
 from wavflow.model.inference import PreparedNetwork
 from wavflow.model.shapes import check_shape
+from wavflow.model.sharing import Sharing
 from wavflow_kernels import TokenRows, Window, rope_table
 
 # One segment of sync features is 8 tokens; their positions inside it have a learned embedding.
@@ -262,6 +263,13 @@ class WavflowModel(nn.Module):
             TransformerBlock(dim, num_heads, config.ffn_width, kernel_size=3)
             for _ in range(fused_depth)
         )
+        # Who computes which audio tokens.
+        self.sharing = Sharing()
+        audio = [self.audio_input_proj, self.fused_blocks, self.final_layer]
+        for part in (*audio, *(block.latent_block for block in self.joint_blocks)):
+            for module in part.modules():
+                if isinstance(module, (TokenConv, SwiGLU, TransformerBlock)):
+                    module.sharing = self.sharing
         self._initialize()
 
     def _initialize(self) -> None:
@@ -440,8 +448,9 @@ class WavflowModel(nn.Module):
         check_shape("t", t, (latent.shape[0],))
         self._check_conditions("conditions", conditions, latent.shape[0])
         network = self._prepared(conditions)
-        x = network.audio_input_proj(latent)
-        return network._transform(x, network.t_embed(t), conditions)
+        x = network.audio_input_proj(self.sharing.own(latent))
+        made = network._transform(x, network.t_embed(t), conditions)
+        return self.sharing.whole(made, 1)
 
     def predict_flow_pair(
         self, latent: Tensor, t: Tensor, conditions: Conditions, empty_conditions: Conditions
@@ -455,11 +464,11 @@ class WavflowModel(nn.Module):
         self._check_conditions("conditions", conditions, latent.shape[0])
         self._check_conditions("empty_conditions", empty_conditions, latent.shape[0])
         network = self._prepared(conditions)
-        x = network.audio_input_proj(latent)
+        x = network.audio_input_proj(self.sharing.own(latent))
         both = network._transform(
             torch.cat((x, x)), network.t_embed(t[None]), conditions.cat(empty_conditions)
         )
-        cond, uncond = both.chunk(2)
+        cond, uncond = self.sharing.whole(both, 1).chunk(2)
         return cond, uncond
 
     def ode_wrapper(
@@ -491,6 +500,7 @@ class WavflowModel(nn.Module):
         together = (conditions.clip_f_c + conditions.text_f_c).unsqueeze(1)
         global_c = t_embedding.unsqueeze(1) + self.global_cond_mlp(together)  # b 1 c
         # The audio streams' condition, before its rows are repeated along the tokens.
+        conditions = self._own(conditions)
         extended = Conditioning(global_c + conditions.sync_rows, conditions.sync_tokens)
         everywhere = Conditioning(global_c)
 
@@ -504,6 +514,20 @@ class WavflowModel(nn.Module):
         for block in self.fused_blocks:
             audio = self._run(block, audio, extended, rope, window)
         return self.final_layer(audio, everywhere)
+
+    def _own(self, conditions: Conditions) -> Conditions:
+        """What this process needs of them, whose audio tokens are a stretch of all."""
+        if self.sharing.size == 1:
+            return conditions
+        if conditions.window is not None:
+            raise ValueError("attention windows cannot be shared among processes")
+        tokens, rows = self.sharing.stretch(), conditions.sync_rows.shape[1]
+        rope, index = conditions.rope, conditions.sync_tokens.index
+        return replace(
+            conditions,
+            sync_tokens=TokenRows.of_sorted(index[tokens], rows),
+            rope=torch.cat((rope[tokens], rope[len(index) :])),
+        )
 
     def _run(self, block: nn.Module, *args: Stream | Conditioning | Tensor | Window | None) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
