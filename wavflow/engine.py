@@ -192,11 +192,9 @@ class Engine:
         """Captured steps of these shapes, which hold the given values."""
         rows = -(-len(table) // TABLE_ROWS) * TABLE_ROWS
         room = F.pad(table, (0, 0, 0, rows - len(table)))
-        lengths = tuple(len(f) for f in (conditions.rope, conditions.sync_tokens.index))
-        key = (
-            *(noise.shape, noise.dtype, lengths, conditions.window, self.model.sharing.size),
-            *(room.shape, empty is None, rescale),
-        )
+        tokens = (len(conditions.rope), len(conditions.sync_tokens.index), conditions.window)
+        shared = (self.model.sharing.rank, self.model.sharing.size)
+        key = (noise.shape, noise.dtype, tokens, shared, room.shape, empty is None, rescale)
         steps = self._kept.pop(key, None)
         if steps is None:
             while len(self._kept) >= self.limit:

@@ -54,19 +54,26 @@ def blocks(nq: int, n: int, window: Window, device: torch.device) -> Iterator[Bl
     if size < 0:
         yield Block(slice(0, nq), None, None)
         return
-    paced, unit = local + spread, max(spread, 1)
+    paced = local + spread
     rest = torch.arange(paced, n, device=device)
-    for begin, end, step in ((0, local, unit), (local, paced, local)):
-        for first in range(begin, min(end, nq), ROWS):
-            last = min(first + ROWS, end, nq) - 1
-            low, high = (first - begin) * step - size * unit, (last - begin) * step + size * unit
+    # First token, places on the clock between two tokens, and tokens of each stream.
+    streams = ((0, max(spread, 1), local), (local, local, spread))
+    reach = size * max(spread, 1)
+    for begin, step, count in streams:
+        end = min(begin + count, nq)
+        for first in range(begin, end, ROWS):
+            last = min(first + ROWS, end) - 1
+            low, high = (first - begin) * step - reach, (last - begin) * step + reach
             near = [
-                torch.arange(max(-(-low // apart), 0), min(high // apart + 1, count), device=device)
-                for apart, count in ((unit, local), (local, spread))
-                if count
+                torch.arange(
+                    at + max(-(-low // apart), 0),
+                    at + min(high // apart + 1, tokens),
+                    device=device,
+                )
+                for at, apart, tokens in streams
+                if tokens
             ]
-            cols = torch.cat([*(x + at for x, at in zip(near, (0, local), strict=False)), rest])
-            rows = torch.arange(first, last + 1, device=device)
+            rows, cols = torch.arange(first, last + 1, device=device), torch.cat([*near, rest])
             yield Block(slice(first, last + 1), cols, visible(rows, cols, window))
     for first in range(paced, nq, ROWS):
         yield Block(slice(first, min(first + ROWS, nq)), None, None)

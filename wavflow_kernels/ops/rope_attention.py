@@ -445,14 +445,14 @@ def tuning_key(q: Tensor, k: Tensor, q_weight: Tensor | None, window: int) -> st
 
 
 def _prefer(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
-    if rest[3] >= 0:  # a library takes a window in pieces
-        return None
+    # A library takes a window in pieces.
+    unmeasured = "library" if rest[3] < 0 else None
     if q.device.type == "cpu":
         # With AVX2 and AVX-512 ours is 1.2 to 5 times faster, in training too; with the baseline's
         # vectors of 16 bytes they are on a par on x86-64, and other processors are not measured.
-        return "library" if _backend.ISA == "default" else None
+        return unmeasured if _backend.ISA == "default" else None
     row = _tuned.lookup("rope_attention", q.device, tuning_key(q, k, rest[0], rest[3]))
-    return row.get("backend", "library")
+    return row.get("backend", unmeasured)
 
 
 BACKWARD = Op(
