@@ -14,7 +14,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 def examples() -> list[str]:
     text = README.read_text(encoding="utf-8")
     found = re.findall(r"<!-- run by tests/test_readme.py -->\n```python\n(.*?)```", text, re.S)
-    assert len(found) == 2, "the README has lost an example"
+    assert len(found) == 3, "the README has lost an example"
     return found
 
 
