@@ -242,6 +242,15 @@ def plan(capability: tuple[int, int], gpu: str, workers: int) -> list[Stage]:
             unless=no_training,
             needs="build",
         ),
+        Stage(
+            "length",
+            [*python, "-m", "bench.run", "length", "--device", "cuda", "--models",
+             "medium_16k,medium_44k", "--batch", "8", "--limit", "10",
+             "--json", str(results / f"length-{slug(gpu)}.json")],
+            150,
+            unless=no_training,
+            needs="build",
+        ),
     ]  # fmt: skip
 
 

@@ -52,3 +52,40 @@ def _compiled(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.skip("no compiled kernels")
     with _backend.use_backend(None):
         yield
+
+
+class Recorder:
+    """Stands for CUDA's capture: its graph is the step itself, run at replay."""
+
+    def __init__(self):
+        self.captured = 0
+
+    def __call__(self, step, rewind, device):
+        self.captured += 1
+        output = step()
+        places = output if isinstance(output, tuple) else (output,)
+        rewind()
+
+        def replay():
+            again = step()
+            again = again if isinstance(again, tuple) else (again,)
+            for place, value in zip(places, again, strict=True):
+                place.copy_(value)
+
+        return replay, output
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """An engine that believes to be on a GPU, and the count of what it captures."""
+    from wavflow import engine
+
+    recorder = Recorder()
+    monkeypatch.setattr(engine, "capture", recorder)
+
+    def make(model, limit=4):
+        made = engine.Engine(model, "eager", limit=limit)
+        made.kind = "graph"
+        return made, recorder
+
+    return make

@@ -36,41 +36,6 @@ def by_solve(model, noise, table, conditions, empty):
         )
 
 
-class Recorder:
-    """Stands for CUDA's capture: its graph is the step itself, run at replay."""
-
-    def __init__(self):
-        self.captured = 0
-
-    def __call__(self, step, rewind, device):
-        self.captured += 1
-        output = step()
-        places = output if isinstance(output, tuple) else (output,)
-        rewind()
-
-        def replay():
-            again = step()
-            again = again if isinstance(again, tuple) else (again,)
-            for place, value in zip(places, again, strict=True):
-                place.copy_(value)
-
-        return replay, output
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """An engine that believes to be on a GPU, and the count of what it captures."""
-    recorder = Recorder()
-    monkeypatch.setattr(engine, "capture", recorder)
-
-    def make(model, limit=4):
-        made = Engine(model, "eager", limit=limit)
-        made.kind = "graph"
-        return made, recorder
-
-    return make
-
-
 @pytest.mark.parametrize("method", ["euler", "2m", "rk4"])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
 def test_eager_and_replayed_steps_agree_with_solve(graphs, method, interval):
@@ -124,6 +89,21 @@ def test_a_graph_is_of_one_window(graphs):
     assert torch.equal(ends[1], ends[3]) and not torch.allclose(ends[1], ends[2], rtol=1e-3)
 
 
+def test_a_prediction_is_the_networks_from_any_kind(graphs):
+    model, noise, _, conditions, empty = problem(guidance=2.0)
+    replayed, recorder = graphs(model)
+    for t, weight in ((0.3, 2.0), (0.7, 1.0), (0.9, 3.0)):
+        wanted = Engine(model).predict(t, noise, conditions, empty, weight)
+        with torch.inference_mode():
+            pair = model.predict_flow_pair(noise, torch.tensor(t), conditions, empty)
+        assert isinstance(wanted, tuple) == (weight > 1)
+        wanted = mix_guidance(wanted, weight)
+        torch.testing.assert_close(wanted, mix_guidance(pair if weight > 1 else pair[0], weight))
+        found = mix_guidance(replayed.predict(t, noise, conditions, empty, weight), weight)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert recorder.captured == 2  # with guidance and without
+
+
 def test_a_failed_capture_is_logged_and_compiled(monkeypatch, graphs, caplog):
     model, *given = problem(method="euler")
 
@@ -152,6 +132,22 @@ def test_compiled_steps_agree():
     model, *given = problem(method="euler")
     made, wanted = Engine(model, "compile").solve(*given), by_solve(model, *given)
     assert (made - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.gpu
+def test_predictions_by_cuda_graphs_agree_with_eager_ones():
+    model, noise, _, *conditions = problem()
+    model, noise = model.cuda(), noise.cuda()
+    features = [each.cuda() for each in inputs(model, 2)[1:-1]]
+    with torch.inference_mode():
+        conditions = [model.preprocess_conditions(*features), model.get_empty_conditions(2)]
+    graph, eager = Engine(model, "graph"), Engine(model, "eager")
+    for t, weight in ((0.3, 2.0), (0.7, 1.0), (0.9, 3.0)):
+        made, wanted = (
+            mix_guidance(engine.predict(t, noise, *conditions, weight), weight)
+            for engine in (graph, eager)
+        )
+        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -35,6 +35,7 @@ from wavflow.scene import film, stored
 from wavflow.solvers import solve
 from wavflow.windows import Windows
 
+pytest.importorskip("omegaconf")
 TOY = load_config("toy_8k").data
 PUBLIC = load_config("medium_16k").data
 CAPTION = {k: v for k, v in random_features(1).items() if k == "text_features"}
@@ -160,6 +161,29 @@ def test_property_parts_are_those_of_the_whole(seconds, overlap, batch, seed):
     (whole,) = sampler.generate(["a bell"], **options)
     made = torch.cat([p.audio for p in sampler.stream("a bell", batch_size=batch, **options)])
     torch.testing.assert_close(made, whole.audio, atol=3e-5, rtol=1e-4)
+
+
+def test_replayed_windows_have_one_batch_size(graphs):
+    sampler = tiny_sampler()
+    options = {"seconds": 11.0, "steps": 3, "guidance": 2.0, "seed": 4}
+    wanted = torch.cat([part.audio for part in sampler.stream("a bell", batch_size=3, **options)])
+    sampler.engine, recorder = graphs(sampler.model)
+    made = torch.cat([part.audio for part in sampler.stream("a bell", batch_size=3, **options)])
+    torch.testing.assert_close(made, wanted, atol=3e-5, rtol=1e-4)
+    assert recorder.captured == 2  # with guidance and without
+
+
+def test_attention_settings_may_differ_from_the_trainings(saved):
+    given = {"attention_window": 0.5, "rope_scaling": "linear", "dtype": "float32"}
+    sampler, plain = wavflow.load(saved, **given), wavflow.load(saved, dtype="float32")
+    options = {"seconds": 5.0, "window": 0, "seed": 1, "loudness": None}
+    made, other = (s("a bell", **options).audio for s in (sampler, plain))
+    assert made.shape == other.shape and (made - other).norm() > 0.01 * other.norm()
+    assert sampler.model.config.attention_window == 50
+    with pytest.raises(InputError, match=r"model.rope_scaling is 'cubic'; wanted one of none"):
+        wavflow.load(saved, rope_scaling="cubic")
+    with pytest.raises(InputError, match=r"model.attention_window is -1.0; wanted > 0"):
+        wavflow.load(saved, attention_window=-1.0)
 
 
 def test_one_window_is_the_clip():

@@ -245,6 +245,16 @@ def generate(
         float | None,
         typer.Option(help="Seconds that neighbouring windows share; default a fifth of one."),
     ] = None,
+    attention_window: Annotated[
+        float | None,
+        typer.Option(help="Seconds away that sound is attended to; default as trained."),
+    ] = None,
+    rope_scaling: Annotated[
+        str | None,
+        typer.Option(
+            help="With --window 0, of sounds longer than in training: none, linear or ntk."
+        ),
+    ] = None,
     stream: Annotated[
         bool,
         typer.Option(
@@ -333,6 +343,8 @@ def generate(
             None if config is None else load_config(config),
             engine,
             world,
+            attention_window,
+            rope_scaling,
         )
         if csv is not None:
             result = infer(

@@ -255,6 +255,9 @@ class _Run:
         predicted = state.new_zeros(len(windows), self.windows.size, state.shape[1])
         for at in range(0, len(mine), sound.batch):
             some = mine[at : at + sound.batch]
+            count = len(some)
+            if sound.engine.kind == "graph":  # one captured batch size serves all
+                some = some + some[:1] * (sound.batch - count)
             x = torch.stack([self._window(window) for window in some])
             conditions = [self.conditions[window] for window in some]
             output = sound.engine.predict(
@@ -265,8 +268,9 @@ class _Run:
                 weight,
                 sound.rescale,
             )
-            at = torch.tensor([window - windows.start for window in some], device=state.device)
-            predicted[at] = mix_guidance(output, weight).to(predicted)
+            places = [window - windows.start for window in some[:count]]
+            mixed = mix_guidance(output, weight)[:count].to(predicted)
+            predicted[torch.tensor(places, device=state.device)] = mixed
         if sound.world.size > 1:  # each is one process's and zero of the others
             dist.all_reduce(predicted)
         return predicted

@@ -116,6 +116,8 @@ class Sampler:
         config: Config | None = None,
         engine: str = "auto",
         world: World | None = None,
+        attention_window: float | None = None,
+        rope_scaling: str | None = None,
     ) -> Sampler:
         """Reads a checkpoint.
 
@@ -127,13 +129,22 @@ class Sampler:
             config: for a file that carries none; must agree with one that it carries.
             engine: how steps run, one of `wavflow.engine.ENGINES`.
             world: processes that share every sound.
+            attention_window: seconds away that sound may be attended to, by default the
+                configuration's.
+            rope_scaling: of sounds that are longer than in training and made at once: `none`,
+                `linear` or `ntk` (`wavflow.model.embeddings`), by default the configuration's.
 
         Raises:
-            InputError: unreadable file, no configuration, weights of another model.
+            InputError: unreadable file, no configuration, weights of another model, an option
+                out of range.
         """
         where = precision.resolve_device(device)
         weights = read_weights(checkpoint, ema)
         config = _settle(checkpoint, config, weights.config)
+        given = {"attention_window": attention_window, "rope_scaling": rope_scaling}
+        values = config.to_dict()
+        values["model"] |= {key: value for key, value in given.items() if value is not None}
+        config = config_from_dict(values, where=str(checkpoint))
         model = build_model(config)
         load_into(model, weights.state, checkpoint)
         kind = precision.resolve_dtype(dtype, where)
