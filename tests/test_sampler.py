@@ -536,7 +536,7 @@ def test_table_semantics(saved, world, tmp_path):
     assert (result.done, result.failed) == (4, 0)
     ids = [videos[0].stem, "007", "mute", "row_00003"]
     assert sorted(p.name for p in result.out.iterdir()) == sorted(
-        [*(f"{i}.wav" for i in ids), *(f"{i}.json" for i in ids), "report.csv"]
+        [*(f"{i}.wav" for i in ids), *(f"{i}.json" for i in ids), "report.csv", ".lock"]
     )
     assert [row["id"] for row in report(result.report)] == ids
     wanted = sampler.generate(
