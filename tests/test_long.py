@@ -77,6 +77,14 @@ def test_windows_cover_a_sound(seconds, overlap, grid, loop):
     assert hop <= 2 - wanted + (0 if loop or len(windows) < 3 else grid)
 
 
+def test_windows_at_44_khz_begin_at_the_nearest_token():
+    windows = Windows.cover(60, load_config("medium_44k").data, grid=Fraction(8, 25))
+    rate = Fraction(44_100, 200)
+    apart = [abs(s - t * rate) for t, s in zip(windows.times, windows.starts, strict=True)]
+    assert windows.size == 1764 and 0 < max(apart) <= Fraction(1, 2)  # of 4.5 ms
+    assert all(time % Fraction(8, 25) == 0 for time in windows.times)
+
+
 def test_windows_of_the_public_model():
     windows = Windows.cover(60, PUBLIC, grid=Fraction(8, 25))
     assert windows.size == 640 and windows.reach == 1
@@ -483,6 +491,33 @@ def test_a_killed_stream_leaves_a_valid_file(saved, tmp_path):
     whole = load_audio(tmp_path / "all.wav", 8000)
     near = 16_000  # far from the shorter sound's end they are the same
     torch.testing.assert_close(found[:near], whole[:near], atol=0.01, rtol=0)
+
+
+PEAK = """
+import resource, sys
+import torch, wavflow
+torch.set_num_threads(1)
+pipe = wavflow.load(sys.argv[1], dtype="float32")
+sound = pipe.stream("a bell", seconds=float(sys.argv[2]), steps=2, guidance=1.0, batch_size=4)
+samples = sum(len(part.audio) for part in sound)
+print(samples, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_ten_minutes_take_the_memory_of_one(saved):
+    root = Path(wavflow.__file__).parents[1]
+    peaks = {}
+    for seconds in (30, 60, 600):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, str(saved), str(seconds)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        samples, peaks[seconds] = map(int, done.stdout.split())
+        assert samples == seconds * 8000
+    assert peaks[600] < 1.05 * peaks[30] and peaks[600] < 2e9, peaks
 
 
 def test_the_command_line(saved, tmp_path, capsys):
