@@ -32,7 +32,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def lift(rms_offset: float = 0.0, limit: float = 0.3, roll: int = 0, mean: bool = False) -> Any:
     def wrong(
-        wave: Tensor, lengths: Any, d: int, n: int, rms: float, scale: float, dtype: Any
+        wave: Tensor,
+        lengths: Any,
+        levels: Any,
+        d: int,
+        n: int,
+        rms: float,
+        scale: float,
+        dtype: Any,
     ) -> Tensor:
         if lengths is not None:
             wave = torch.where(torch.arange(wave.shape[1]) < lengths[:, None], wave, 0.0)

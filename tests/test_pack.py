@@ -332,7 +332,7 @@ def test_damage_is_seen_when_a_pack_is_opened(packed, copy, tmp_path):
         index.write_text(json.dumps(held))
         with pytest.raises(InputError, match="shard-000001.json: text of clip c00. cannot be"):
             PackedDataset(copy, sizes())
-    index.write_text(json.dumps({"schema": 1}))
+    index.write_text(json.dumps({"schema": 2}))
     with pytest.raises(
         InputError, match="shard-000001.json: no config, table, .*; wanted an index"
     ):
