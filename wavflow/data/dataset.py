@@ -176,7 +176,8 @@ class Clips(ABC):
 
         With `crop` "first" and `lift` "clip" waves are whole, for their loudness, and features
         those of the first window. Else a longer recording gives one window, and what fills up its
-        last token. A clip that cannot be read is a problem, not an error. Called from loader threads.
+        last token. A clip that cannot be read is a problem, not an error. Called from loader
+        threads.
         """
         windows: dict[int, Recording] = {}
         problems: dict[int, str] = {}
