@@ -130,7 +130,7 @@ class ClipSynchformerVideo:
         pictures, rows, left, count = [], [], None, 0
         for picture, motion in pieces:
             count += len(motion)
-            # What the last whole segment of a piece leaves, a segment's half or more, begins others.
+            # The next piece's first segments begin in this one.
             left = motion if left is None else torch.cat([left, motion])
             with self._turn:
                 if len(picture):

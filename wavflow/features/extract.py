@@ -2,8 +2,8 @@
 
 `<out>/features/<id>.pth` is a dict with some of clip_features, sync_features and text_features
 (float32), `seconds`, the length of a video that was encoded whole, `source`, what they were made
-from and with, and `wavflow`, the version that wrote it. A file whose source still matches is kept, so that an interrupted job goes on where it stopped. Many
-processes may share a table and a folder.
+from and with, and `wavflow`, the version that wrote it. A file whose source still matches is kept,
+so that an interrupted job goes on where it stopped. Many processes may share a table and a folder.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from wavflow.features.video import finest
 from wavflow.features.weights import locked
 from wavflow.files import atomic_write, load_tensors, working_in
 
-
 #: Instead of a number of seconds: each video to its end.
 WHOLE = "whole"
-#: Seconds of a whole video that are in memory at a time; frames of the public encoders take 7 MB each.
+#: Seconds of a whole video that are in memory at a time, at 7 MB each for the public encoders.
 PIECE = 32
 
 

@@ -185,8 +185,8 @@ def decode(
     finest stream over its rate.
 
     Raises InputError naming the file when it is missing, is not a video, has no frames, is broken,
-    passes a limit or, unless `to_end`, is shorter than `seconds`; ValueError when `seconds` gives a stream no frame;
-    MemoryError.
+    passes a limit or, unless `to_end`, is shorter than `seconds`; ValueError when `seconds` gives a
+    stream no frame; MemoryError.
     """
     import av
 
