@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from test_video import make_video
 import wavflow_kernels as kernels
 from wavflow import checkpoint
 from wavflow.audio import SoundFile, load_audio
+from wavflow.config import load_config
 from wavflow.data.crop import Grid
 from wavflow.data.dataset import ClipDataset
 from wavflow.data.manifest import write_csv
@@ -32,6 +34,7 @@ from wavflow.features import guard
 from wavflow.features.base import get_encoders
 from wavflow.features.extract import encode_video, encode_whole_video, extract
 from wavflow.features.video import FrameStream, decode
+from wavflow.objective import WavflowObjective
 
 RATE = SIZES.target_sample_rate
 SECONDS = 12  # of a long recording; windows are 1 s
@@ -45,14 +48,11 @@ def noise(samples: int, channels: int = 1, seed: int = 0) -> np.ndarray:
 def write_row(root: Path, id: str, wave: np.ndarray, seconds: float, rate: int = RATE) -> dict:
     """A recording of that sound, with features of so many seconds whose rows count themselves."""
     soundfile.write(root / f"{id}.wav", wave, rate, subtype="PCM_16")
-    rows = {"clip_features": int(8 * seconds), "sync_features": int(24 * seconds)}
     features = {}
-    for (key, (count, width)), more in zip(
-        SIZES.feature_shapes.items(), (*rows.values(), 77), strict=True
-    ):
-        del count
-        features[key] = torch.rand(more, width)
-        features[key][:, 0] = torch.arange(more)
+    rows = (int(8 * seconds), int(24 * seconds), SIZES.text_seq_len)
+    for (key, (_, width)), count in zip(SIZES.feature_shapes.items(), rows, strict=True):
+        features[key] = torch.rand(count, width)
+        features[key][:, 0] = torch.arange(count)
     torch.save(features, root / f"{id}.pth")
     return {
         "id": id,
@@ -194,7 +194,7 @@ def test_windows_are_those_of_the_whole(table, crop, tmp_path):
         for key, value in same.batch.features.items():
             assert torch.equal(loaded.batch.features[key], value)
     assert len(starts) > 10 or crop == "first"
-    assert data[0].wave.shape == (RATE,) if crop == "first" else data[0].wave.numel()
+    assert data[0].wave.shape == (RATE,)
 
 
 def test_epochs_see_other_windows_and_a_run_the_same(table):
@@ -352,12 +352,26 @@ def test_the_end_is_where_every_stream_ends(tmp_path, fps, frames):
         guard.decode(path, streams, 60)
 
 
+def test_streams_that_round_the_end_apart(tmp_path):
+    """From 0.073 to 1.061 s: slots 1 to 7 of 8 a second, slots 2 to 26 of 25 a second."""
+    path = make_video(tmp_path / "x.mkv", 25, 25, [73, *range(101, 1022, 40)])
+    streams = [FrameStream(8, 16, "squash"), FrameStream(25, 16, "squash")]
+    shown = decode(path, streams, 2, to_end=True)
+    assert [len(each) for each in shown] == [7, 24]
+    assert [len(each) for each in decode(path, streams[1:], 2, to_end=True)] == [25]
+
+
 @pytest.fixture(scope="module")
 def films(tmp_path_factory) -> Path:
-    """A toy world of 12 s clips, one of which is replaced by one of 9 s."""
+    """The table of a toy world of 12 s clips."""
     root = tmp_path_factory.mktemp("films")
     write_toy_world(root / "toy", 6, 1, heldout=0, seconds=12.0, workers=1)
     return root / "toy/train.csv"
+
+
+@pytest.fixture(scope="module")
+def encoded(films, tmp_path_factory) -> Path:
+    return extract(films, tmp_path_factory.mktemp("encoded"), seconds="whole", workers=1).csv
 
 
 def test_whole_rows_are_as_long_as_their_videos(films, tmp_path):
@@ -390,16 +404,36 @@ def test_whole_rows_are_as_long_as_their_videos(films, tmp_path):
         extract(tmp_path / "films.csv", tmp_path / "out", seconds="all")
 
 
-def test_a_run_on_whole_recordings_goes_on_as_if_never_stopped(films, tmp_path):
+def test_the_objective_lifts_by_the_recording(encoded):
+    config = load_config("toy_8k", ["data.crop=random", "data.lift=recording"])
+    draw = Draw(0, range(8))
+    batch = ClipDataset(encoded, config.data).load([0] * 8, draw).batch
+    louder = replace(batch, levels=batch.levels * torch.tensor([0.25, 0.5]))
+    seen, lifted = [], []
+
+    def model(x_t, *conditions, **flags):
+        seen.append(x_t)
+        return x_t
+
+    for each in (batch, louder):
+        t = WavflowObjective(config).loss(model, each, draw).t[:, None, None]
+        x_1 = kernels.lift_patchify(
+            each.wave, each.lengths, levels=each.levels, token_size=80, tokens=200
+        )
+        lifted.append(t * x_1)
+    assert (lifted[1] - lifted[0]).abs().max() > 0.1
+    torch.testing.assert_close(seen[1] - seen[0], lifted[1] - lifted[0], rtol=0, atol=1e-5)
+
+
+def test_a_run_on_whole_recordings_goes_on_as_if_never_stopped(encoded, tmp_path):
     import wavflow
 
-    table = extract(films, tmp_path / "features", seconds="whole", workers=1).csv
     options = [
         "model.hidden_dim=32",
         "model.num_heads=1",
         "model.depth=2",
         "model.fused_depth=1",
-        f"data.csv_path={table}",
+        f"data.csv_path={encoded}",
         "data.crop=random",
         "data.lift=recording",
         "training.batch_size=4",
