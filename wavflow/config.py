@@ -80,9 +80,9 @@ class DataConfig:
     where the table is packed before the first step. `crop` says which window of a longer recording
     is taken, `lift` whose level its loudness is lifted by: the clip's own (with `crop: first` that
     of its whole file) or the recording's. `sync_layout` says what a row of sync features stands for
-    (`wavflow.data.crop`).
-    `source_weights` are the shares of an epoch that the sources of the table's `source` column
-    get. `shuffle: shards` reads `shuffle_shards` shards of a pack at a time.
+    (`wavflow.data.crop`). `source_weights` are the shares of an epoch that the sources of the
+    table's `source` column get. `shuffle: shards` reads `shuffle_shards` shards of a pack at a
+    time.
     """
 
     csv_path: str | None = None

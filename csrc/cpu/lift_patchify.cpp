@@ -72,11 +72,11 @@ WAVFLOW_BIND(m) {
   m.def(
       "lift_patchify",
       [](Target target, int in, int out, uintptr_t wave, uintptr_t lengths, uintptr_t levels,
-         uintptr_t tokens, uintptr_t partials, int64_t batch, int64_t samples, int64_t kept, double target_rms,
-         double audio_scale) {
+         uintptr_t tokens, uintptr_t partials, int64_t batch, int64_t samples, int64_t kept,
+         double target_rms, double audio_scale) {
         LiftArgs args{target, DType(in), DType(out), pointer<void>(wave), pointer<int64_t>(lengths),
-                      pointer<void>(levels), pointer<void>(tokens), pointer<void>(partials), batch, samples, kept,
-                      target_rms, audio_scale};
+                      pointer<void>(levels), pointer<void>(tokens), pointer<void>(partials), batch,
+                      samples, kept, target_rms, audio_scale};
 #ifdef WAVFLOW_CUDA
         if (target.device >= 0) return lift_patchify_cuda(args);
 #endif

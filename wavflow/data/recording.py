@@ -133,11 +133,12 @@ class RowReader:
         rate = self.config.target_sample_rate
         if self.config.by_windows and path.suffix.lower() in FORMATS:
             file = SoundFile(path, rate)
-            if self.is_long(file.size):
+            if self.is_long(file.size) and file.agrees:
                 return file
         wave = load_audio(path, rate).numpy()
         if first and self.is_long(wave.size):
-            log.warning("%s: read whole for every window; wanted .wav, .flac or a pack", path)
+            wanted = "a pack, or .wav or .flac of a common rate"
+            log.warning("%s: read whole for every window; wanted %s", path, wanted)
         return wave
 
 

@@ -69,7 +69,7 @@ class PackedDataset(Clips):
         sources: list[str] = []
         shards: list[int] = []
         places: list[np.ndarray] = []
-        self._levels: list[Level] = []
+        levels: list[tuple[float, float]] = []
         for number, name in enumerate(self.index["shards"]):
             index = read_shard(folder, name)
             tar = folder / f"{name}.tar"
@@ -80,9 +80,10 @@ class PackedDataset(Clips):
             ids += [clip["id"] for clip in index["clips"]]
             sources += [clip["source"] for clip in index["clips"]]
             shards += [number] * len(index["clips"])
-            self._levels += [Level(*clip["level"]) for clip in index["clips"]]
+            levels += [clip["level"] for clip in index["clips"]]
         # (clips, members, 3): byte offset, number of the dtype, rows; all 0 for what is missing.
         self._places = np.concatenate(places)
+        self._levels = np.array(levels)  # (clips, 2) float64: mean square, peak
         self._shard_of = shards
         self._widths = {name: config.feature_shapes[key][1] for name, key in FEATURES.items()}
         super().__init__(folder, config, ids, sources, shards)
@@ -96,7 +97,7 @@ class PackedDataset(Clips):
                 arrays[name] = np.ndarray(shape, DTYPES[dtype], data, offset)
         wave = arrays.pop("wave")
         features = {FEATURES[name]: value for name, value in arrays.items()}
-        return Recording(wave, features, self._levels[index])
+        return Recording(wave, features, Level(*self._levels[index].tolist()))
 
 
 def read_index(path: Path, keys: Iterable[str]) -> dict[str, Any]:
