@@ -362,6 +362,12 @@ def test_streams_that_round_the_end_apart(tmp_path):
     assert [len(each) for each in decode(path, streams[1:], 2, to_end=True)] == [25]
 
 
+def test_a_video_that_is_over_before_a_frame(tmp_path):
+    path = make_video(tmp_path / "x.mp4", 1, 100)
+    with pytest.raises(InputError, match=r"x.mp4: shorter than a frame at 25 a second"):
+        encode_whole_video(get_encoders("embedded"), path)
+
+
 @pytest.fixture(scope="module")
 def films(tmp_path_factory) -> Path:
     """The table of a toy world of 12 s clips."""

@@ -218,6 +218,8 @@ def encode_whole_video(
             length += Fraction(count, fine.fps)
             if count:
                 yield frames
+        if not length:
+            raise InputError(f"{path}: shorter than a frame at {fine.fps} a second")
 
     clip, sync = encoders.video.encode_pieces(pieces())
     return {VIDEO_KEYS[0]: clip, VIDEO_KEYS[1]: sync}, float(length)
