@@ -19,6 +19,7 @@ from test_video import make_video
 import wavflow_kernels as kernels
 from wavflow import checkpoint
 from wavflow.audio import SoundFile, load_audio
+from wavflow.cli import main
 from wavflow.config import load_config
 from wavflow.data.crop import Grid
 from wavflow.data.dataset import ClipDataset
@@ -381,7 +382,7 @@ def encoded(films, tmp_path_factory) -> Path:
     return extract(films, tmp_path_factory.mktemp("encoded"), seconds="whole", workers=1).csv
 
 
-def test_whole_rows_are_as_long_as_their_videos(films, tmp_path):
+def test_whole_rows_are_as_long_as_their_videos(films, tmp_path, capsys):
     write_toy_world(tmp_path / "short", 1, 1, heldout=0, seconds=9.0, workers=1)
     with open(films, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -407,8 +408,14 @@ def test_whole_rows_are_as_long_as_their_videos(films, tmp_path):
     assert (again.done, again.kept) == (0, 6)
     with pytest.raises(InputError, match=r"features.json: seconds is whole, wanted 2.0; --overw"):
         extract(tmp_path / "films.csv", tmp_path / "out", workers=1)
-    with pytest.raises(InputError, match=r"seconds is 'all'; wanted a number or whole"):
-        extract(tmp_path / "films.csv", tmp_path / "out", seconds="all")
+    argv = ["extract", "--csv", str(tmp_path / "films.csv"), "--out", str(tmp_path / "out")]
+    for word, code, said in (
+        ("whole", 0, "0 extracted, 6 kept, 0 failed"),
+        ("all", 2, "error: seconds is 'all'; wanted a number or whole"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([*argv, "--seconds", word, "--workers", "1"])
+        assert end.value.code == code and said in "".join(capsys.readouterr())
 
 
 def test_the_objective_lifts_by_the_recording(encoded):
