@@ -10,6 +10,7 @@ struct LiftArgs {
   DType in, out;
   const void* wave;        // (batch, samples)
   const int64_t* lengths;  // (batch) or null: every row is whole
+  const void* levels;      // (batch, 2) computed elements, mean square and peak, or null: the row's
   void* tokens;            // (batch, kept)
   void* partials;          // CUDA: batch * blocks * 2 computed elements
   int64_t batch, samples, kept;

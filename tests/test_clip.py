@@ -267,6 +267,21 @@ def test_the_interface(tiny, monkeypatch):
         video.encode(clip_frames(0.6), 0.6)
 
 
+@pytest.mark.parametrize("seconds", [2.0, 2.04, 3.52])
+def test_pieces_share_the_segments_that_lie_in_both(tiny, seconds):
+    video = get_encoders("clip_synchformer", **tiny, device="cpu").video
+    frames = clip_frames(seconds)
+    pieces = zip(frames[0].split(8), frames[1].split(25), strict=False)
+    if len(frames[0]) % 8 == 0 and len(frames[1]) % 25:  # the last piece has no picture of CLIP's
+        pieces = [*pieces, (frames[0][:0], frames[1][len(frames[1]) // 25 * 25 :])]
+    for found, wanted in zip(
+        video.encode_pieces(pieces), video.encode(frames, seconds), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6)
+    with pytest.raises(InputError, match=r"0.6 s are 15 frames; wanted at least 16"):
+        video.encode_pieces([clip_frames(0.6)])
+
+
 def test_bfloat16_is_near_and_comes_as_float32(tiny):
     frames = clip_frames(1.0)
     wide = get_encoders("clip_synchformer", **tiny, device="cpu")

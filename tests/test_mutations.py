@@ -19,6 +19,7 @@ from wavflow_kernels.ops import (
     flow_loss,
     flow_mix,
     gated_residual_adaln,
+    lift_patchify,
     ode_step,
     prepared_conv,
     qkv_rope,
@@ -32,15 +33,25 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def lift(rms_offset: float = 0.0, limit: float = 0.3, roll: int = 0, mean: bool = False) -> Any:
     def wrong(
-        wave: Tensor, lengths: Any, d: int, n: int, rms: float, scale: float, dtype: Any
+        wave: Tensor,
+        lengths: Any,
+        levels: Any,
+        d: int,
+        n: int,
+        rms: float,
+        scale: float,
+        dtype: Any,
     ) -> Tensor:
         if lengths is not None:
             wave = torch.where(torch.arange(wave.shape[1]) < lengths[:, None], wave, 0.0)
         count = wave.shape[1] if lengths is None else lengths[:, None]
         x = wave - wave.mean(1, keepdim=True) if mean else wave
-        level = (x.square().sum(1, keepdim=True) / count).sqrt() + rms_offset
+        square, peak = x.square().sum(1, keepdim=True) / count, wave.abs().amax(1, keepdim=True)
+        if levels is not None:
+            square, peak = levels.split(1, dim=1)
+        level = square.sqrt() + rms_offset
         gain = torch.where(level > 1e-8, rms / level, 1.0)
-        peak = wave.abs().amax(1, keepdim=True) * gain
+        peak = peak * gain
         fit = (peak > 1) & (rms / peak > limit)
         y = (wave * gain / torch.where(fit, peak, 1.0)).clamp(-1, 1) * scale
         y = F.pad(y[:, : n * d], (0, max(n * d - y.shape[1], 0))).roll(roll, 1)
@@ -181,6 +192,7 @@ MUTATIONS = {
     ("lift_patchify", "an epsilon in the RMS"): lift(rms_offset=1e-4),
     ("lift_patchify", "peak rule off"): lift(limit=10.0),
     ("lift_patchify", "padding one sample off"): lift(roll=1),
+    ("lift_patchify", "levels dropped"): variant(lift_patchify.reference, a2=lambda levels: None),
     ("unpatchify", "one sample late"): shifted_tail,
     ("unpatchify", "scale off by 1e-5"): variant(unpatchify.reference, a4=lambda s: s * (1 + 1e-5)),
     ("unpatchify", "window reversed"): variant(

@@ -332,7 +332,7 @@ def test_damage_is_seen_when_a_pack_is_opened(packed, copy, tmp_path):
         index.write_text(json.dumps(held))
         with pytest.raises(InputError, match="shard-000001.json: text of clip c00. cannot be"):
             PackedDataset(copy, sizes())
-    index.write_text(json.dumps({"schema": 1}))
+    index.write_text(json.dumps({"schema": 2}))
     with pytest.raises(
         InputError, match="shard-000001.json: no config, table, .*; wanted an index"
     ):
@@ -340,8 +340,8 @@ def test_damage_is_seen_when_a_pack_is_opened(packed, copy, tmp_path):
     index.write_text("{")
     with pytest.raises(InputError, match="shard-000001.json: not readable as JSON"):
         PackedDataset(copy, sizes())
-    (copy / "pack.json").write_text(json.dumps({"schema": 2}))
-    with pytest.raises(InputError, match="pack.json: its schema is 2; wanted 1"):
+    (copy / "pack.json").write_text(json.dumps({"schema": 1}))
+    with pytest.raises(InputError, match="pack.json: its schema is 1; wanted 2"):
         PackedDataset(copy, sizes())
     (copy / "pack.json").unlink()
     with pytest.raises(InputError, match="pack.json: no such file, wanted a whole pack"):

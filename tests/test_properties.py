@@ -69,6 +69,27 @@ def test_property_lift_ignores_the_level(gain: float, samples: int) -> None:
     assert relative(a, b) < 1e-6
 
 
+@given(
+    level=st.sampled_from([1e-4, 0.02, 0.1, 0.5]),
+    square=st.booleans(),
+    start=st.integers(0, 3999),
+    samples=st.integers(1, 2000),
+    backend=BACKEND,
+)
+def test_property_windows_are_lifted_as_their_recording(
+    level: float, square: bool, start: int, samples: int, backend: str
+) -> None:
+    """Square waves are what the peak rule is for."""
+    whole = normal(1, 4000) * level
+    whole = level * whole.sign() if square else whole
+    levels = torch.stack([whole.double().square().mean(1), whole.abs().amax(1)], dim=1).float()
+    with wk.use_backend(backend):
+        lifted = wk.lift_patchify(whole, token_size=1, tokens=4000)[:, start : start + samples]
+        window = whole[:, start : start + samples]
+        found = wk.lift_patchify(window, levels=levels, token_size=1, tokens=window.shape[1])
+    torch.testing.assert_close(found, lifted, rtol=1e-6, atol=1e-7)
+
+
 @given(lengths=st.lists(st.integers(1, 700), min_size=1, max_size=4), backend=BACKEND)
 def test_property_lengths_are_rows_of_their_own(lengths: list[int], backend: str) -> None:
     wave = normal(len(lengths), 700) * 0.1

@@ -115,6 +115,8 @@ BAD_CALLS = {
     "lift_patchify: tokens must be positive, got -1": lambda: lift(tokens=-1),
     "lift_patchify: lengths must have shape (b) with b = 2": lambda: lift(lengths=T[:1].long()),
     "lift_patchify: lengths must be int64, got float32": lambda: lift(lengths=T),
+    "lift_patchify: levels must have shape (b, 2) with b = 2": lambda: lift(levels=X[0, :, :2]),
+    "lift_patchify: levels must be float32, got float64": lambda: lift(levels=X[:, 0, :2].double()),
     "lift_patchify: out_dtype must be": lambda: lift(WAVE.double(), out_dtype=torch.bfloat16),
     "unpatchify: tokens must have shape": lambda: wk.unpatchify(WAVE),
     "unpatchify: samples must lie in [1, 12], got 13": lambda: wk.unpatchify(X, samples=13),

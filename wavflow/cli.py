@@ -75,7 +75,10 @@ def extract(
     out: Annotated[Path, typer.Option(help="Folder for features and the training table.")],
     config: ConfigFile = "toy_8k",
     encoders: Annotated[str | None, typer.Option(help="Instead of the configuration's.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Instead of the configuration's.")] = None,
+    seconds: Annotated[
+        str | None,
+        typer.Option(help="Of each video, instead of the configuration's; whole for all of it."),
+    ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +104,7 @@ def extract(
             out,
             config=config,
             encoders=encoders,
-            seconds=seconds,
+            seconds=None if seconds is None else _seconds(seconds),
             shard=None if shard is None else _shard(shard),
             overwrite=overwrite,
             workers=workers,
@@ -585,6 +588,13 @@ def _describe_checkpoint(path: Path) -> list[str]:
 
 def _say(text: str) -> None:
     console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _seconds(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _shard(text: str) -> tuple[int, int]:

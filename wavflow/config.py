@@ -82,9 +82,11 @@ class DataConfig:
 
     For training, `csv_path` may also name a folder made by `wavflow pack`, and `store` a folder
     where the table is packed before the first step. `crop` says which window of a longer recording
-    is taken; `sync_layout` what a row of sync features stands for (`wavflow.data.crop`).
-    `source_weights` are the shares of an epoch that the sources of the table's `source` column
-    get. `shuffle: shards` reads `shuffle_shards` shards of a pack at a time.
+    is taken, `lift` whose level its loudness is lifted by: the clip's own (with `crop: first` that
+    of its whole file) or the recording's. `sync_layout` says what a row of sync features stands for
+    (`wavflow.data.crop`). `source_weights` are the shares of an epoch that the sources of the
+    table's `source` column get. `shuffle: shards` reads `shuffle_shards` shards of a pack at a
+    time.
     """
 
     csv_path: str | None = None
@@ -95,6 +97,7 @@ class DataConfig:
     shuffle: str = _one_of("full", "shards")
     shuffle_shards: int = _over(8, 0)
     crop: str = _one_of("first", "random")
+    lift: str = _one_of("clip", "recording")
     audio_scale: float = _over(3.0, 0)
     target_sample_rate: int = _over(16000, 0)
     audio_duration: float = _over(8.0, 0)
@@ -117,6 +120,11 @@ class DataConfig:
     def latent_seq_len(self) -> int:
         """Tokens in one clip, ceil(samples / audio_dim)."""
         return math.ceil(self.samples / self.audio_dim)
+
+    @property
+    def by_windows(self) -> bool:
+        """Whether a clip is read without the rest of its recording."""
+        return self.crop == "random" or self.lift == "recording"
 
     @property
     def feature_shapes(self) -> dict[str, tuple[int, int]]:

@@ -98,11 +98,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         file.write(text)
 
 
-def load_tensors(path: str | os.PathLike[str], what: str) -> Any:
+def load_tensors(path: str | os.PathLike[str], what: str, *, mapped: bool = False) -> Any:
     """Read a file of torch.save onto the CPU: tensors and plain values, running nothing.
 
-    torch.save compresses nothing, so that an archive that would unpack to more than its own size
-    is a bomb. Raises InputError, saying that the file is not a readable `what`.
+    `mapped` tensors are read where they are touched. torch.save compresses nothing, so that an
+    archive that would unpack to more than its own size is a bomb. Raises InputError, saying that
+    the file is not a readable `what`.
     """
     import torch
 
@@ -112,10 +113,13 @@ def load_tensors(path: str | os.PathLike[str], what: str) -> Any:
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            inside = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
+        inside = sum(entry.file_size for entry in entries)
         if inside > size:
             raise ValueError(f"it unpacks to {inside} bytes")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if mapped and any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is compressed")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises a dozen kinds, from EOFError to KeyError
         reason = str(error).strip().split("\n")[0][:160]
         raise InputError(

@@ -60,6 +60,7 @@ class WavflowObjective:
             x_1 = kernels.lift_patchify(
                 batch.wave,
                 batch.lengths,
+                levels=batch.levels,
                 token_size=data.audio_dim,
                 tokens=data.latent_seq_len,
                 audio_scale=data.audio_scale,

@@ -16,7 +16,7 @@ from wavflow.data.recording import VIDEO_KEYS
 from wavflow.features import guard
 from wavflow.features.base import Encoders
 from wavflow.features.extract import encode_video
-from wavflow.features.video import exact
+from wavflow.features.video import exact, finest
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def film(
     Raises:
         InputError: the file cannot be decoded, or not up to `seconds`.
     """
-    finest = max(encoders.video.streams, key=lambda stream: stream.fps)
-    grid = Fraction(1, finest.fps)
+    stream = finest(encoders.video.streams)
+    grid = Fraction(1, stream.fps)
     whole, length = exact(seconds), exact(window)
-    guard.decode(path, [finest], grid, limits, start=(whole - grid) // grid * grid)
+    guard.decode(path, [stream], grid, limits, start=(whole - grid) // grid * grid)
 
     def video(time: Fraction) -> dict[str, Tensor]:
         hold = max(Fraction(0), time + length - whole)

@@ -10,7 +10,8 @@ namespace wavflow {
 template <class In, class Out>
 static void run(const LiftArgs& a) {
   using A = compute_t<In>;
-  const int64_t per_row = blocks(a.samples), out_blocks = blocks(a.kept);
+  const A* levels = static_cast<const A*>(a.levels);
+  const int64_t per_row = levels ? 0 : blocks(a.samples), out_blocks = blocks(a.kept);
   std::vector<double> sums(a.batch * per_row);
   std::vector<A> peaks(a.batch * per_row);
   std::vector<Lift<A>> lifts(a.batch);
@@ -33,6 +34,10 @@ static void run(const LiftArgs& a) {
   });
 
   for (int64_t b = 0; b < a.batch; ++b) {
+    if (levels) {
+      lifts[b] = lift_of(levels[2 * b], levels[2 * b + 1], A(a.target_rms));
+      continue;
+    }
     double sum = 0;
     A peak = 0;
     for (int64_t i = b * per_row; i < (b + 1) * per_row; ++i) {
@@ -66,12 +71,12 @@ void lift_patchify_cpu(const LiftArgs& a) {
 WAVFLOW_BIND(m) {
   m.def(
       "lift_patchify",
-      [](Target target, int in, int out, uintptr_t wave, uintptr_t lengths, uintptr_t tokens,
-         uintptr_t partials, int64_t batch, int64_t samples, int64_t kept, double target_rms,
-         double audio_scale) {
+      [](Target target, int in, int out, uintptr_t wave, uintptr_t lengths, uintptr_t levels,
+         uintptr_t tokens, uintptr_t partials, int64_t batch, int64_t samples, int64_t kept,
+         double target_rms, double audio_scale) {
         LiftArgs args{target, DType(in), DType(out), pointer<void>(wave), pointer<int64_t>(lengths),
-                      pointer<void>(tokens), pointer<void>(partials), batch, samples, kept,
-                      target_rms, audio_scale};
+                      pointer<void>(levels), pointer<void>(tokens), pointer<void>(partials), batch,
+                      samples, kept, target_rms, audio_scale};
 #ifdef WAVFLOW_CUDA
         if (target.device >= 0) return lift_patchify_cuda(args);
 #endif

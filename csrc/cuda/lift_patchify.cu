@@ -1,4 +1,5 @@
-// Two kernels: per-block sums and peaks, then every block combines its item's partials and writes.
+// Two kernels: per-block sums and peaks, if no levels are given; then every block combines its item's
+// partials and writes.
 #include "../lift_patchify.h"
 
 #include "launch.h"
@@ -60,15 +61,20 @@ __global__ void __launch_bounds__(kThreads) write(LiftArgs a, unsigned per_row, 
   __shared__ Lift<A> lift_of_item;
   const int64_t b = blockIdx.x / per_out_row, begin = int64_t(blockIdx.x % per_out_row) * kChunk;
   const int64_t n = a.lengths ? a.lengths[b] : a.samples;
-  const A* partials = static_cast<const A*>(a.partials) + 2 * b * int64_t(per_row);
-  A sum = 0, peak = 0;
-  for (unsigned i = threadIdx.x; i < per_row; i += kThreads) {
-    sum += partials[2 * i];
-    peak = maximum(partials[2 * i + 1], peak);
+  if (a.levels) {
+    const A* level = static_cast<const A*>(a.levels) + 2 * b;
+    if (threadIdx.x == 0) lift_of_item = lift_of(level[0], level[1], A(a.target_rms));
+  } else {
+    const A* partials = static_cast<const A*>(a.partials) + 2 * b * int64_t(per_row);
+    A sum = 0, peak = 0;
+    for (unsigned i = threadIdx.x; i < per_row; i += kThreads) {
+      sum += partials[2 * i];
+      peak = maximum(partials[2 * i + 1], peak);
+    }
+    sum = block_sum(sum, sums);
+    peak = block_max(peak, peaks);
+    if (threadIdx.x == 0) lift_of_item = lift_of(sum / A(n), peak, A(a.target_rms));
   }
-  sum = block_sum(sum, sums);
-  peak = block_max(peak, peaks);
-  if (threadIdx.x == 0) lift_of_item = lift_of(sum / A(n), peak, A(a.target_rms));
   __syncthreads();
 
   const Lift<A> lift = lift_of_item;
@@ -96,8 +102,10 @@ static void launch(const LiftArgs& a) {
   const auto per_row = unsigned((a.samples + kChunk - 1) / kChunk);
   const auto per_out_row = unsigned((a.kept + kChunk - 1) / kChunk);
   const cudaStream_t stream = stream_of(a.target);
-  reduce<In, V><<<unsigned(a.batch * per_row), kThreads, 0, stream>>>(a, per_row);
-  scope.check_launch();
+  if (!a.levels) {
+    reduce<In, V><<<unsigned(a.batch * per_row), kThreads, 0, stream>>>(a, per_row);
+    scope.check_launch();
+  }
   write<In, Out, V><<<unsigned(a.batch * per_out_row), kThreads, 0, stream>>>(a, per_row, per_out_row);
   scope.check_launch();
 }

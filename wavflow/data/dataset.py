@@ -22,7 +22,7 @@ from wavflow.config import DataConfig
 from wavflow.data.crop import Grid
 from wavflow.data.manifest import Manifest, ReportRow, Row, read_manifest, write_report
 from wavflow.data.order import Order
-from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, Recording, RowReader, source
+from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, Level, Recording, RowReader, source
 from wavflow.draw import Draw
 from wavflow.errors import InputError
 
@@ -55,7 +55,8 @@ class ClipBatch:
     """Clips side by side: waves zero-padded on the right, absent features zero.
 
     Shapes: wave (b t), lengths (b,) int64, features[key] (b rows width), has_video and has_text
-    (b,) bool.
+    (b,) bool; levels (b 2), mean square and peak of the clips' recordings, None where clips are
+    lifted by their own.
     """
 
     ids: list[str]
@@ -64,6 +65,7 @@ class ClipBatch:
     features: dict[str, Tensor]
     has_video: Tensor
     has_text: Tensor
+    levels: Tensor | None = None
 
     def pin_memory(self) -> ClipBatch:
         """The same in page-locked memory."""
@@ -81,6 +83,7 @@ class ClipBatch:
             features={key: function(value) for key, value in self.features.items()},
             has_video=function(self.has_video),
             has_text=function(self.has_text),
+            levels=None if self.levels is None else function(self.levels),
         )
 
 
@@ -141,13 +144,13 @@ class Clips(ABC):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Clip:
-        """The clip at `index`: its whole wave, the features of its first window."""
-        recording = self.recording(index)
-        wave = np.empty(recording.wave.shape, np.float32)
-        recording.write_wave(wave)
+        """The first window at `index`; its wave is the whole one where that is lifted by itself."""
+        window = self._first(self.recording(index))
+        wave = np.empty(window.wave.shape, np.float32)
+        window.write_wave(wave)
         features = {
             key: torch.from_numpy(value.astype(np.float32))
-            for key, value in self._first(recording).features.items()
+            for key, value in window.features.items()
         }
         return Clip(self.ids[index], torch.from_numpy(wave), features)
 
@@ -171,9 +174,10 @@ class Clips(ABC):
     def load(self, indices: Sequence[int], draw: Draw) -> Loaded:
         """The clips at `indices` side by side, cropped by `draw`, their examples' randomness.
 
-        With `crop` "first" waves are whole, for their loudness, and features those of the first
-        window. With "random" a longer recording gives one window, and what fills up its last
-        token. A clip that cannot be read is a problem, not an error. Called from loader threads.
+        With `crop` "first" and `lift` "clip" waves are whole, for their loudness, and features
+        those of the first window. Else a longer recording gives one window, and what fills up its
+        last token. A clip that cannot be read is a problem, not an error. Called from loader
+        threads.
         """
         windows: dict[int, Recording] = {}
         problems: dict[int, str] = {}
@@ -181,13 +185,12 @@ class Clips(ABC):
         for place, index in enumerate(indices):
             try:
                 recording = self.recording(index)
+                if chance is None:
+                    windows[place] = self._first(recording)
+                else:
+                    windows[place] = self._random(recording, chance[place])
             except InputError as error:
                 problems[place] = str(error)
-                continue
-            if chance is None:
-                windows[place] = self._first(recording)
-            else:
-                windows[place] = self._random(recording, chance[place])
         return Loaded(self._batch([self.ids[i] for i in indices], windows), problems)
 
     def fingerprint(self) -> str:
@@ -207,9 +210,11 @@ class Clips(ABC):
         count = len(ids)
         lengths = np.ones(count, np.int64)
         has_video, has_text = np.zeros(count, bool), np.zeros(count, bool)
+        levels = np.zeros((count, 2), np.float32)
         for place, window in windows.items():
             lengths[place] = window.wave.size
             has_video[place], has_text[place] = window.has_video, window.has_text
+            levels[place] = window.level.mean_square, window.level.peak
         wave = np.zeros((count, lengths.max(initial=1)), np.float32)
         features = {
             key: np.zeros((count, *shape), np.float32)
@@ -226,12 +231,15 @@ class Clips(ABC):
             features={key: torch.from_numpy(value) for key, value in features.items()},
             has_video=torch.from_numpy(has_video),
             has_text=torch.from_numpy(has_text),
+            levels=torch.from_numpy(levels) if self.config.lift == "recording" else None,
         )
 
     def _first(self, recording: Recording) -> Recording:
-        shapes = self.config.feature_shapes
+        data = self.config
+        stop = data.latent_seq_len * data.audio_dim if data.by_windows else None
+        shapes = data.feature_shapes
         features = {key: value[: shapes[key][0]] for key, value in recording.features.items()}
-        return Recording(recording.wave, features)
+        return Recording(recording.wave[:stop], features, recording.level)
 
     def _random(self, recording: Recording, chance: float) -> Recording:
         """The window that `chance`, in (0, 1), picks."""
@@ -245,7 +253,7 @@ class Clips(ABC):
         else:
             start = int(chance * max(samples - data.samples + 1, 1))
         stop = start + data.latent_seq_len * data.audio_dim
-        return Recording(recording.wave[start:stop], features)
+        return Recording(recording.wave[start:stop], features, recording.level)
 
     def _check_sources(self, weighted: Iterable[str]) -> None:
         there, weighted = set(self._sources), set(weighted)
@@ -260,7 +268,7 @@ class ClipDataset(Clips):
     """Clips listed in a CSV (id, audio_path, features_path, video_exist, text_exist, [source]).
 
     Every row is read once when the set is opened: rows that cannot be used are left out, named
-    in one warning each and in `report`. What is read stays in memory up to `config.cache_mb`.
+    in one warning each and in `report`. What is read whole stays in memory up to `config.cache_mb`.
     A modality whose flag is 0 is missing, whatever the file holds.
 
     Args:
@@ -286,6 +294,7 @@ class ClipDataset(Clips):
         manifest = read_manifest(csv_path, COLUMNS, data_root=config.data_root)
         self._room = config.cache_mb * 2**20
         self._cache: dict[str, Recording] = {}
+        self._levels: dict[str, Level] = {}
         self._lock = threading.Lock()
         self._read = RowReader(config)
         self._rows = list(manifest)
@@ -318,9 +327,12 @@ class ClipDataset(Clips):
         return None
 
     def _keep(self, row: Row) -> Recording:
-        recording = self._read(row)
+        recording = self._read(row, self._levels.get(row.id))
         with self._lock:
-            if row.id not in self._cache and recording.nbytes <= self._room:
+            self._levels[row.id] = recording.level
+            if row.id in self._cache or self._read.is_long(recording.wave.size):
+                return recording
+            if recording.nbytes <= self._room:
                 self._room -= recording.nbytes
                 self._cache[row.id] = recording
         return recording

@@ -1,7 +1,8 @@
-"""One clip as it is kept, and how it is read from a wav and a file of features."""
+"""One recording as it is kept, and how it is read from a sound file and a file of features."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavflow.audio import is_silent, load_audio
+from wavflow.audio import FORMATS, SILENCE_PEAK, SoundFile, load_audio
 from wavflow.config import DataConfig
 from wavflow.data.crop import Grid
 from wavflow.data.manifest import Row
@@ -22,19 +23,47 @@ VIDEO_KEYS = ("clip_features", "sync_features")
 TEXT_KEYS = ("text_features",)
 # An int16 sample over 32768 is a float32 sample, exactly.
 INT16_STEP = np.float32(2.0**-15)
+# Windows of which a recording may consist to be read, and cached, whole. Of longer ones windows are
+# read.
+WHOLE_WINDOWS = 4
+# Samples that are measured at a time.
+_BLOCK = 2**20
+
+log = logging.getLogger("wavflow")
+
+
+@dataclass(frozen=True)
+class Level:
+    """How loud a recording is: mean square and largest magnitude of all its samples."""
+
+    mean_square: float
+    peak: float
+
+
+def measure(wave: np.ndarray | SoundFile) -> Level:
+    """The level of a wave (t,) float32, in memory that does not grow with its length."""
+    total, peak = 0.0, 0.0
+    for start in range(0, wave.size, _BLOCK):
+        block = wave[start : start + _BLOCK]
+        total += float(np.square(block, dtype=np.float64).sum())
+        peak = max(peak, float(np.abs(block).max()))
+    return Level(total / wave.size, peak)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A clip as it is kept: arrays that nobody writes to.
+    """A recording, or a window of one, as it is kept: arrays that nobody writes to.
 
     Attributes:
-        wave: (t,) float32, or int16 that stands for steps of 1/32768.
-        features: float32 or float16 (rows, width); all rows of the recording.
+        wave: (t,) float32, or int16 that stands for steps of 1/32768. A file is read where it is
+            sliced.
+        features: float32 or float16 (rows, width); all rows of the recording, or the window's.
+        level: of the whole recording.
     """
 
-    wave: np.ndarray
+    wave: np.ndarray | SoundFile
     features: dict[str, np.ndarray]
+    level: Level
 
     @property
     def nbytes(self) -> int:
@@ -57,19 +86,32 @@ class Recording:
 
 
 class RowReader:
-    """Reads the recording of a CSV's row: its audio at the configured rate, all its features."""
+    """Reads the recording of a CSV's row: its audio at the configured rate, all its features.
+
+    Where windows are what is wanted (`DataConfig.by_windows`), long recordings in wav and flac
+    files stay on the disk, as do their features: slices of them are read.
+    """
 
     def __init__(self, config: DataConfig) -> None:
         self.config, self.grid = config, Grid(config)
 
-    def __call__(self, row: Row) -> Recording:
+    def is_long(self, samples: int) -> bool:
+        """Whether windows of a recording of so many samples are read, and it is not cached."""
+        return self.config.by_windows and samples > WHOLE_WINDOWS * self.config.samples
+
+    def __call__(self, row: Row, level: Level | None = None) -> Recording:
         """
+        Args:
+            row: of the table.
+            level: what an earlier call found. A long recording is then not read through again.
+
         Raises:
             InputError: a file is missing or unreadable, the audio is silent, features are missing,
                 of a wrong size or not finite.
         """
-        wave = load_audio(row.audio_path, self.config.target_sample_rate)
-        if is_silent(wave):
+        wave = self._wave(row.audio_path, first=level is None)
+        known, level = level is not None, level or measure(wave)
+        if level.peak <= SILENCE_PEAK:
             raise InputError(f"{row.audio_path}: the audio is silent")
         keys = VIDEO_KEYS * row.video_exist + TEXT_KEYS * row.text_exist
         shapes: dict[str, tuple[int | None, int]] = {
@@ -77,10 +119,27 @@ class RowReader:
         }
         for key in VIDEO_KEYS * row.video_exist:
             shapes[key] = (None, shapes[key][1])
-        features = _read_arrays(row.features_path, shapes, keys) if keys else {}
+        features = {}
+        if keys:
+            mapped = self.is_long(wave.size)
+            features = _read_arrays(
+                row.features_path, shapes, keys, mapped=mapped, finite=mapped and known
+            )
         if row.video_exist:
             self.grid.check(row.features_path, *(len(features[key]) for key in VIDEO_KEYS))
-        return Recording(wave.numpy(), features)
+        return Recording(wave, features, level)
+
+    def _wave(self, path: Path, *, first: bool) -> np.ndarray | SoundFile:
+        rate = self.config.target_sample_rate
+        if self.config.by_windows and path.suffix.lower() in FORMATS:
+            file = SoundFile(path, rate)
+            if self.is_long(file.size) and file.agrees:
+                return file
+        wave = load_audio(path, rate).numpy()
+        if first and self.is_long(wave.size):
+            wanted = "a pack, or .wav or .flac of a common rate"
+            log.warning("%s: read whole for every window; wanted %s", path, wanted)
+        return wave
 
 
 def source(row: Row) -> str:
@@ -110,10 +169,16 @@ def _read_arrays(
     path: str | os.PathLike[str],
     shapes: dict[str, tuple[int | None, int]],
     keys: Iterable[str],
+    *,
+    mapped: bool = False,
+    finite: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Like `read_features`; float16 stays, and rows of None are any number above 0."""
+    """Like `read_features`; float16 stays, and rows of None are any number above 0.
+
+    `mapped` arrays are read where they are touched; those known to be `finite` are not looked at.
+    """
     path = Path(path)
-    content = load_tensors(path, "features file")
+    content = load_tensors(path, "features file", mapped=mapped)
     if not isinstance(content, dict):
         raise InputError(f"{path}: wanted a dict of features, found {type(content).__name__}")
     for key in keys:
@@ -134,7 +199,7 @@ def _read_arrays(
             wanted = f"({rows or 'rows'}, {width})"
             raise InputError(f"{path}: {key} is {shape}; wanted {wanted}")
         features[key] = _array(value)
-        if not np.isfinite(features[key]).all():
+        if not finite and not np.isfinite(features[key]).all():
             raise InputError(f"{path}: {key} holds non-finite values")
     return features
 

@@ -4,7 +4,7 @@ A pack is a folder of WebDataset shards: uncompressed tar files whose members `<
 `<key>.clip.npy`, `<key>.sync.npy`, `<key>.text.npy` and `<key>.json` make one clip. `<key>` is the
 clip's id with "%" as "%25" and "." as "%2E", since WebDataset ends a key at its first dot; the JSON
 holds the id itself. Beside each shard-000000.tar its index shard-000000.json says where the arrays
-lie; pack.json, written last, names all shards.
+lie and how loud the recordings are; pack.json, written last, names all shards.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 
 from wavflow.config import DataConfig
 from wavflow.data.dataset import Clips
-from wavflow.data.recording import Recording
+from wavflow.data.recording import Level, Recording
 from wavflow.errors import InputError
 from wavflow.files import sha256
 
-SCHEMA = 1
+SCHEMA = 2
 PACK = "pack.json"
 # What follows a clip's key in the name of a member, and the key in a features file.
 FEATURES = {"clip": "clip_features", "sync": "sync_features", "text": "text_features"}
@@ -69,6 +69,7 @@ class PackedDataset(Clips):
         sources: list[str] = []
         shards: list[int] = []
         places: list[np.ndarray] = []
+        levels: list[tuple[float, float]] = []
         for number, name in enumerate(self.index["shards"]):
             index = read_shard(folder, name)
             tar = folder / f"{name}.tar"
@@ -79,8 +80,10 @@ class PackedDataset(Clips):
             ids += [clip["id"] for clip in index["clips"]]
             sources += [clip["source"] for clip in index["clips"]]
             shards += [number] * len(index["clips"])
+            levels += [clip["level"] for clip in index["clips"]]
         # (clips, members, 3): byte offset, number of the dtype, rows; all 0 for what is missing.
         self._places = np.concatenate(places)
+        self._levels = np.array(levels)  # (clips, 2) float64: mean square, peak
         self._shard_of = shards
         self._widths = {name: config.feature_shapes[key][1] for name, key in FEATURES.items()}
         super().__init__(folder, config, ids, sources, shards)
@@ -93,7 +96,8 @@ class PackedDataset(Clips):
                 shape = (rows, self._widths[name]) if name in FEATURES else (rows,)
                 arrays[name] = np.ndarray(shape, DTYPES[dtype], data, offset)
         wave = arrays.pop("wave")
-        return Recording(wave, {FEATURES[name]: value for name, value in arrays.items()})
+        features = {FEATURES[name]: value for name, value in arrays.items()}
+        return Recording(wave, features, Level(*self._levels[index].tolist()))
 
 
 def read_index(path: Path, keys: Iterable[str]) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class _Packer:
     def _write_clip(self, tar: tarfile.TarFile, row: Row, recording: Recording) -> dict[str, Any]:
         """Appends a clip's members; returns its entry in the index."""
         key = row.id.replace("%", "%25").replace(".", "%2E")
-        arrays = {"wave": _narrow(recording.wave)}
+        arrays = {"wave": _narrow(recording.wave[:])}
         arrays |= {
             name: recording.features[key]
             for name, key in FEATURES.items()
@@ -259,7 +259,8 @@ class _Packer:
             "samples": recording.wave.size,
         }
         _append(tar, f"{key}.json", json.dumps(facts, ensure_ascii=False).encode())
-        return {"id": row.id, "source": source(row), "arrays": places}
+        level = recording.level.mean_square, recording.level.peak
+        return {"id": row.id, "source": source(row), "level": level, "arrays": places}
 
 
 def _append(tar: tarfile.TarFile, name: str, content: bytes) -> int:

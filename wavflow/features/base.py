@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,14 @@ class VideoEncoder(Protocol):
     def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
         """Return clip features (clip_rows, clip_dim) and sync features (sync_rows, sync_dim),
         both float32 on the CPU."""
+        ...
+
+    def encode_pieces(self, pieces: Iterable[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """As `encode` of all frames together, which come piece by piece and are not kept.
+
+        All pieces but the last are of whole seconds; the length is the frames' of the finest
+        stream.
+        """
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import cached_property
 from threading import RLock
@@ -118,10 +119,28 @@ class ClipSynchformerVideo:
             InputError: less than one segment; as `load`.
         """
         check_frames(frames, self.streams, seconds)
-        if len(frames[1]) < FRAMES:
-            raise InputError(f"{seconds:g} s are {len(frames[1])} frames; wanted at least {FRAMES}")
-        with self._turn:
-            return self._clip.encode_pictures(frames[0]), self._motion(frames[1])
+        return self.encode_pieces([frames])
+
+    def encode_pieces(self, pieces: Iterable[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """As `VideoEncoder.encode_pieces`; other pieces change rounding alone.
+
+        Raises:
+            InputError: less than one segment; as `load`.
+        """
+        pictures, rows, left, count = [], [], None, 0
+        for picture, motion in pieces:
+            count += len(motion)
+            # The next piece's first segments begin in this one.
+            left = motion if left is None else torch.cat([left, motion])
+            with self._turn:
+                if len(picture):
+                    pictures.append(self._clip.encode_pictures(picture))
+                rows.append(self._motion(left))
+            left = left[STRIDE * synchformer.segments(len(left)) :].clone()
+        if count < FRAMES:
+            seconds = count / SYNC_STREAM.fps
+            raise InputError(f"{seconds:g} s are {count} frames; wanted at least {FRAMES}")
+        return torch.cat(pictures), torch.cat(rows)
 
     @torch.no_grad()
     def _motion(self, frames: Tensor) -> Tensor:  # (t 3 224 224) -> (8s 768)
@@ -131,7 +150,7 @@ class ClipSynchformerVideo:
             self._synchformer(synchformer.normalize(frames[at : at + span + more].to(device))[None])
             for at in range(0, STRIDE * synchformer.segments(len(frames)), span)
         ]
-        return torch.cat(rows, dim=1)[0].cpu()
+        return torch.cat(rows, dim=1)[0].cpu() if rows else torch.zeros(0, self.sync_dim)
 
     @cached_property
     def _synchformer(self) -> Synchformer:

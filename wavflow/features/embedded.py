@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -138,15 +139,36 @@ class EmbeddedVideo:
     def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
         """Frames of `streams`, uint8 (t 3 32 32) each -> clip and sync features, float32."""
         check_frames(frames, self.streams, seconds)
-        return self._appearance(frames[0]), self._motion(frames[1], self.sync_rows(seconds))
+        return self._features([frames], seconds)
 
-    def _motion(self, frames: Tensor, rows: int) -> Tensor:  # (t 3 s s) -> (rows 4)
+    def encode_pieces(self, pieces: Iterable[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """As `VideoEncoder.encode_pieces`."""
+        return self._features(pieces, None)
+
+    def _features(
+        self, pieces: Iterable[list[Tensor]], seconds: float | None
+    ) -> tuple[Tensor, Tensor]:
+        pictures, changes, last = [], [], None
+        for picture, motion in pieces:
+            pictures.append(self._appearance(picture))
+            motion = motion if last is None else torch.cat([last, motion])
+            changes.append(self._change(motion))
+            last = motion[-1:].clone()
+        energy = torch.cat(changes)
+        if seconds is None:
+            seconds = (1 + len(energy)) / self.streams[1].fps
+        sync = self._motion(energy, self.sync_rows(seconds))
+        return _CLIP_GAIN * (torch.cat(pictures) @ self._project), sync
+
+    def _change(self, frames: Tensor) -> Tensor:  # (t 3 s s) -> (t-1)
         change = frames[1:].float().sub_(frames[:-1]).div_(255)
-        energy = change.abs().mean(dim=(1, 2, 3))
+        return change.abs().mean(dim=(1, 2, 3))
+
+    def _motion(self, energy: Tensor, rows: int) -> Tensor:  # (t-1) -> (rows 4)
         before = torch.cat([torch.zeros_like(energy[:1]), energy[:-1]])
         what = _squash(torch.stack([energy, energy - before], dim=1), 50)  # (t-1 2)
         # Exact in integers: frame j lies in row 24j // 25, at (24j % 25) / 25 of its length.
-        time = 24 * torch.arange(1, len(frames))
+        time = 24 * torch.arange(1, 1 + len(energy))
         row, place = time // 25, (time % 25 / 25)[:, None]
         kept = row < rows
         sync = torch.zeros(rows, self.sync_dim)
@@ -154,7 +176,7 @@ class EmbeddedVideo:
             0, row[kept], torch.cat([(1 - place) * what, place * what], dim=1)[kept]
         )
 
-    def _appearance(self, frames: Tensor) -> Tensor:  # (t 3 s s) -> (t 64)
+    def _appearance(self, frames: Tensor) -> Tensor:  # (t 3 s s) -> (t 77)
         picture = frames.float().div_(255)
         grey = picture.mean(dim=1)
         colours = adaptive_avg_pool2d(picture, _GRID)
@@ -170,7 +192,7 @@ class EmbeddedVideo:
         centres = torch.arange(12) * (torch.pi / 6)
         nearness = torch.cos(angle[:, None] - centres[:, None, None]).clamp_min(0) ** 8
         hues = (nearness * (colourful**2)[:, None]).mean(dim=(2, 3))
-        features = torch.cat(
+        return torch.cat(
             [
                 8 * colours.flatten(1),
                 20 * (edges.flatten(1) - 0.04),
@@ -179,4 +201,3 @@ class EmbeddedVideo:
             ],
             dim=1,
         )
-        return _CLIP_GAIN * (features @ self._project)

@@ -1,9 +1,9 @@
 """From a table of videos and captions to feature files and the table that training reads.
 
 `<out>/features/<id>.pth` is a dict with some of clip_features, sync_features and text_features
-(float32), `source`, what they were made from and with, and `wavflow`, the version that wrote it. A
-file whose source still matches is kept, so that an interrupted job goes on where it stopped. Many
-processes may share a table and a folder.
+(float32), `seconds`, the length of a video that was encoded whole, `source`, what they were made
+from and with, and `wavflow`, the version that wrote it. A file whose source still matches is kept,
+so that an interrupted job goes on where it stopped. Many processes may share a table and a folder.
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ from wavflow.errors import InputError
 from wavflow.features import guard, provenance
 from wavflow.features.base import Encoders, get_encoders
 from wavflow.features.index import Index
+from wavflow.features.video import finest
 from wavflow.features.weights import locked
 from wavflow.files import atomic_write, load_tensors, working_in
+
+#: Instead of a number of seconds: each video to its end.
+WHOLE = "whole"
+#: Seconds of a whole video that are in memory at a time, at 7 MB each for the public encoders.
+PIECE = 32
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def extract(
     *,
     config: Config | str = "toy_8k",
     encoders: str | None = None,
-    seconds: float | None = None,
+    seconds: float | str | None = None,
     shard: tuple[int, int] | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -73,7 +79,9 @@ def extract(
             csv_path>.csv and report.csv, of a shard report.<i>-of-<n>.csv.
         config: a `Config`, YAML file or preset; names the encoders, the seconds and the limits on
             decoding.
-        encoders, seconds: instead of the configuration's.
+        encoders: instead of the configuration's.
+        seconds: of each video that are encoded, instead of the configuration's; "whole" for all of
+            it, in memory that does not grow with its length.
         shard: (i, n) with 0 <= i < n: one row of n, from row i on, while other processes take the
             others; default the rank and number of torchrun's processes. Each ends by writing the
             table of all rows that have features, in the order of `csv_path`: the last, all.
@@ -90,6 +98,8 @@ def extract(
     config = config if isinstance(config, Config) else load_config(config)
     model = replace(config.model, encoders=encoders or config.model.encoders)
     seconds = seconds or config.data.audio_duration
+    if isinstance(seconds, str) and seconds != WHOLE:
+        raise InputError(f"seconds is {seconds!r}; wanted a number or {WHOLE}")
     part = _Shard(*(shard or parallel.rank_and_size()))
     used = load_encoders(model)
     csv_path, out = Path(csv_path), Path(out)
@@ -185,6 +195,36 @@ def encode_video(
     return {VIDEO_KEYS[0]: clip, VIDEO_KEYS[1]: sync}
 
 
+def encode_whole_video(
+    encoders: Encoders, path: Path, limits: DecodingConfig | None = None, threads: int = 0
+) -> tuple[dict[str, Tensor], float]:
+    """Features of a video file to its end, as `encode_video` gives them, and its seconds.
+
+    It is decoded and encoded `PIECE` seconds at a time, each within `limits`.
+
+    Raises:
+        InputError: the file cannot be decoded, passes a limit or is too short.
+    """
+    streams, length = encoders.video.streams, Fraction(0)
+    fine = finest(streams)
+
+    def pieces() -> Iterator[list[Tensor]]:
+        nonlocal length
+        is_over = False
+        while not is_over:
+            frames = guard.decode(path, streams, PIECE, limits, threads, start=length, to_end=True)
+            count = len(frames[streams.index(fine)])
+            is_over = count < fine.count(PIECE)
+            length += Fraction(count, fine.fps)
+            if count:
+                yield frames
+        if not length:
+            raise InputError(f"{path}: shorter than a frame at {fine.fps} a second")
+
+    clip, sync = encoders.video.encode_pieces(pieces())
+    return {VIDEO_KEYS[0]: clip, VIDEO_KEYS[1]: sync}, float(length)
+
+
 def encode_captions(encoders: Encoders, captions: list[str]) -> list[dict[str, Tensor]]:
     """Features of each caption, under the key of a features file."""
     return [{TEXT_KEYS[0]: rows} for rows in encoders.text.encode(captions)] if captions else []
@@ -237,7 +277,7 @@ class _Job:
 
     folder: Path
     encoders: Encoders
-    seconds: float
+    seconds: float | str
     limits: DecodingConfig
     record: dict[str, Any]
     index: Index
@@ -269,18 +309,22 @@ class _Job:
         try:
             source, path = self._source(row), self.path(row)
             features: dict[str, Tensor] = {}
+            facts: dict[str, Any] = {}
             if row.video_exist:
-                features |= encode_video(
-                    self.encoders, row.video_path, self.seconds, self.limits, threads
-                )
+                video, options = row.video_path, (self.limits, threads)
+                if self.seconds == WHOLE:
+                    features, facts["seconds"] = encode_whole_video(self.encoders, video, *options)
+                else:
+                    features = encode_video(self.encoders, video, self.seconds, *options)
             if row.text_exist:
                 features |= encode_captions(self.encoders, [row.caption])[0]
             for key, value in features.items():
                 if not value.isfinite().all():
                     raise InputError(f"{key} of the encoders hold non-finite values")
                 features[key] = value.float().contiguous().clone()
+            facts |= {"source": source, "wavflow": __version__}
             with atomic_write(path, durable=False) as file:
-                torch.save({**features, "source": source, "wavflow": __version__}, file)
+                torch.save(features | facts, file)
             self.index.note(path, source)
         except InputError as error:
             return ReportRow(row.id, "failed", f"row {row.number}: {error}")

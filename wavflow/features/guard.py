@@ -49,6 +49,7 @@ def decode(
     *,
     start: float | Fraction = 0,
     hold: float | Fraction = 0,
+    to_end: bool = False,
 ) -> list[Tensor]:  # each (t 3 s s) uint8 RGB
     """`wavflow.features.video.decode` of anybody's file, in a worker process and within limits.
 
@@ -64,6 +65,7 @@ def decode(
         "path": str(path),
         "streams": [asdict(stream) for stream in streams],
         **{k: str(exact(v)) for k, v in (("seconds", seconds), ("start", start), ("hold", hold))},
+        "to_end": to_end,
         "limits": asdict(limits),
         "threads": threads or torch.get_num_threads(),
     }
@@ -85,7 +87,7 @@ def decode(
         warnings.warn(text, stacklevel=2)
     if reply["error"] is not None:
         raise InputError(reply["error"])
-    return frames
+    return [x[:count] for x, count in zip(frames, reply["counts"], strict=True)]
 
 
 def start() -> None:
@@ -241,11 +243,13 @@ def _answer(request: dict[str, Any], descriptor: int, idle_bytes: int | None) ->
     frames = _frames(descriptor, shapes)
     os.close(descriptor)
     torch.set_num_threads(threads)
-    reply: dict[str, Any] = {"error": None}
+    reply: dict[str, Any] = {"error": None, "counts": []}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            video.decode(path, streams, seconds, limits, threads, frames, start=start, hold=hold)
+            times = {"start": start, "hold": hold, "to_end": request["to_end"]}
+            found = video.decode(path, streams, seconds, limits, threads, frames, **times)
+            reply["counts"] = [len(each) for each in found]
         except Exception as error:
             reply["error"] = _reason(error, path, limits)[:_MESSAGE]
     reply["warnings"] = [str(each.message)[:_MESSAGE] for each in caught[:5]]

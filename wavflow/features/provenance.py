@@ -3,7 +3,8 @@
     {"wavflow": version, "encoders": name, "seconds": length, "video": facts, "text": facts}
 
 A modality's facts are those of its encoder (`VideoEncoder.facts`), its frame rates, and the shapes
-of its features; one that no row has is not there. The version is the last writer's.
+of its features; one that no row has is not there. Where videos are encoded to their ends the length
+is "whole", and their features have null rows. The version is the last writer's.
 """
 
 from __future__ import annotations
@@ -23,23 +24,28 @@ from wavflow.files import read_json, write_json
 RECORD = "features.json"
 
 
-def describe(encoders: Encoders, seconds: float, *, video: bool, text: bool) -> dict[str, Any]:
+def describe(
+    encoders: Encoders, seconds: float | str, *, video: bool, text: bool
+) -> dict[str, Any]:
     """The record of features that `encoders` make of clips of that length.
 
     Args:
+        seconds: a number, or a word for lengths of the videos' own.
         video, text: whether there are any; no encoder is asked for what is not.
 
     Raises:
         InputError: as the encoders' sizes and facts do.
     """
-    record = {"wavflow": __version__, "encoders": encoders.name, "seconds": float(seconds)}
+    is_own = isinstance(seconds, str)
+    length = seconds if is_own else float(seconds)
+    record = {"wavflow": __version__, "encoders": encoders.name, "seconds": length}
     if video:
         see = encoders.video
         record["video"] = {
             **see.facts(),
             "frames": [f"{s.fps} a second, {s.size} pixels, {s.resize}" for s in see.streams],
-            "clip_features": [see.clip_rows(seconds), see.clip_dim],
-            "sync_features": [see.sync_rows(seconds), see.sync_dim],
+            "clip_features": [None if is_own else see.clip_rows(seconds), see.clip_dim],
+            "sync_features": [None if is_own else see.sync_rows(seconds), see.sync_dim],
         }
     if text:
         read = encoders.text

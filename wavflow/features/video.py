@@ -166,6 +166,7 @@ def decode(
     *,
     start: float | Fraction = 0,
     hold: float | Fraction = 0,
+    to_end: bool = False,
 ) -> list[Tensor]:  # each (t 3 s s) uint8 RGB
     """Decode `seconds` of a video from `start` on once, for all `streams`, in this process.
 
@@ -179,11 +180,13 @@ def decode(
 
     The limits on what the file claims are checked here, those on time and memory by
     `wavflow.features.guard.decode`, which is what strangers' files go through. `threads` are the
-    codec's, 0 for one a core. `out`, of the streams' shapes, is filled and returned.
+    codec's, 0 for one a core. `out`, of the streams' shapes, is filled and returned. `to_end` takes
+    what there is of a shorter video, of all streams as much as makes one length: frames of the
+    finest stream over its rate.
 
     Raises InputError naming the file when it is missing, is not a video, has no frames, is broken,
-    passes a limit or is shorter than `seconds`; ValueError when `seconds` gives a stream no frame;
-    MemoryError.
+    passes a limit or, unless `to_end`, is shorter than `seconds`; ValueError when `seconds` gives a
+    stream no frame; MemoryError.
     """
     import av
 
@@ -210,6 +213,9 @@ def decode(
         if error.errno == errno.ENOMEM:
             raise MemoryError(f"{path}: not enough memory") from None
         raise unreadable(path, "video", error.strerror) from None
+    if to_end:
+        length = _common_length(selections)
+        return [x[: s.count(length)] for s, x in zip(streams, frames, strict=True)]
     for stream, selection in zip(streams, selections, strict=True):
         if not selection.full:
             raise InputError(
@@ -217,6 +223,20 @@ def decode(
                 f"({float(end):.3f} s), wanted {selection.wanted} ({_span(start, seconds)})"
             )
     return list(frames)
+
+
+def finest(streams: Sequence[FrameStream]) -> FrameStream:
+    """The stream of most frames a second."""
+    return max(streams, key=lambda stream: stream.fps)
+
+
+def _common_length(selections: Sequence[_Selection]) -> Fraction:
+    """The most seconds, in frames of the finest stream, of which every stream has its frames."""
+    fps = finest([s.stream for s in selections]).fps
+    count = max(s.filled for s in selections if s.stream.fps == fps)
+    while any(s.stream.count(Fraction(count, fps)) > s.filled for s in selections):
+        count -= 1
+    return Fraction(count, fps)
 
 
 def passed(path: Path, found: str, limit: str, allowed: float) -> InputError:

@@ -3,7 +3,8 @@ r"""Amplitude lifting and waveform patchify in two passes over the audio.
 With :math:`r` the RMS of the whole clip, the gain is :math:`g = r^*/r` where :math:`r > 10^{-8}`
 and 1 elsewhere. If the lifted peak :math:`p = g \max|x|` exceeds 1 while RMS / peak after the gain
 is above 0.3, the clip is divided by :math:`p`. Tokens are :math:`s\,\mathrm{clamp}(g x/p, -1, 1)`,
-zero-padded or cropped on the right to ``tokens * token_size`` samples.
+zero-padded or cropped on the right to ``tokens * token_size`` samples. With levels given, :math:`r`
+and :math:`\max|x|` are those of a longer recording, and one pass is left.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _CHUNK = 16384  # samples a CUDA block reduces; kChunk in csrc/cuda/lift_patchif
 def _check(
     wave: Tensor,
     lengths: Tensor | None,
+    levels: Tensor | None,
     token_size: int,
     tokens: int,
     target_rms: float,
@@ -30,9 +32,10 @@ def _check(
     out_dtype: torch.dtype | None,
 ) -> None:
     op = "lift_patchify"
-    sizes = check(op, wave=(wave, "b t"), lengths=(lengths, "b"))
+    sizes = check(op, wave=(wave, "b t"), lengths=(lengths, "b"), levels=(levels, "b 2"))
     check_dtype(op, "wave", wave, *FLOATS)
     check_dtype(op, "lengths", lengths, torch.int64)
+    check_dtype(op, "levels", levels, compute_dtype(wave.dtype))
     require(sizes["t"] > 0, f"{op}: wave must hold at least 1 sample, got {tuple(wave.shape)}")
     require(token_size > 0, f"{op}: token_size must be positive, got {token_size}")
     require(tokens > 0, f"{op}: tokens must be positive, got {tokens}")
@@ -61,6 +64,7 @@ def _check_lengths(wave: Tensor, lengths: Tensor | None, *_: Any) -> None:
 def _outputs(
     wave: Tensor,
     lengths: Any,
+    levels: Any,
     token_size: int,
     tokens: int,
     rms: float,
@@ -70,18 +74,22 @@ def _outputs(
     return wave.new_empty((wave.shape[0], tokens, token_size), dtype=out_dtype or wave.dtype)
 
 
-def _gain(wave: Tensor, lengths: Tensor | None, target_rms: float) -> tuple[Tensor, ...]:
+def _gain(
+    wave: Tensor, lengths: Tensor | None, levels: Tensor | None, target_rms: float
+) -> tuple[Tensor, ...]:
     """Masked wave (b t), and (b 1) gain, divisor, sum of squares, peak, audible, peak rule."""
     x = wave.to(compute_dtype(wave.dtype))
     count: Any = x.shape[1]
     if lengths is not None:
         x = torch.where(torch.arange(x.shape[1], device=x.device) < lengths[:, None], x, 0.0)
         count = lengths[:, None]
-    power = x.square().sum(1, keepdim=True)
-    rms = (power / count).sqrt()
+    power, peak = x.square().sum(1, keepdim=True), x.abs().amax(1, keepdim=True)
+    mean_square = power / count
+    if levels is not None:
+        mean_square, peak = levels.split(1, dim=1)
+    rms = mean_square.sqrt()
     audible = rms > 1e-8
     gain = torch.where(audible, target_rms / rms, 1.0)
-    peak = x.abs().amax(1, keepdim=True)
     lifted_rms = torch.where(audible, target_rms, rms)
     fit = (peak * gain > 1) & (lifted_rms / (peak * gain) > 0.3)
     return x, gain, torch.where(fit, peak * gain, 1.0), power, peak, audible, fit
@@ -90,13 +98,14 @@ def _gain(wave: Tensor, lengths: Tensor | None, target_rms: float) -> tuple[Tens
 def reference(
     wave: Tensor,  # b t
     lengths: Tensor | None,  # b
+    levels: Tensor | None,  # b 2
     token_size: int,
     tokens: int,
     target_rms: float,
     audio_scale: float,
     out_dtype: torch.dtype | None,
 ) -> Tensor:  # b n d
-    x, gain, divisor, *_ = _gain(wave, lengths, target_rms)
+    x, gain, divisor, *_ = _gain(wave, lengths, levels, target_rms)
     y = (x * gain / divisor).clamp(-1, 1) * audio_scale
     kept = tokens * token_size
     y = torch.nn.functional.pad(y[:, :kept], (0, max(kept - y.shape[1], 0)))
@@ -107,6 +116,7 @@ def _launch(
     out: Tensor,
     wave: Tensor,
     lengths: Tensor | None,
+    levels: Tensor | None,
     token_size: int,
     tokens: int,
     target_rms: float,
@@ -118,8 +128,9 @@ def _launch(
         return
     wave = wave.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
+    levels = None if levels is None else levels.contiguous()
     partials = None
-    if wave.device.type == "cuda":
+    if wave.device.type == "cuda" and levels is None:
         chunks = -(-samples // _CHUNK)
         partials = wave.new_empty(batch * chunks * 2, dtype=compute_dtype(wave.dtype))
     C.lift_patchify(
@@ -128,6 +139,7 @@ def _launch(
         DTYPE_CODE[out.dtype],
         address(wave),
         address(lengths),
+        address(levels),
         address(out),
         address(partials),
         batch,
@@ -139,29 +151,31 @@ def _launch(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    wave, lengths, token_size, tokens, target_rms, audio_scale, _ = inputs
-    ctx.save_for_backward(wave, lengths)
+    wave, lengths, levels, _, _, target_rms, audio_scale, _ = inputs
+    ctx.save_for_backward(wave, lengths, levels)
     ctx.target_rms, ctx.audio_scale = target_rms, audio_scale
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # y = s clamp(g x). dy/dx has a direct part s g and a part through g: with the RMS rule
     # dg/dx_i = -g x_i / sum x^2; with the peak rule g = 1 / max|x| and only the peaks count.
-    wave, lengths = ctx.saved_tensors
-    x, gain, divisor, power, peak, audible, fit = _gain(wave, lengths, ctx.target_rms)
+    wave, lengths, levels = ctx.saved_tensors
+    x, gain, divisor, power, peak, audible, fit = _gain(wave, lengths, levels, ctx.target_rms)
     g = gain / divisor
     grad = grad.flatten(1).to(x.dtype)[:, : x.shape[1]] * ctx.audio_scale
     grad = torch.nn.functional.pad(grad, (0, x.shape[1] - grad.shape[1]))
     grad = torch.where((x * gain / divisor).abs() <= 1, grad, 0.0)
-    through_gain = (grad * x).sum(1, keepdim=True)
-    peaks = (x.abs() == peak).to(x.dtype)
-    d_fit = -g.square() * x.sign() * peaks / peaks.sum(1, keepdim=True)
-    d_rms = torch.where(audible, -g * x / power, 0.0)
-    d_wave = grad * g + through_gain * torch.where(fit, d_fit, d_rms)
+    d_wave = grad * g
+    if levels is None:
+        through_gain = (grad * x).sum(1, keepdim=True)
+        peaks = (x.abs() == peak).to(x.dtype)
+        d_fit = -g.square() * x.sign() * peaks / peaks.sum(1, keepdim=True)
+        d_rms = torch.where(audible, -g * x / power, 0.0)
+        d_wave = d_wave + through_gain * torch.where(fit, d_fit, d_rms)
     if lengths is not None:
         inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         d_wave = torch.where(inside, d_wave, 0.0)
-    return d_wave.to(wave.dtype), None, None, None, None, None, None
+    return d_wave.to(wave.dtype), None, None, None, None, None, None, None
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
@@ -175,19 +189,22 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
     peaky[:, ::97] = 0.8
     square = wave(2, 640, 1e-3) + torch.where(torch.arange(640, device=device) % 40 < 20, 0.4, -0.4)
     lengths = torch.tensor([300, 1, 211], device=device)
+    levels = torch.tensor([[0.01, 0.9], [0.16, 0.4], [0.0, 0.0]], device=device)
+    levels = levels.to(compute_dtype(dtype))
     half = torch.bfloat16 if dtype == torch.float32 else dtype
     return [
-        Sample((wave(3, 1000, 0.1), None, 40, 25, 0.33, 3.0, None), (0,), "even"),
-        Sample((wave(3, 300, 0.02), lengths, 7, 50, 0.33, 3.0, None), (0,), "lengths"),
-        Sample((peaky, None, 10, 30, 0.33, 3.0, None), (0,), "peaky and cropped"),
-        Sample((square.to(dtype), None, 16, 40, 0.33, 1.0, dtype), (0,), "peak rule"),
+        Sample((wave(3, 1000, 0.1), None, None, 40, 25, 0.33, 3.0, None), (0,), "even"),
+        Sample((wave(3, 300, 0.02), lengths, None, 7, 50, 0.33, 3.0, None), (0,), "lengths"),
+        Sample((wave(3, 300, 0.1), lengths, levels, 7, 50, 0.33, 3.0, None), (0,), "levels"),
+        Sample((peaky, None, None, 10, 30, 0.33, 3.0, None), (0,), "peaky and cropped"),
+        Sample((square.to(dtype), None, None, 16, 40, 0.33, 1.0, dtype), (0,), "peak rule"),
         Sample(
-            (torch.zeros(1, 50, device=device, dtype=dtype), None, 10, 5, 0.33, 3.0, dtype),
+            (torch.zeros(1, 50, device=device, dtype=dtype), None, None, 10, 5, 0.33, 3.0, dtype),
             (),
             "silence",
         ),
-        Sample((wave(2, 40_000, 0.1), None, 200, 199, 0.33, 3.0, half), (), "several blocks"),
-        Sample((wave(0, 10, 0.1), None, 5, 2, 0.33, 3.0, dtype), (), "empty batch"),
+        Sample((wave(2, 40_000, 0.1), None, None, 200, 199, 0.33, 3.0, half), (), "several blocks"),
+        Sample((wave(0, 10, 0.1), None, None, 5, 2, 0.33, 3.0, dtype), (), "empty batch"),
     ]
 
 
@@ -196,7 +213,7 @@ def _workload(batch: int) -> Workload:
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         wave = 0.1 * torch.randn(batch, 128_000, device=device, dtype=compute_dtype(dtype))
-        return wave, None, 200, 640, 0.33, 3.0, dtype
+        return wave, None, None, 200, 640, 0.33, 3.0, dtype
 
     return make
 
@@ -204,8 +221,8 @@ def _workload(batch: int) -> Workload:
 OP = Op(
     name="lift_patchify",
     schema=(
-        "(Tensor wave, Tensor? lengths, SymInt token_size, SymInt tokens, float target_rms, "
-        "float audio_scale, ScalarType? out_dtype) -> Tensor"
+        "(Tensor wave, Tensor? lengths, Tensor? levels, SymInt token_size, SymInt tokens, "
+        "float target_rms, float audio_scale, ScalarType? out_dtype) -> Tensor"
     ),
     reference=reference,
     check=_check,
@@ -216,8 +233,9 @@ OP = Op(
     samples=_samples,
     workloads={f"{batch} clips of 8 s": _workload(batch) for batch in (8, 256)},
     # Read for the level, read again to write: a clip does not stay on chip.
-    bytes=lambda wave, lengths, d, n, rms, scale, dtype: (
-        2 * wave.nbytes + wave.shape[0] * n * d * (dtype or wave.dtype).itemsize
+    bytes=lambda wave, lengths, levels, d, n, rms, scale, dtype: (
+        (2 if levels is None else 1) * wave.nbytes
+        + wave.shape[0] * n * d * (dtype or wave.dtype).itemsize
     ),
     flops=lambda wave, *_: 8 * wave.numel(),
     tolerance="reduction",
@@ -230,6 +248,7 @@ def lift_patchify(
     wave: Tensor,  # b t
     lengths: Tensor | None = None,  # b
     *,
+    levels: Tensor | None = None,  # b 2
     token_size: int,
     tokens: int,
     target_rms: float = 0.33,
@@ -242,6 +261,9 @@ def lift_patchify(
         wave: (b, t) mono audio, nominally in [-1, 1]; float32, float64, bfloat16 or float16.
         lengths: (b,) int64 valid samples of each row, each in [1, t]; None: all. The level is
             measured over the whole valid row, before cropping.
+        levels: (b, 2) mean square and peak of the recordings that rows are windows of, which are
+            lifted as these are; float32 (float64 for a float64 wave), without gradient. None: of
+            the rows themselves.
         token_size: d, samples per token.
         tokens: n; rows are zero-padded or cropped on the right to n * d samples.
         target_rms: level after lifting, where the clip's RMS exceeds 1e-8.
@@ -257,4 +279,4 @@ def lift_patchify(
 
     Source: WavFlow (arXiv 2605.18749), amplitude lifting and waveform patchify.
     """
-    return OP(wave, lengths, token_size, tokens, target_rms, audio_scale, out_dtype)
+    return OP(wave, lengths, levels, token_size, tokens, target_rms, audio_scale, out_dtype)
