@@ -160,7 +160,8 @@ def decode(
 
     Output j of a stream shows slot k = n_0 + j, where a frame at time t has slot
     n = floor(t * fps + 1/2) and slot k shows the last frame with n <= k; the last frame lasts for
-    its duration, not at all where the file gives none. Only frames that are shown are converted to
+    its duration, not at all where the file gives none. `limits.hold_seconds` is added to it where
+    the video is too short, and a warning says so. Only frames that are shown are converted to
     RGB (honouring the colour space the file names), and decoding ends when every stream is full.
     Rotation tags and the shape of pixels are not applied: for a rotation a warning says so.
 
@@ -273,4 +274,10 @@ def _decode_stream(
     if held is None:
         raise InputError(f"{path}: no frames in its video stream")
     show(end)
+    if not all(selection.full for selection in selections):
+        show(end + Fraction(limits.hold_seconds))
+        if all(selection.full for selection in selections):
+            warnings.warn(
+                f"{path}: too short ({float(end):.3f} s), the last picture is held", stacklevel=4
+            )
     return end
