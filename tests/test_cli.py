@@ -229,12 +229,14 @@ def test_modules_run(module, tmp_path):
 
 def test_imports_are_lazy():
     heavy = (
-        "soundfile soxr pyloudnorm av omegaconf matplotlib sklearn torchaudio torchvision".split()
+        "soundfile soxr pyloudnorm av omegaconf matplotlib sklearn torchaudio torchvision "
+        "open_clip timm transformers gradio".split()
     )
     code = (
         "import sys, wavflow\n"
         "assert 'torch' not in sys.modules, 'wavflow imports torch'\n"
         "import wavflow.model.networks, wavflow.sampler, wavflow.trainer, wavflow_kernels\n"
+        "import wavflow.features.extract, wavflow.features.clip_synchformer\n"
         f"loaded = [m for m in {heavy!r} if m in sys.modules]\n"
         "assert not loaded, loaded\n"
         "assert 'train' in dir(wavflow) and callable(wavflow.train)\n"

@@ -19,6 +19,7 @@ from threading import Lock
 
 import pytest
 import torch
+from test_hostile import Payload
 from test_synchformer import TINY, content
 from torch import Tensor, nn
 
@@ -541,6 +542,10 @@ def test_real_errors_are_one_line(real, tmp_path):
     torch.save(state, tmp_path / "less.pth")
     with pytest.raises(InputError, match=r"less.pth: no weights of Test-378.*ln_final.weight"):
         Clip(NAME, str(tmp_path / "less.pth"), "cpu").encode_captions([""])
+    torch.save({"logit_scale": Payload(tmp_path / "ran")}, tmp_path / "payload.pth")
+    with pytest.raises(InputError, match="payload.pth: no weights of Test-378 .Unpickling"):
+        Clip(NAME, str(tmp_path / "payload.pth"), "cpu").encode_captions([""])
+    assert not (tmp_path / "ran").exists()
     with pytest.raises(InputError, match="open_clip's weights of ViT-H-14-378-quickgelu are dfn5b"):
         Clip("ViT-H-14-378-quickgelu", "dfn", "cpu").encode_captions([""])
     with pytest.raises(InputError, match="'ViT-B-32', which sees 224 pixels in patches of 32"):
