@@ -71,7 +71,7 @@ def toy(
 
 @app.command()
 def extract(
-    csv: Annotated[Path, typer.Option(help="Table: id, audio_path, video_path, caption.")],
+    csv: Annotated[Path, typer.Option(help="Table: id, audio_path, caption, video_path.")],
     out: Annotated[Path, typer.Option(help="Folder for features and the training table.")],
     overrides: Overrides = None,
     config: ConfigFile = "toy_8k",
