@@ -62,12 +62,23 @@ def use(target: Path, folder: Path) -> str:
     return done.stdout
 
 
+def files(folder: Path) -> set[Path]:
+    """What both packages consist of, but for what is compiled."""
+    return {
+        path.relative_to(folder)
+        for package in ("wavflow", "wavflow_kernels")
+        for pattern in ("*.py", "*.yaml", "*.json")
+        for path in (folder / package).rglob(pattern)
+    }
+
+
 def test_pip_install_twice_in_one_tree(tree: Path, tmp_path: Path) -> None:
     for target in (tmp_path / "first", tmp_path / "second"):
         done = install(tree, target, WAVFLOW_BUILD="cpu")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "built the CPU kernels" in done.stdout + done.stderr
         assert use(target, tmp_path).split()[-1] == "True"
+        assert files(target) == files(tree)
 
 
 def test_without_a_compiler_it_is_pure_python_and_says_so(tree: Path, tmp_path: Path) -> None:

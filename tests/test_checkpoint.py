@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from wavflow import checkpoint
+from wavflow.build import empty_caption
+from wavflow.config import load_config
 from wavflow.ema import initial_share
 from wavflow.errors import InputError
 
@@ -144,3 +146,20 @@ def test_young_foreign_average_is_warned_about_with_the_figure(tmp_path, caplog)
     public_file(path, step=1000, ema_age=2, ema_decay={"ema1": 0.9999, "ema2": 0.9996})
     checkpoint.read_weights(path, "ema1")
     assert "2 % of it" in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(77, 64), (1, 77, 64)])
+def test_the_empty_caption_of_a_file(tmp_path, caplog, shape):
+    path = tmp_path / "empty_string.pth"
+    rows = 3 * torch.nn.functional.normalize(torch.randn(shape), dim=-1)
+    torch.save(rows, path)
+    config = load_config("toy_8k", [f"model.empty_string_ckpt={path}"])
+    with caplog.at_level("INFO", "wavflow"):
+        assert torch.equal(empty_caption(config), rows.view(77, 64))
+    assert caplog.messages == [
+        f"{path}: rows of mean length 3; CLIP's captions have rows of length 1"
+    ]
+    for wrong in (rows[..., :-1], {"text": rows}):
+        torch.save(wrong, path)
+        with pytest.raises(InputError, match=r"_string.pth: the empty caption is \(.*; wanted"):
+            empty_caption(config)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -139,6 +140,18 @@ def test_extract_exit_codes(trained, tmp_path):
     assert table("none.csv", [bad]) == 2
 
 
+def test_extract_takes_overrides_and_keeps_rows_whatever_the_limits(trained, tmp_path, capsys):
+    csv_path, out = trained[0] / "toy/train.csv", tmp_path / "o"
+    command = ["extract", "--csv", csv_path, "--out", out, "data.audio_duration=2.04"]
+    assert run(*command) == 1  # videos of 2 s
+    failed = int(re.search(r", 0 kept, (\d+) failed", capsys.readouterr().err)[1])
+    assert run(*command, "decoding.hold_seconds=0.05") == 0
+    said = capsys.readouterr().err
+    assert failed and re.search(rf"{failed} extracted, [1-9]\d* kept, 0 failed", said)
+    assert run("extract", "--csv", csv_path, "--out", out, "decoding.hold_second=1") == 2
+    assert "did you mean decoding.hold_seconds?" in capsys.readouterr().err
+
+
 def test_info(trained, capsys):
     assert run("info", trained[1]) == 0
     out = capsys.readouterr().out
@@ -216,12 +229,14 @@ def test_modules_run(module, tmp_path):
 
 def test_imports_are_lazy():
     heavy = (
-        "soundfile soxr pyloudnorm av omegaconf matplotlib sklearn torchaudio torchvision".split()
+        "soundfile soxr pyloudnorm av omegaconf matplotlib sklearn torchaudio torchvision "
+        "open_clip timm transformers gradio".split()
     )
     code = (
         "import sys, wavflow\n"
         "assert 'torch' not in sys.modules, 'wavflow imports torch'\n"
         "import wavflow.model.networks, wavflow.sampler, wavflow.trainer, wavflow_kernels\n"
+        "import wavflow.features.extract, wavflow.features.clip_synchformer\n"
         f"loaded = [m for m in {heavy!r} if m in sys.modules]\n"
         "assert not loaded, loaded\n"
         "assert 'train' in dir(wavflow) and callable(wavflow.train)\n"

@@ -9,13 +9,17 @@ import csv
 import hashlib
 import json
 import sys
+import time
 import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 import pytest
 import torch
+from test_hostile import Payload
 from test_synchformer import TINY, content
 from torch import Tensor, nn
 
@@ -409,14 +413,53 @@ def test_fetched_weights_must_be_those_of_the_folder(tiny, stand_in, world, tmp_
     assert run(changed).done == 3
 
 
-def test_many_threads_load_once_and_encode_in_turns(tiny):
+class Turns:
+    """Counts how many calls of the functions it wraps run at the same time."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self.most = Lock(), 0, 0
+
+    def wrap(self, function: Callable) -> Callable:
+        def counted(*arguments, **options):
+            with self._lock:
+                self._inside += 1
+                self.most = max(self.most, self._inside)
+            time.sleep(0.005)  # for another to come in
+            try:
+                return function(*arguments, **options)
+            finally:
+                with self._lock:
+                    self._inside -= 1
+
+        return counted
+
+
+def test_many_threads_load_once_and_encode_in_turns(tiny, stand_in, monkeypatch):
     encoders = get_encoders("clip_synchformer", device="cpu", **tiny)
-    alone = encoders.text.encode(["a bell"])
-    again = get_encoders("clip_synchformer", device="cpu", **tiny)
-    stand_in_made().clear()
+    frames = clip_frames(0.64)
+
+    def encode(kind: str) -> Tensor:
+        if kind == "text":
+            return encoders.text.encode(["a bell"])
+        return torch.cat([part.flatten() for part in encoders.video.encode(frames, 0.64)])
+
+    alone = {kind: encode(kind) for kind in ("text", "video")}
+    encoders = get_encoders("clip_synchformer", device="cpu", **tiny)
+    stand_in.made.clear()
+    turns = Turns()
+    for owner, name in (
+        (stand_in, "create_model"),
+        (Model, "forward_intermediates"),
+        (ImageTower, "forward"),
+        (synchformer, "load_synchformer"),
+        (synchformer.Synchformer, "forward"),
+    ):
+        monkeypatch.setattr(owner, name, turns.wrap(getattr(owner, name)))
+    kinds = ["text", "video"] * 8
     with ThreadPoolExecutor(8) as pool:
-        rows = list(pool.map(lambda _: again.text.encode(["a bell"]), range(16)))
-    assert len(stand_in_made()) == 1 and all(torch.equal(each, alone) for each in rows)
+        rows = list(pool.map(encode, kinds))
+    assert turns.most == 1 and len(stand_in.made) == 1
+    assert all(torch.equal(found, alone[kind]) for found, kind in zip(rows, kinds, strict=True))
 
 
 def stand_in_made() -> list[str]:
@@ -514,6 +557,10 @@ def test_real_errors_are_one_line(real, tmp_path):
     torch.save(state, tmp_path / "less.pth")
     with pytest.raises(InputError, match=r"less.pth: no weights of Test-378.*ln_final.weight"):
         Clip(NAME, str(tmp_path / "less.pth"), "cpu").encode_captions([""])
+    torch.save({"logit_scale": Payload(tmp_path / "ran")}, tmp_path / "payload.pth")
+    with pytest.raises(InputError, match="payload.pth: no weights of Test-378 .Unpickling"):
+        Clip(NAME, str(tmp_path / "payload.pth"), "cpu").encode_captions([""])
+    assert not (tmp_path / "ran").exists()
     with pytest.raises(InputError, match="open_clip's weights of ViT-H-14-378-quickgelu are dfn5b"):
         Clip("ViT-H-14-378-quickgelu", "dfn", "cpu").encode_captions([""])
     with pytest.raises(InputError, match="'ViT-B-32', which sees 224 pixels in patches of 32"):

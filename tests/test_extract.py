@@ -89,8 +89,10 @@ def test_workers_change_nothing(made, tmp_path):
 
 
 def test_second_run_keeps_what_is_whole_and_current(world):
+    table = (world / "out/train.csv").read_text().replace(str(world), "")
     again = extract(world / "toy/train.csv", world / "out", workers=0)
     assert (again.done, again.kept, again.failed) == (0, 12, 0)
+    assert again.csv.read_text().replace(str(world), "") == table
     rows = read(world / "toy/train.csv")
     changed = next(row for row in rows if row["text_exist"] == "1")
     changed["caption"] = "something else"
@@ -133,6 +135,26 @@ def test_bad_rows_are_left_out_and_reported(world):
         assert word in row["reason"] and row["reason"].startswith("row ")
     assert [row["id"] for row in read(result.csv)] == [rows[5]["id"]]
     assert not (world / "escape.pth").exists()
+
+
+def test_a_table_without_videos(world, caplog):
+    rows = [row for row in read(world / "toy/train.csv") if row["text_exist"] == "1"]
+    claims = [row["id"] for row in rows if row["video_exist"] == "1"]
+    assert 0 < len(claims) < len(rows)
+    for row in rows:
+        del row["video_path"]
+    rewrite(world / "toy/text.csv", rows)
+    result = extract(world / "toy/text.csv", world / "new", workers=0)
+    assert "text.csv: no column 'video_path', found id, " in caplog.text
+    told = {row["id"]: row["reason"] for row in read(result.report) if row["status"] == "failed"}
+    assert list(told) == claims
+    assert all("video_exist is 1 and there is no video_path" in each for each in told.values())
+    for row in rows:
+        del row["video_exist"]
+    rewrite(world / "toy/text.csv", rows)
+    result = extract(world / "toy/text.csv", world / "new", workers=0)
+    assert (result.done + result.kept, result.failed) == (len(rows), 0)
+    assert {row["video_exist"] for row in read(result.csv)} == {"0"}
 
 
 def test_unusable_tables(world, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -195,6 +196,17 @@ def test_sounds_made_otherwise_are_not_replaced_unasked(sampler, table, tmp_path
     assert (out / "words.wav").read_bytes() != before
 
 
+def test_other_weights_of_the_same_name_and_step_are_noticed(saved, table, tmp_path) -> None:
+    path, out = tmp_path / "checkpoint.pth", tmp_path / "out"
+    content = checkpoint.load(saved)
+    for expected in ((5, 0), (0, 5)):
+        checkpoint.save(path, content)
+        result = infer(Sampler.load(path, "cpu", ema="none"), table, out, steps=1)
+        assert (result.done, result.failed) == expected
+        name = next(iter(content["model"]))
+        content["model"][name] = content["model"][name] + 1
+
+
 def test_the_json_says_what_a_sound_depends_on(sampler, saved, table, videos, tmp_path) -> None:
     infer(sampler, table, tmp_path / "out", seed=7, solver="2m", steps=2, loudness=None)
     found = json.loads((tmp_path / "out" / "row1.json").read_text())
@@ -210,7 +222,12 @@ def test_the_json_says_what_a_sound_depends_on(sampler, saved, table, videos, tm
         "guidance_interval": [0.0, 1.0],
         "loudness": None,
         "sample_rate": 8000,
-        "weights": {"file": str(saved), "which": "model", "global_step": 900},
+        "weights": {
+            "file": str(saved),
+            "which": "model",
+            "global_step": 900,
+            "sha256": hashlib.sha256(saved.read_bytes()).hexdigest(),
+        },
     }
     assert wanted.items() <= found.items()
     assert json.loads((tmp_path / "out" / "words.json").read_text())["video"] is None

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+TESTS = Path(__file__).resolve().parent
+README = TESTS.parent / "README.md"
 
 
 def examples() -> list[str]:
@@ -49,3 +50,12 @@ def test_the_examples_run(tmp_path: Path) -> None:
 def test_every_linked_file_exists() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8")):
         assert (README.parent / target).exists(), f"README links to {target}"
+
+
+def test_every_test_that_the_docs_name_exists() -> None:
+    text = (README.parent / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    named, file = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", text), ""
+    assert len(named) > 20
+    for there, test in named:
+        file = there or file
+        assert f"def {test}(" in (TESTS / file).read_text(encoding="utf-8"), f"{file}::{test}"

@@ -126,8 +126,9 @@ def sizes(pid: int) -> dict[int, int]:
 
 
 def interrupted(job: Job, dice: random.Random) -> set[str]:
-    """Kills the job at a random row and moment and runs it to its end; ids done before."""
-    job.kill_at(dice.randrange(CLIPS // 10, CLIPS // 4), dice.random() * 0.1)
+    """Kills the job twice at a random row and moment, runs it to its end; ids done before."""
+    for first, last in ((CLIPS // 20, CLIPS // 8), (CLIPS // 6, CLIPS // 4)):
+        job.kill_at(dice.randrange(first, last), dice.random() * 0.1)
     before = job.files()
     assert 0 < len(before) < CLIPS
     memory = job.finish()

@@ -117,6 +117,22 @@ def test_how_many_frames_there_are(tmp_path, count, fps, clip, sync):
             decode(path, [at(8), at(25)], 8.0)
 
 
+def test_the_last_picture_is_held_on_request(tmp_path):
+    path = make_video(tmp_path / "x.mp4", 239, 30)  # 7.967 s
+    streams = [at(8), at(25)]
+    with pytest.warns(UserWarning, match=r"x\.mp4: too short \(7\.967 s\), the last pict"):
+        held = decode(path, streams, 8.0, DecodingConfig(hold_seconds=0.05))
+    assert [len(frames) for frames in held] == [64, 200]
+    seen = decode(path, [at(25)], 199 / 25)[0]
+    assert torch.equal(held[1], torch.cat([seen, seen[-1:]]))
+    with pytest.raises(InputError, match=r"x\.mp4: 199 frames at 25 fps \(7\.967 s\), wanted 200"):
+        decode(path, streams, 8.0, DecodingConfig(hold_seconds=0.01))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is held where nothing lacks
+        whole = decode(path, streams, 7.9, DecodingConfig(hold_seconds=0.05))
+    assert all(map(torch.equal, whole, decode(path, streams, 7.9)))
+
+
 def filtered(path: Path, *filters: str) -> torch.Tensor:  # (t 3 h w)
     """The frames that FFmpeg's own filters show, as RGB."""
     import av

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from wavflow.errors import InputError
 from wavflow.features.base import get_encoders
 from wavflow.files import load_tensors
 from wavflow.model.networks import PRESETS, WavflowModel
+
+log = logging.getLogger("wavflow")
 
 
 def build_model(config: Config, empty_string_feat: Tensor | None = None) -> WavflowModel:
@@ -55,6 +58,9 @@ def build_model(config: Config, empty_string_feat: Tensor | None = None) -> Wavf
 def empty_caption(config: Config) -> Tensor:
     """Features of the empty caption, (77, text_dim): from `empty_string_ckpt`, else the encoder.
 
+    A file holds (77, text_dim) or (1, 77, text_dim). The mean length of its rows is logged, since
+    there are files of rows that were not normalized.
+
     Raises:
         InputError: the file or the encoders do not fit the configuration.
     """
@@ -73,4 +79,11 @@ def empty_caption(config: Config) -> Tensor:
         or found.numel() != math.prod(shape)
     ):
         raise InputError(f"{where} is {tuple(getattr(found, 'shape', ()))}; wanted {shape}")
-    return found.reshape(shape).float()
+    found = found.reshape(shape).float()
+    if path is not None:
+        log.info(
+            "%s: rows of mean length %.3g; CLIP's captions have rows of length 1",
+            path,
+            found.norm(dim=-1).mean(),
+        )
+    return found

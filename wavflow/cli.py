@@ -27,6 +27,7 @@ app = typer.Typer(
 Seed = Annotated[int, typer.Option(help="Base seed.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; default one per core.")]
 ConfigFile = Annotated[str, typer.Option(help="A YAML file, or a packaged configuration's name.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,8 +72,9 @@ def toy(
 
 @app.command()
 def extract(
-    csv: Annotated[Path, typer.Option(help="Table: id, audio_path, video_path, caption.")],
+    csv: Annotated[Path, typer.Option(help="Table: id, audio_path, caption, video_path.")],
     out: Annotated[Path, typer.Option(help="Folder for features and the training table.")],
+    overrides: Overrides = None,
     config: ConfigFile = "toy_8k",
     encoders: Annotated[str | None, typer.Option(help="Instead of the configuration's.")] = None,
     seconds: Annotated[
@@ -95,6 +97,7 @@ def extract(
     workers: Workers = None,
 ) -> None:
     """Encode videos and captions, and write the table that training reads."""
+    from wavflow.config import load_config
     from wavflow.features.extract import extract
     from wavflow.features.weights import locked
 
@@ -102,7 +105,7 @@ def extract(
         result = extract(
             csv,
             out,
-            config=config,
+            config=load_config(config, overrides or ()),
             encoders=encoders,
             seconds=None if seconds is None else _seconds(seconds),
             shard=None if shard is None else _shard(shard),
@@ -115,7 +118,7 @@ def extract(
         _say(f"shards that have not ended: {result.unfinished}; the last completes {result.csv}")
     elif pack_to is not None:
         with locked(pack_to):  # two shards may both be the last
-            pack(result.csv, pack_to, config)
+            pack(result.csv, pack_to, overrides, config)
     _exit(result.done + result.kept, result.failed, result.report)
 
 
@@ -123,6 +126,7 @@ def extract(
 def pack(
     csv: Annotated[Path, typer.Option(help="A training table, as `wavflow extract` writes it.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    overrides: Overrides = None,
     config: ConfigFile = "toy_8k",
     shard_mb: Annotated[int, typer.Option(help="MB in a shard.")] = 512,
     workers: Annotated[int, typer.Option(help="Threads.")] = 2,
@@ -131,7 +135,7 @@ def pack(
     from wavflow.config import load_config
     from wavflow.data.store import pack
 
-    data = load_config(config).data
+    data = load_config(config, overrides or ()).data
     with counter("pack") as progress:
         result = pack(csv, out, data, shard_mb=shard_mb, workers=workers, progress=progress)
     _say(f"{result.folder}: {result.done} packed, {result.failed} failed")
@@ -141,7 +145,7 @@ def pack(
 @app.command()
 def train(
     config: ConfigFile,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Take a few steps and say what the run will need.")
     ] = False,
@@ -430,7 +434,7 @@ def serve(
 @app.command()
 def infer(
     config: ConfigFile,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Generate for a table as a YAML file says: model.ckpt_path, data.csv_path, output, ..."""
     from wavflow.config import load_config

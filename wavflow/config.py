@@ -138,7 +138,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """What one video may take before it is refused (`wavflow.features.guard`).
+    """What one video may take, and lack, before it is refused (`wavflow.features.guard`).
 
     Attributes:
         file_gb: GB (10^9 bytes) of the file.
@@ -147,6 +147,7 @@ class DecodingConfig:
         idle_packets: in a row that bring no later picture.
         seconds: on the clock.
         memory_gb: GB (10^9 bytes) beside the decoded frames, where the system can bound it.
+        hold_seconds: that the last picture lasts longer where the video is too short.
     """
 
     file_gb: float = _over(16.0, 0)
@@ -155,6 +156,7 @@ class DecodingConfig:
     idle_packets: int = _over(1000, 0)
     seconds: float = _over(300.0, 0)
     memory_gb: float = _over(4.0, 0)
+    hold_seconds: float = _over(0.0, 0, equal=True)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from wavflow import __version__
 from wavflow.config import Config
 from wavflow.data.manifest import ReportRow, Row, read_manifest, write_report
 from wavflow.errors import InputError
+from wavflow.features.weights import identity
 from wavflow.files import working_in, write_json
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ def infer(
     rows = read_manifest(csv_path, data_root=data_root)
     if not {"video_path", "caption"} & set(rows.columns):
         raise InputError(f"{csv_path}: no column 'video_path' or 'caption'")
-    job = _Job(sampler, out, seed, loudness, format, mux, options)
+    weights = dict(sampler.weights)
+    if weights:
+        weights["sha256"] = identity(weights["file"])
+    job = _Job(sampler, weights, out, seed, loudness, format, mux, options)
     outcome = {e.row_number: ReportRow(e.id, "skipped", str(e)) for e in rows.errors}
     todo = []
     for row in rows:
@@ -128,6 +132,7 @@ class _Job:
     """What all rows have in common."""
 
     sampler: Sampler
+    weights: dict[str, Any]
     out: Path
     seed: int
     loudness: float | None
@@ -154,7 +159,7 @@ class _Job:
             "guidance_interval": list(plan["guidance_interval"]),
             "loudness": self.loudness,
             "sample_rate": self.sampler.sample_rate,
-            "weights": self.sampler.weights,
+            "weights": self.weights,
             "dtype": str(self.sampler.dtype).removeprefix("torch."),
             "wavflow": __version__,
         }

@@ -23,12 +23,13 @@ def show(result: Evaluation) -> None:
     table = Table("figure, and where it is better")
     for title in ("value", confidence, "sounds"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("")
+    if any(figure.note for figure in result.figures):
+        table.add_column("note")
     group = ""
     for figure in result.figures:
         if group not in ("", (group := figure.name.partition(".")[0])):
             table.add_section()
-        table.add_row(*map(Text, _cells(figure)))
+        table.add_row(*map(Text, _cells(figure)[: len(table.columns)]))
     console().print(table)
     for side in SIDES:
         c = result.counts[side]

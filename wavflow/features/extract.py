@@ -9,6 +9,7 @@ so that an interrupted job goes on where it stopped. Many processes may share a 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -32,6 +33,8 @@ from wavflow.features.index import Index
 from wavflow.features.video import finest
 from wavflow.features.weights import locked
 from wavflow.files import atomic_write, load_tensors, working_in
+
+log = logging.getLogger("wavflow")
 
 #: Instead of a number of seconds: each video to its end.
 WHOLE = "whole"
@@ -73,8 +76,8 @@ def extract(
     """Encodes every row of a table and writes the table that training reads.
 
     Args:
-        csv_path: columns id, audio_path, video_path, caption; optional video_exist, text_exist
-            and source, which goes into the training table.
+        csv_path: columns id, audio_path, caption; video_path, without which no row has a video;
+            optional video_exist, text_exist and source, which goes into the training table.
         out: gets features/<id>.pth, features.json (`wavflow.features.provenance`), <stem of
             csv_path>.csv and report.csv, of a shard report.<i>-of-<n>.csv.
         config: a `Config`, YAML file or preset; names the encoders, the seconds and the limits on
@@ -106,7 +109,10 @@ def extract(
     target = out / f"{csv_path.stem}.csv"
     if target.resolve() == csv_path.resolve():
         raise InputError(f"{out}: the table written there would replace {csv_path}")
-    manifest = read_manifest(csv_path, ("id", "audio_path", "video_path", "caption"))
+    manifest = read_manifest(csv_path, ("id", "audio_path", "caption"))
+    if "video_path" not in manifest.columns:
+        found = ", ".join(manifest.columns)
+        log.warning("%s: no column 'video_path', found %s: captions alone", csv_path, found)
     mine = [row for row in manifest if row.number in part]
     cores = parallel.own_cores()
     workers = max(1, min(cores if workers is None else workers, len(mine)))
@@ -338,7 +344,9 @@ class _Job:
             raise InputError(f"{row.audio_path}: no such audio file")
         source = {key: self.record[key] for key in ("encoders", "seconds")}
         if row.video_exist:
-            if row.video_path is None or not row.video_path.is_file():
+            if row.video_path is None:
+                raise InputError("video_exist is 1 and there is no video_path")
+            if not row.video_path.is_file():
                 raise InputError(f"{row.video_path}: no such video file")
             stat = row.video_path.stat()
             source["video"] = self.record["video"]

@@ -173,10 +173,11 @@ def decode(
     Output j of a stream shows slot k = n_0 + j, where a frame at time t has slot
     n = floor((t - start) * fps + 1/2), n_0 is that of the video's first frame if start were 0, and
     slot k shows the last frame with n <= k. The last frame lasts for its duration, not at all where
-    the file gives none, and `hold` seconds more. Only frames that are shown are converted to RGB
-    (honouring the colour space the file names); decoding begins at the key frame before `start` and
-    ends when every stream is full. Rotation tags and the shape of pixels are not applied: for a
-    rotation a warning says so.
+    the file gives none, and `hold` seconds more; unless `to_end`, `limits.hold_seconds` are added
+    to it where the video is too short, and a warning says so. Only frames that are shown are
+    converted to RGB (honouring the colour space the file names); decoding begins at the key frame
+    before `start` and ends when every stream is full. Rotation tags and the shape of pixels are not
+    applied: for a rotation a warning says so.
 
     The limits on what the file claims are checked here, those on time and memory by
     `wavflow.features.guard.decode`, which is what strangers' files go through. `threads` are the
@@ -192,6 +193,7 @@ def decode(
 
     path = Path(path)
     limits, start, hold = limits or DecodingConfig(), exact(start), exact(hold)
+    spare = Fraction(0) if to_end else exact(limits.hold_seconds)
     shapes = [stream.shape(seconds) for stream in streams]
     frames = [torch.empty(shape, dtype=torch.uint8) for shape in shapes] if out is None else out
     selections = [_Selection(*pair) for pair in zip(streams, frames, strict=True)]
@@ -207,7 +209,7 @@ def decode(
                 _check_container(path, container, limits)
                 pictures = _Pictures(path, container, limits, threads)
                 if pictures.begin(start, jump):
-                    end = _select(pictures, selections, start, hold)
+                    end = _select(pictures, selections, start, hold, spare)
                     break
     except (av.FFmpegError, OSError) as error:
         if error.errno == errno.ENOMEM:
@@ -361,9 +363,16 @@ def _time(frame: av.VideoFrame) -> Fraction:
 
 
 def _select(
-    pictures: _Pictures, selections: list[_Selection], start: Fraction, hold: Fraction
+    pictures: _Pictures,
+    selections: list[_Selection],
+    start: Fraction,
+    hold: Fraction,
+    spare: Fraction,
 ) -> Fraction:
-    """Fill the selections; return the time in the file up to which frames were seen."""
+    """Fill the selections; return the time in the file up to which frames were seen.
+
+    `spare` is how much longer than its time and `hold` the last picture may last if it has to.
+    """
     for selection in selections:
         selection.first = _slot(pictures.first, selection.stream.fps)
     to_rgb = _ToRGB()
@@ -382,4 +391,9 @@ def _select(
         if all(selection.full for selection in selections):
             return pictures.end
     show(pictures.end + hold)
+    if spare and not all(selection.full for selection in selections):
+        show(pictures.end + hold + spare)
+        if all(selection.full for selection in selections):
+            found = f"too short ({float(pictures.end):.3f} s), the last picture is held"
+            warnings.warn(f"{pictures.path}: {found}", stacklevel=4)
     return pictures.end

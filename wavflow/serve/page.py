@@ -134,7 +134,7 @@ def _asked(studio: Studio) -> dict[str, gr.components.Component]:
 def _shown() -> dict[str, gr.components.Component]:
     """What `_generate` yields, but for the seed."""
     return {
-        "progress": gr.HTML(_progress(None), elem_id="progress"),
+        "progress": gr.HTML(_progress(None), label="Progress", elem_id="progress"),
         "sound": gr.Audio(label="Sound", interactive=False, buttons=["download"]),
         "picture": gr.Image(
             label="Spectrogram",
