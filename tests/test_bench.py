@@ -512,7 +512,7 @@ def test_the_plan_fits_and_its_stages_exist() -> None:
     stages = gpu.plan((9, 0), "NVIDIA H100 80GB HBM3", workers=8)
     assert [s.name for s in stages] == [
         "build", "report", "test", "test-large", "tune", "bench", "plot",
-        "sample-1", "sample-8", "train",
+        "sample-1", "sample-8", "train", "length",
     ]  # fmt: skip
     assert gpu.TOTAL_SECONDS < 540
     assert all(s.needs in {"", *(other.name for other in stages)} for s in stages)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from wavflow import precision
 from wavflow.errors import InputError
@@ -126,8 +127,8 @@ def join(device: str = "auto", group: bool = False) -> Iterator[World]:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         backend = "cpu:gloo,cuda:nccl"
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    dist.init_process_group(backend, **alone)
+    store = dist.HashStore() if size == 1 else _own_store(rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     yield world
     # Not after an error: others may be inside a collective, and its end would be waited for here.
     dist.barrier()
@@ -135,6 +136,13 @@ def join(device: str = "auto", group: bool = False) -> Iterator[World]:
     # lock while it waits for the thread: once in eight runs of two steps they met.
     time.sleep(0.2)
     dist.destroy_process_group()
+
+
+def _own_store(rank: int, size: int) -> dist.Store:
+    """Where these processes meet. torchrun's own store outlives a restart, and who comes first
+    after one would call processes that are dead."""
+    store = next(iter(rendezvous("env://", rank, size)))[0]
+    return dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{size}", store)
 
 
 class Parallel:
