@@ -132,7 +132,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     steps: Annotated[int, typer.Option(help="Of Euler, guided.", min=1)] = 4,
-    batch: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 4,
+    batch: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 2,
     limit: Annotated[float, typer.Option(help="Seconds for one sound, at most.")] = 120.0,
     json_path: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,

@@ -7,8 +7,11 @@ import json
 import pytest
 import torch
 from golden_weights import GOLDEN, golden_state_dict, load_golden, relative_error, uniform
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import wavflow_kernels as wk
+from wavflow.model import blocks
 from wavflow.model.blocks import SwiGLU
 from wavflow.model.networks import WavflowConfig, WavflowModel, get_wavflow_model
 
@@ -228,6 +231,32 @@ def test_config_errors(change, message):
 def test_swiglu_inner_width(asked, inner):
     with torch.device("meta"):
         assert SwiGLU(8, asked).w1.weight.shape == (inner, 8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kernel_size=st.sampled_from([None, 3, 7]),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 60),
+    shortest=st.integers(1, 20),
+    seed=st.integers(0, 9),
+)
+def test_stretches_of_a_long_sequence_equal_the_whole(kernel_size, batch, tokens, shortest, seed):
+    torch.manual_seed(seed)
+    layer = SwiGLU(8, 384, kernel_size).double()
+    x = torch.randn(batch, tokens, 8, dtype=torch.float64)
+    wanted = layer(x)  # with gradients: in one
+    lengths = []
+    whole = layer._whole
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setitem(blocks.INNER_BYTES, "cpu", 0)
+        patch.setattr(blocks, "SHORTEST_STRETCH", shortest)
+        patch.setattr(layer, "_whole", lambda x: lengths.append(x.shape[1]) or whole(x))
+        found = layer(x)
+    assert relative_error(found, wanted) < 1e-12
+    parts = -(-tokens // shortest) if tokens >= 2 * shortest else 1
+    assert len(lengths) == parts
+    assert max(lengths) <= (shortest + 2 * layer.edge if parts > 1 else tokens)
 
 
 def test_checkpointing_equals_plain():

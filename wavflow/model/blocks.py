@@ -14,6 +14,11 @@ from wavflow_kernels import PreparedConv, TokenRows, Window
 
 # RMSNorm's eps is float32's machine epsilon whatever the input's dtype.
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
+# Of a feed-forward's inner values that inference holds at a time, where a stretch of so many tokens
+# or more fits. The C library's allocator has the system map and clear larger tensors every time.
+INNER_BYTES = {"cpu": 32 << 20}
+INNER_BYTES_ELSEWHERE = 1 << 30
+SHORTEST_STRETCH = 1024
 
 
 class Preparable:
@@ -53,7 +58,7 @@ class TokenConv(Preparable, nn.Conv1d):
 
         if self.sharing is None:
             return convolve(x)
-        return self.sharing.convolved(x, self.kernel_size[0], convolve)
+        return self.sharing.convolved(x, self.kernel_size[0] // 2, convolve)
 
 
 class TokenLinear(Preparable, nn.Linear):
@@ -79,8 +84,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, width: int, kernel_size: int | None = None) -> None:
         super().__init__()
-        self.kernel_size = 1 if kernel_size is None else kernel_size
-        inner = swiglu_inner(width)
+        self.edge = 0 if kernel_size is None else 2 * (kernel_size // 2)
+        self.inner = inner = swiglu_inner(width)
 
         def layer(in_dim: int, out_dim: int) -> nn.Module:
             if kernel_size is None:
@@ -99,14 +104,29 @@ class SwiGLU(nn.Module):
         self.w2.prepare(dtype, winograd)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = (self.w1.weight, self.w3.weight) if self.prepared is None else (self.prepared,)
-
-        def gate(x: Tensor) -> Tensor:
-            return wk.conv_swiglu(x, *weights)
-
         if self.sharing is None:
-            return self.w2(gate(x))
-        return self.w2(self.sharing.convolved(x, self.kernel_size, gate))
+            return self._in_stretches(x)
+        return self.sharing.convolved(x, self.edge, self._in_stretches)
+
+    def _in_stretches(self, x: Tensor) -> Tensor:
+        """Of a long x stretch by stretch in inference, each with the tokens that it sees."""
+        tokens, held = x.shape[1], INNER_BYTES.get(x.device.type, INNER_BYTES_ELSEWHERE)
+        stretch = held // (3 * self.inner * x.element_size() * len(x))  # the pair, and its product
+        stretch = max(stretch, SHORTEST_STRETCH)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens < 2 * stretch:
+            return self._whole(x)
+        made = None
+        for begin in range(0, tokens, stretch):
+            end = min(begin + stretch, tokens)
+            first = max(begin - self.edge, 0)
+            part = self._whole(x[:, first : end + self.edge])
+            made = part.new_empty(*x.shape[:2], part.shape[2]) if made is None else made
+            made[:, begin:end] = part[:, begin - first : end - first]
+        return made
+
+    def _whole(self, x: Tensor) -> Tensor:
+        weights = (self.w1.weight, self.w3.weight) if self.prepared is None else (self.prepared,)
+        return self.w2(wk.conv_swiglu(x, *weights))
 
 
 class Conditioning(NamedTuple):

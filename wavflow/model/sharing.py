@@ -59,23 +59,25 @@ class Sharing:
         parts = [each[:length] for each, length in zip(found, lengths, strict=True)]
         return torch.cat(parts).movedim(0, dim)
 
-    def convolved(self, x: Tensor, width: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`function`, a convolution of `width` taps with zeros at the ends, of x (b n c)."""
-        if self.size == 1 or width == 1:
+    def convolved(self, x: Tensor, edge: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """`function`, of which each token sees `edge` tokens to both sides, of x (b n c)."""
+        if self.size == 1 or edge == 0:
             return function(x)
-        edge = width // 2
         if x.shape[1] < edge:
             raise ValueError(f"a process has {x.shape[1]} tokens, wanted at least {edge}")
-        before, after = (x.new_zeros(len(x), edge, x.shape[2]) for _ in range(2))
+        neighbours = self.rank - 1, self.rank + 1
+        there = [0 <= other < self.size for other in neighbours]
+        before, after = (x.new_empty(len(x), edge if each else 0, x.shape[2]) for each in there)
         first, last = x[:, :edge].contiguous(), x[:, -edge:].contiguous()
         moves = []
-        for other, given, wanted in ((self.rank - 1, first, before), (self.rank + 1, last, after)):
-            if 0 <= other < self.size:
+        for other, given, wanted in zip(neighbours, (first, last), (before, after), strict=True):
+            if wanted.shape[1]:
                 moves.append(dist.P2POp(dist.isend, _bytes(given), other))
                 moves.append(dist.P2POp(dist.irecv, _bytes(wanted), other))
         for each in dist.batch_isend_irecv(moves):
             each.wait()
-        return function(torch.cat((before, x, after), dim=1))[:, edge:-edge]
+        begin = before.shape[1]
+        return function(torch.cat((before, x, after), dim=1))[:, begin : begin + x.shape[1]]
 
 
 def _bytes(x: Tensor) -> Tensor:
