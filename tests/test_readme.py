@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, on a smaller world."""
+"""The Python of the README and the guides runs as it stands, on a smaller world."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parent
 README = TESTS.parent / "README.md"
+PAGES = [README, *sorted((TESTS.parent / "docs").glob("*.md"))]
 
 
 def examples() -> list[str]:
-    text = README.read_text(encoding="utf-8")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     found = re.findall(r"<!-- run by tests/test_readme.py -->\n```python\n(.*?)```", text, re.S)
-    assert len(found) == 3, "the README has lost an example"
+    assert len(found) == 3, "the guides have lost an example"
     return found
 
 
@@ -47,9 +50,15 @@ def test_the_examples_run(tmp_path: Path) -> None:
         assert (len(wave), rate) == (8000 * seconds, 8000)
 
 
-def test_every_linked_file_exists() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8")):
-        assert (README.parent / target).exists(), f"README links to {target}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_linked_file_and_heading_exists(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+        file, _, heading = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.exists(), f"{page.name} links to {target}"
+        if heading:
+            titles = re.findall(r"(?m)^#+ (.+)$", there.read_text(encoding="utf-8"))
+            assert heading in [title.lower().replace(" ", "-") for title in titles], target
 
 
 def test_every_test_that_the_docs_name_exists() -> None:
