@@ -27,9 +27,7 @@ from wavflow.long import LongSound, known
 from wavflow.parallel import World
 from wavflow.plan import Plan, Step
 from wavflow.scene import Scene, film
-from wavflow.solvers import (
-    BEST,
-)
+from wavflow.solvers import BEST
 from wavflow.sound import Sound
 
 log = logging.getLogger("wavflow")
