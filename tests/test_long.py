@@ -494,13 +494,14 @@ def test_a_killed_stream_leaves_a_valid_file(saved, tmp_path):
 
 
 PEAK = """
-import resource, sys
+import sys
 import torch, wavflow
+from wavflow.memory import used_memory
 torch.set_num_threads(1)
 pipe = wavflow.load(sys.argv[1], dtype="float32")
 sound = pipe.stream("a bell", seconds=float(sys.argv[2]), steps=2, guidance=1.0, batch_size=4)
 samples = sum(len(part.audio) for part in sound)
-print(samples, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(samples, used_memory(torch.device("cpu")))
 """
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +35,8 @@ from wavflow.features.base import get_encoders
 from wavflow.features.extract import encode_video, encode_whole_video, extract
 from wavflow.features.video import FrameStream, decode
 from wavflow.objective import WavflowObjective
+
+soundfile = pytest.importorskip("soundfile")
 
 RATE = SIZES.target_sample_rate
 SECONDS = 12  # of a long recording; windows are 1 s

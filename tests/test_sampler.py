@@ -347,7 +347,7 @@ def test_cancelling():
 
 def test_memory_splits_batches_and_refuses_what_cannot_fit(caplog):
     sampler = tiny_sampler()
-    clip = clip_bytes(sampler.model.config, torch.float32, True)
+    clip = clip_bytes(sampler.model.config, torch.float32, True, CPU)
     rows = []
     options = {"solver": "euler", "on_step": lambda s: s.done == 1 and rows.append(s.rows)}
     with caplog.at_level("INFO", "wavflow"):
@@ -385,7 +385,7 @@ before = status("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 sampler.generate_features([{}] * 48, range(48), steps=2, batch_size=48)
-print((status("VmHWM") - before) / 48 / clip_bytes(sampler.model.config, dtype, True))
+print((status("VmHWM") - before) / 48 / clip_bytes(sampler.model.config, dtype, True, CPU))
 """
 
 

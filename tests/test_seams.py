@@ -44,17 +44,13 @@ def places(windows: Windows) -> dict[str, np.ndarray]:
 
 
 def deviation(values: np.ndarray, where: np.ndarray) -> float:
-    """The mean of values (clips, t) there, in standard deviations from its mean elsewhere.
+    """The mean of values (clips, t) there against elsewhere, in deviations of a clip's mean there.
 
     Elsewhere are the same places moved by another time in every clip, many times.
     """
-    rng = np.random.default_rng(0)
-    moves = rng.integers(len(where), size=(1000, len(values)))
-    moved = [
-        np.mean([clip[np.roll(where, move)].mean() for clip, move in zip(values, row, strict=True)])
-        for row in moves
-    ]
-    return float((values[:, where].mean() - np.mean(moved)) / np.std(moved))
+    moves = np.random.default_rng(0).integers(len(where), size=200)
+    moved = np.stack([values[:, np.roll(where, move)].mean(axis=1) for move in moves])
+    return float((values[:, where].mean() - moved.mean()) / moved.std())
 
 
 def deviations(waves: list[np.ndarray], windows: Windows) -> dict[str, float]:
@@ -71,7 +67,7 @@ def trained(tmp_path_factory):
     """A sampler, short held-out clips, long held-out clips."""
     root = tmp_path_factory.mktemp("seams")
     wavflow.write_toy_world(root / "short", 160, 5, heldout=8, workers=1)
-    wavflow.write_toy_world(root / "long", 1, 6, heldout=8, seconds=SECONDS, workers=1)
+    wavflow.write_toy_world(root / "long", 1, 6, heldout=24, seconds=SECONDS, workers=1)
     result = extract(root / "short/train.csv", root / "f", workers=1)
     settings = [f"data.csv_path={result.csv}", f"training.output_dir={root / 'run'}"]
     settings += ["training.max_steps=700", *(f"model.{each}" for each in NETWORK)]
@@ -98,7 +94,7 @@ def test_nothing_is_heard_where_windows_meet(trained):
     sounds = sampler.generate(captions, videos, seconds=SECONDS, seed=1)
     waves = [sound.audio.numpy() for sound in sounds]
     found = deviations(waves, windows)
-    assert all(abs(value) < 3 for value in found.values()), found
+    assert all(abs(value) < 0.5 for value in found.values()), found
 
     # As long sounds were made of clips on their own: the measures know.
     pieces = [np.zeros(windows.tokens * HOP, np.float32) for _ in waves]
@@ -108,7 +104,7 @@ def test_nothing_is_heard_where_windows_meet(trained):
             (clip,) = sampler.generate_features([scene.window(time)], [100 * i + k])
             piece[start * HOP : start * HOP + len(clip.audio)] = clip.audio.numpy()
     apart = deviations([piece[: len(waves[0])] for piece in pieces], windows)
-    assert max(abs(value) for value in apart.values()) > 4, apart
+    assert max(abs(value) for value in apart.values()) > 0.7, apart
 
     short_videos, short_captions, short_times = zip(*clips(root / "short"), strict=True)
     short = sampler.generate(short_captions, short_videos, seed=1)
@@ -129,4 +125,4 @@ def test_nothing_is_heard_where_a_recording_goes_on(trained):
     where[at - 2 : at + 2] = True
     for name in ("flux", "level"):
         values = np.stack([measures(wave)[name] for wave in waves])
-        assert abs(deviation(values, where)) < 3.5, name
+        assert abs(deviation(values, where)) < 1, name

@@ -18,7 +18,7 @@ from wavflow.engine import Engine, Output, mix_guidance
 from wavflow.errors import Cancelled, InputError
 from wavflow.features.extract import load_encoders
 from wavflow.long import Evaluation, LongSound
-from wavflow.memory import available_memory, clip_bytes
+from wavflow.memory import available_memory, clip_bytes, keep_freed_memory
 from wavflow.model.inference import prepare_inference
 from wavflow.model.networks import Conditions, WavflowConfig, WavflowModel
 from wavflow.parallel import World
@@ -57,6 +57,8 @@ class Generator:
     A sound longer than the clips of the training is made of windows (`wavflow.long`). Several
     processes share the windows of a long sound, or the tokens of one that is made at once.
 
+    On a CPU the process keeps the memory it frees from then on (``wavflow.memory``).
+
     Args:
         model: the network with the weights to use, or its copy prepared for `dtype`.
         config: what it was trained with.
@@ -77,6 +79,8 @@ class Generator:
     ) -> None:
         self.world = world or World(0, 1, device)
         self.config, self.device, self.dtype = config, device, dtype
+        if device.type == "cpu":
+            keep_freed_memory()
         model = model.to(device).eval().requires_grad_(False)
         # torch.compile cannot trace weights in oneDNN's layout.
         plain = model.is_prepared or (engine == "compile" and device.type == "cpu")
@@ -130,7 +134,7 @@ class Generator:
         if memory is None:
             memory = int(MEMORY_SHARE * available_memory(self.device))
         clip, length = (
-            clip_bytes(self._network_sizes(data), self.dtype, plan.guided),
+            clip_bytes(self._network_sizes(data), self.dtype, plan.guided, self.device),
             data.audio_duration,
         )
         if clip > memory:

@@ -8,7 +8,7 @@ import resource
 
 import torch
 
-from wavflow.model.blocks import swiglu_inner
+from wavflow.model.blocks import stretch, swiglu_inner
 from wavflow.model.networks import WavflowConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -50,28 +50,37 @@ def used_memory(device: torch.device) -> int:
     """Bytes that this process has taken at most: of the GPU by torch, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        with open("/proc/self/status") as file:
+            held = dict(line.split(":", 1) for line in file)
+        return int(held["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):  # what getrusage knows of a child includes its parent
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def clip_bytes(config: WavflowConfig, dtype: torch.dtype, guided: bool) -> int:
+def clip_bytes(
+    config: WavflowConfig, dtype: torch.dtype, guided: bool, device: torch.device
+) -> int:
     """An upper estimate of what one clip adds to the memory of generation.
 
     The largest moment of a step is the feed-forward of the audio's input projection or of a block:
     its residual, input and modulated input, the halves of the gated product in the convolution's
     layout and in ours, with Winograd's form on the CPU transformed inputs and four products a pair
-    of tokens. Beside it lie the other streams and, in float32, modulations, conditions and the
-    solver's state. The factors cover what was measured for the CPU, with what malloc loses.
+    of tokens; of a long clip for a stretch of its tokens. Beside it lie the other streams and, in
+    float32, modulations, conditions and the solver's state. The factors cover what was measured for
+    the CPU, with what malloc loses.
 
     Args:
         config: the network's sizes, with the token counts of the clip.
         dtype: of the matrix products.
         guided: whether a clip is two rows of the network's batch.
+        device: where it is generated.
     """
     hidden, inner = config.hidden_dim, swiglu_inner(max(4 * config.hidden_dim, config.ffn_width))
-    tokens = config.latent_seq_len
+    tokens, rows = config.latent_seq_len, 2 if guided else 1
     others = config.clip_seq_len + config.sync_seq_len + config.text_seq_len
-    rounded = tokens * (14 * hidden + 9 * inner) + others * 14 * hidden
+    together = min(tokens, 2 * stretch(device, inner, rows, dtype.itemsize))
+    rounded = 14 * (tokens + others) * hidden + 9 * together * inner
     exact = 2 * (tokens + others) * hidden
     state = 8 * tokens * config.latent_dim
-    rows = 2 if guided else 1
     return rows * (rounded * dtype.itemsize + exact * 4) + state * 4

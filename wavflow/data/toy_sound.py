@@ -49,7 +49,7 @@ def _bird(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
     length = 0.2
     start, stop = 900.0 + 200.0 * pitch, 1600.0 + 300.0 * pitch
     sweep = start * t + (stop - start) * t**2 / (2 * length)
-    envelope = _attack(t, 0.003) / (1 + np.exp((t - length) / 0.010))
+    envelope = _attack(t, 0.003) / (1 + np.exp(np.minimum((t - length) / 0.010, 700)))
     return 0.6 * envelope * np.sin(2 * np.pi * sweep)
 
 

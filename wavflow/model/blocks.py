@@ -14,11 +14,17 @@ from wavflow_kernels import PreparedConv, TokenRows, Window
 
 # RMSNorm's eps is float32's machine epsilon whatever the input's dtype.
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
-# Of a feed-forward's inner values that inference holds at a time, where a stretch of so many tokens
-# or more fits. The C library's allocator has the system map and clear larger tensors every time.
+# What inference holds of a feed-forward's inner values. The CPU's caches are small, and glibc has
+# the kernel map and clear larger tensors every time.
 INNER_BYTES = {"cpu": 32 << 20}
 INNER_BYTES_ELSEWHERE = 1 << 30
 SHORTEST_STRETCH = 1024
+
+
+def stretch(device: torch.device, inner: int, rows: int, itemsize: int) -> int:
+    """Tokens of `rows` rows that go through a feed-forward of `inner` channels together."""
+    held = INNER_BYTES.get(device.type, INNER_BYTES_ELSEWHERE)
+    return max(held // (3 * inner * rows * itemsize), SHORTEST_STRETCH)  # a pair, its product
 
 
 class Preparable:
@@ -110,14 +116,12 @@ class SwiGLU(nn.Module):
 
     def _in_stretches(self, x: Tensor) -> Tensor:
         """Of a long x stretch by stretch in inference, each with the tokens that it sees."""
-        tokens, held = x.shape[1], INNER_BYTES.get(x.device.type, INNER_BYTES_ELSEWHERE)
-        stretch = held // (3 * self.inner * x.element_size() * len(x))  # the pair, and its product
-        stretch = max(stretch, SHORTEST_STRETCH)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens < 2 * stretch:
+        tokens, length = x.shape[1], stretch(x.device, self.inner, len(x), x.element_size())
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens < 2 * length:
             return self._whole(x)
         made = None
-        for begin in range(0, tokens, stretch):
-            end = min(begin + stretch, tokens)
+        for begin in range(0, tokens, length):
+            end = min(begin + length, tokens)
             first = max(begin - self.edge, 0)
             part = self._whole(x[:, first : end + self.edge])
             made = part.new_empty(*x.shape[:2], part.shape[2]) if made is None else made
