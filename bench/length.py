@@ -183,6 +183,12 @@ def show(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def _few(y: float, _: int | None) -> str:
+    """Labels for 2 and 5 of a decade's minor ticks."""
+    text = f"{y:g}"
+    return text if text.strip("0.") in ("2", "5") else ""
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Writes a picture: speed and memory over length, one column a model."""
     from matplotlib import rc_context
@@ -218,6 +224,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
                 axes.xaxis.set_minor_locator(NullLocator())
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+                axes.yaxis.set_minor_formatter(FuncFormatter(_few))
         grid[0][0].set_ylabel("seconds of sound a second")
         grid[1][0].set_ylabel("peak memory, MB")
         pictures.save(figure, path)
