@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import save_tiny
 
 import wavflow
 from wavflow import checkpoint
 from wavflow.audio import load_audio, mux
-from wavflow.build import build_model
-from wavflow.config import load_config
 from wavflow.errors import InputError
 from wavflow.infer import infer, row_seed
 from wavflow.sampler import Sampler
@@ -23,13 +22,6 @@ from wavflow.sound import Sound
 
 av = pytest.importorskip("av")
 soundfile = pytest.importorskip("soundfile")
-TINY = [
-    "model.hidden_dim=32",
-    "model.depth=2",
-    "model.fused_depth=1",
-    "model.num_heads=1",
-    "sampling.num_steps=3",
-]
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +38,7 @@ def videos(world: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    config = load_config("toy_8k", TINY)
-    model = build_model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.1).add_(1 if parameter.ndim == 1 else 0)
-    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
-    content = {"model": model.state_dict(), "optimizer": {}, "epoch": 1, "global_step": 900}
-    checkpoint.save(path, {**content, "config": config.to_dict()})
-    return path
+    return save_tiny(tmp_path_factory.mktemp("run") / "checkpoint.pth")
 
 
 @pytest.fixture(scope="module")

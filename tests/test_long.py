@@ -457,19 +457,19 @@ def start(*arguments):
     )
 
 
-def test_two_processes_make_the_sound_of_one(saved, tmp_path):
-    options = ["--checkpoint", saved, "--caption", "a bell", "--seconds", "9.3", "--dtype"]
-    options += ["float32", "--keep-loudness", "--device", "cpu", "--out"]
+@pytest.mark.parametrize("processes, options", [(2, ["--seconds", 9.3]), (3, ["--window", 0])])
+def test_processes_make_the_sound_of_one(saved, tmp_path, processes, options):
+    """They share the windows of a long sound, or the tokens of one in one piece."""
+    options = ["--checkpoint", saved, "--caption", "a bell", "--seconds", 3.7, *options]
+    options += ["--dtype", "float32", "--keep-loudness", "--device", "cpu", "--out"]
     assert cli(*options, tmp_path / "one.wav") == 0
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "wavflow"]
-    child = start(*launcher, "generate", *options, tmp_path / "two.wav")
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    child = start(*launcher, "-m", "wavflow", "generate", *options, tmp_path / "more.wav")
     assert child.wait(timeout=240) == 0, child.stderr.read()
-    one, two = (load_audio(tmp_path / f"{n}.wav", 8000) for n in ("one", "two"))
-    torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
-    assert one.numel() == 74400 and sorted(p.name for p in tmp_path.iterdir()) == [
-        "one.wav",
-        "two.wav",
-    ]
+    one, more = (load_audio(tmp_path / f"{name}.wav", 8000) for name in ("one", "more"))
+    torch.testing.assert_close(one, more, atol=1e-4, rtol=0)
+    assert one.numel() == 8000 * (9.3 if processes == 2 else 3.7)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["more.wav", "one.wav"]
 
 
 def test_a_killed_stream_leaves_a_valid_file(saved, tmp_path):
@@ -548,14 +548,3 @@ def test_the_command_line(saved, tmp_path, capsys):
         assert message in generate(*wrong, "--out", tmp_path / "d.wav")
     said = generate("--caption", "x", "--stream", "--out", tmp_path / "d.flac")
     assert "wanted a .wav file with --stream" in said
-
-
-def test_two_processes_share_a_native_sound(saved, tmp_path):
-    options = ["--checkpoint", saved, "--caption", "a bell", "--seconds", "3.7", "--window", 0]
-    options += ["--dtype", "float32", "--keep-loudness", "--device", "cpu", "--out"]
-    assert cli(*options, tmp_path / "one.wav") == 0
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "wavflow"]
-    child = start(*launcher, "generate", *options, tmp_path / "two.wav")
-    assert child.wait(timeout=240) == 0, child.stderr.read()
-    one, two = (load_audio(tmp_path / f"{n}.wav", 8000) for n in ("one", "two"))
-    torch.testing.assert_close(one, two, atol=1e-4, rtol=0)

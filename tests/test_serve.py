@@ -17,11 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import save_tiny
 
-from wavflow import checkpoint
-from wavflow.build import build_model
 from wavflow.cli import main
-from wavflow.config import load_config
 from wavflow.plan import Step
 from wavflow.sampler import Sampler
 from wavflow.serve.studio import PREVIEWS, Limits, Request, Studio, Watch
@@ -33,13 +31,6 @@ pytest.importorskip("matplotlib")
 gradio_client = pytest.importorskip("gradio_client")
 httpx = pytest.importorskip("httpx")
 
-TINY = [
-    "model.hidden_dim=32",
-    "model.depth=2",
-    "model.fused_depth=1",
-    "model.num_heads=1",
-    "sampling.num_steps=3",
-]
 ASKED = {
     "caption": "a bell rings",
     "video": None,
@@ -58,16 +49,7 @@ WAIT = 60
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    config = load_config("toy_8k", TINY)
-    model = build_model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.1).add_(1 if parameter.ndim == 1 else 0)
-    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
-    content = {"model": model.state_dict(), "optimizer": {}, "epoch": 1, "global_step": 900}
-    checkpoint.save(path, {**content, "config": config.to_dict()})
-    return path
+    return save_tiny(tmp_path_factory.mktemp("run") / "checkpoint.pth")
 
 
 @pytest.fixture(scope="module")
