@@ -173,6 +173,8 @@ def test_every_limit_is_named_with_what_was_found(files, tmp_path):
     still = repeat(tmp_path / "still.mkv", jpeg(64), 64, 60, 0)
     refused(still, "51 packets", "decoding.idle_packets allows 50", idle_packets=50)
     assert len(guard.decode(good, STREAMS, 1.0, DecodingConfig(memory_gb=0.15))[1]) == 25
+    # The worker that has just decoded holds more than this beside its frames.
+    refused(good, "decoding.memory_gb allows 0.0001", memory_gb=1e-4)
 
 
 def test_headers_that_claim_too_much(files, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -114,8 +115,13 @@ def _shared_memory(size: int) -> Iterator[int]:
 def _frames(descriptor: int, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Tensors of the shared memory; they keep it."""
     sizes = [math.prod(shape) for shape in shapes]
-    memory = torch.frombuffer(mmap.mmap(descriptor, sum(sizes)), dtype=torch.uint8)
-    parts = memory.split(sizes)
+    try:
+        memory = mmap.mmap(descriptor, sum(sizes))
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(f"not enough for {sum(sizes)} bytes of frames") from None
+        raise
+    parts = torch.frombuffer(memory, dtype=torch.uint8).split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -240,18 +246,19 @@ def _answer(request: dict[str, Any], descriptor: int, idle_bytes: int | None) ->
     shapes = [stream.shape(seconds) for stream in streams]
     # Before the frames are mapped: the last request's bounds may be too tight for them.
     _bound(limits, idle_bytes, sum(map(math.prod, shapes)))
-    frames = _frames(descriptor, shapes)
-    os.close(descriptor)
     torch.set_num_threads(threads)
     reply: dict[str, Any] = {"error": None, "counts": []}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
+            frames = _frames(descriptor, shapes)
             times = {"start": start, "hold": hold, "to_end": request["to_end"]}
             found = video.decode(path, streams, seconds, limits, threads, frames, **times)
             reply["counts"] = [len(each) for each in found]
         except Exception as error:
             reply["error"] = _reason(error, path, limits)[:_MESSAGE]
+        finally:
+            os.close(descriptor)
     reply["warnings"] = [str(each.message)[:_MESSAGE] for each in caught[:5]]
     return reply
 
