@@ -1,6 +1,7 @@
 // The Python module wavflow_kernels._C. Ops bind themselves (bind.h); this file adds what is common.
 #include "bind.h"
 
+#include <algorithm>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -26,49 +27,42 @@ bool register_binder(Binder binder) {
 static bool forked_child = false;
 bool in_forked_child() { return forked_child; }
 
-static Isa best_isa() {
+// In the order of their instructions; the last is Isa::avx512 with AVX-512-bf16.
+static const char* const isa_names[] = {"default", "avx2", "avx512", "avx512_bf16"};
+static constexpr int isa_count = 4;
+
+static int best_isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("bmi2"))
-    return Isa::avx2;
+    return 1;
 #endif
-  return Isa::baseline;
+  return 0;
 }
 
-bool has_avx512_bf16() {
-#if WF_X86
-  static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has;
-#else
-  return false;
-#endif
-}
-
-static const char* const isa_names[] = {"default", "avx2", "avx512"};
-static Isa current_isa = best_isa();
-Isa isa() { return current_isa; }
+static int current_isa = best_isa();
+Isa isa() { return Isa(std::min(current_isa, int(Isa::avx512))); }
+bool has_avx512_bf16() { return current_isa == 3; }
 
 // Chooses an instruction set by name; "" the best one. Returns the name of the one in use.
 static const char* use_isa(const std::string& wanted) {
-  if (wanted.empty()) {
-    current_isa = best_isa();
-    return isa_names[int(current_isa)];
-  }
-  for (int i = 0; i < 3; ++i) {
-    if (wanted != isa_names[i]) continue;
-    if (i > int(best_isa()))
-      throw std::invalid_argument("WAVFLOW_CPU_ISA is '" + wanted +
-                                  "', which this processor does not have; its best is '" +
-                                  isa_names[int(best_isa())] + "'");
-    current_isa = Isa(i);
-    return isa_names[i];
-  }
-  throw std::invalid_argument("WAVFLOW_CPU_ISA is '" + wanted + "', wanted avx512, avx2 or default");
+  const int best = best_isa();
+  int chosen = wanted.empty() ? best : 0;
+  while (!wanted.empty() && chosen < isa_count && wanted != isa_names[chosen]) ++chosen;
+  if (chosen == isa_count)
+    throw std::invalid_argument("WAVFLOW_CPU_ISA is '" + wanted +
+                                "', wanted one of avx512_bf16, avx512, avx2, default");
+  if (chosen > best)
+    throw std::invalid_argument("WAVFLOW_CPU_ISA is '" + wanted +
+                                "', which this processor does not have; its best is '" +
+                                isa_names[best] + "'");
+  current_isa = chosen;
+  return isa_names[chosen];
 }
 
 }  // namespace wavflow
@@ -79,7 +73,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(__unix__) || defined(__APPLE__)
   pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
 #endif
-  m.def("use_isa", &use_isa, "Chooses avx512, avx2 or default; '' the best. Returns its name.");
+  m.def("use_isa", &use_isa, "Chooses avx512_bf16, avx512, avx2 or default; '' the best. Returns its name.");
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

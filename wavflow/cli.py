@@ -556,13 +556,7 @@ def info(
 
     device = precision.resolve_device()
     dtype = precision.resolve_dtype("auto", device)
-    capabilities = torch.cpu.get_capabilities()
-    units = [n for n in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if capabilities.get(n)]
     print(f"wavflow {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(
-        f"cpu: {capabilities.get('cpu_name', platform.processor())}, {os.cpu_count()} cores, "
-        f"{' '.join(units) or 'no vector units known'}"
-    )
     print(f"model: {precision.describe(device, dtype)}")
     print(report())
     if checkpoint is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from wavflow.errors import InputError
+from wavflow_kernels import cpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,8 +37,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the device has bf16 matrix arithmetic, else float32.
 
-    On a CPU that means AVX-512-BF16 or AMX: elsewhere bf16 is emulated, up to 15 times slower
-    than float32.
+    On a CPU that means AVX-512-BF16: elsewhere bf16 is computed by float32, and is no faster.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -52,8 +52,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 arithmetic is native on `device`."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return cpu.current().bf16
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
@@ -63,5 +62,5 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
         name, unit = torch.cuda.get_device_name(device), "bf16 tensor cores"
     else:
         name = f"cpu, {torch.get_num_threads()} threads"
-        unit = "AVX-512-BF16 or AMX"
+        unit = "AVX-512-BF16"
     return f"{name}, {str(dtype).removeprefix('torch.')} ({unit}: {'yes' if fast else 'no'})"

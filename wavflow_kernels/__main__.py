@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import REGISTRY, _backend
+from . import REGISTRY, _backend, cpu
 
 
 def report() -> str:
@@ -13,12 +13,14 @@ def report() -> str:
 
     C = _backend.C
     lines = [f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"]
+    lines.append(f"CPU: {cpu.describe()}")
     if C is None:
         lines.append(f"extension: {_backend.C_MISSING}")
     else:
         threads = "OpenMP" if C.openmp else "no OpenMP: one thread"
         lines.append(f"extension: {C.__file__}")
-        lines.append(f"CPU kernels: {_backend.ISA}, {threads}, {torch.get_num_threads()} threads")
+        level, count = cpu.current().level, torch.get_num_threads()
+        lines.append(f"CPU kernels: {level}, {threads}, {count} threads")
         reason = _backend.cuda_reason()
         built = C.cuda_architectures
         lines.append(

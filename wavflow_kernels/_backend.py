@@ -33,9 +33,9 @@ log = logging.getLogger("wavflow_kernels")
 try:
     C = importlib.import_module("wavflow_kernels._C")
     C_MISSING = ""
-    ISA = C.use_isa(os.environ.get("WAVFLOW_CPU_ISA", ""))
+    C.use_isa(os.environ.get("WAVFLOW_CPU_ISA", ""))
 except ImportError as error:
-    C, ISA = None, ""
+    C = None
     C_MISSING = (
         f"the compiled extension is absent ({error}); "
         "install with a C++ compiler (WAVFLOW_BUILD=cpu pip install .)"

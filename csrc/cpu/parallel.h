@@ -1,7 +1,7 @@
 // Threads and instruction sets of the CPU kernels.
 //
 // One binary holds every kernel for three instruction sets and picks at run time; WAVFLOW_CPU_ISA
-// (avx512, avx2 or default) overrides. Work is cut into blocks whose size never depends on the
+// (avx512_bf16, avx512, avx2 or default) overrides. Work is cut into blocks whose size never depends on the
 // number of threads, so results do not either.
 #pragma once
 
@@ -19,7 +19,7 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 Isa isa();               // the instruction set in use
 bool in_forked_child();  // libgomp's thread pool does not survive fork()
 
-bool has_avx512_bf16();  // of the processor; used where the instruction set in use is avx512
+bool has_avx512_bf16();  // with isa() == Isa::avx512: whether its bf16 is in use too
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define WF_X86 1

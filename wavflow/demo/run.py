@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from wavflow.errors import InputError
 from wavflow.files import read_json, write_json
 from wavflow.precision import resolve_device, resolve_dtype
 from wavflow.trainer import TrainResult
+from wavflow_kernels import cpu
 
 #: Seconds of training, at most, and the steps that a machine must manage in them.
 TRAIN_SECONDS = 225.0
@@ -327,8 +327,7 @@ def measure(config: Config, csv: Path, seconds: float = 3.0) -> tuple[float, flo
 
 def _machine(config: Config) -> dict[str, Any]:
     device = resolve_device(config.training.device)
-    capabilities = torch.cpu.get_capabilities()
-    name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    name = cpu.name()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {

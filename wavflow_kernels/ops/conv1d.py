@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _tuned
+from .. import _tuned, cpu
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import ON_TRITON, Op, Sample, triton_launch
 from . import prepared_conv
@@ -149,6 +149,10 @@ class _OnCpu(torch.autograd.Function):
 
 
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = cpu.product_dtype(x.dtype)
+    if wide != x.dtype:
+        given = (None if t is None else t.to(wide) for t in (x, weight, bias))
+        return _on_cpu(*given).to(x.dtype)
     (o, c, k), tokens = weight.shape, x.shape[0] * x.shape[1]
     # F.conv1d copies tokens to channels-first and back, a picture copies weights to channels-last.
     # In float32 the former has a third of the latter's rounding error, at up to 1.6 times its time.
@@ -175,9 +179,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(b n c), (o c k) -> (b n o) by torch's libraries, in the form that suits them best."""
     if x.device.type == "cpu":
         given = (x, weight, bias)
-        if x.dtype == torch.float16:
-            # oneDNN's float16 gradients are summed in float16 where the CPU has no such arithmetic.
-            return convolve(*(None if t is None else t.float() for t in given)).half()
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
             return _OnCpu.apply(*given)
         return _on_cpu(*given)
@@ -212,9 +213,10 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of :func:`convolve` in x, weight and bias, by torch's libraries; None unneeded."""
     on_cpu, k = x.device.type == "cpu", weight.shape[2]
-    if on_cpu and x.dtype == torch.float16:
-        wide = convolve_backward(grad.float(), x.float(), weight.float(), needs)
-        return tuple(None if d is None else d.half() for d in wide)
+    wide = cpu.product_dtype(x.dtype) if on_cpu else x.dtype
+    if wide != x.dtype:
+        made = convolve_backward(grad.to(wide), x.to(wide), weight.to(wide), needs)
+        return tuple(None if d is None else d.to(x.dtype) for d in made)
     d_x = d_weight = d_bias = None
     x_needs, weight_needs, bias_needs = needs
     products = k == 1 and not (on_cpu and x.dtype == torch.float32)

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend
+from .. import _backend, cpu
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
 from . import swiglu
 
-_ONEDNN = torch.backends.mkldnn.is_available()
 _HINT = 512  # tokens that oneDNN is told to lay weights out for; any number works
 # Elements of the weights from which Winograd is worth its rounding error in float32.
 _WIDE = 1 << 20
@@ -121,6 +120,13 @@ def _launch(
 ) -> None:
     if not out.numel():
         return
+    wide = cpu.product_dtype(x.dtype)
+    if wide != x.dtype:
+        made = out.new_empty(out.shape, dtype=wide)
+        given = [w.to(wide) for w in weights], None if bias is None else bias.to(wide)
+        _launch(made, x.to(wide), *given, gated)
+        out.copy_(made)
+        return
     # oneDNN's choice of a kernel, and with it the last bits, would follow the strides.
     x = x.contiguous()
     weights = [w if w.layout == torch._mkldnn else w.contiguous() for w in weights]
@@ -204,7 +210,7 @@ def _workload(winograd: bool) -> Workload:
         b, n, c, inner = 2, 640, 896, 2560
         x = torch.randn(b, n, c, device=device, dtype=dtype)
         pair = [torch.randn(inner, c, 3, device=device) * (3 * c) ** -0.5 for _ in range(2)]
-        if device.type != "cpu":  # oneDNN's layout exists on the CPU alone
+        if not fast(x):  # no layouts of oneDNN's
             joined = torch.cat(pair)
             weights = winograd_weights(joined) if winograd else [joined.unsqueeze(2)]
         elif winograd:
@@ -245,7 +251,8 @@ OP = Op(
 
 def fast(x: Tensor) -> bool:
     """Whether oneDNN's own entry points run here for x's device and dtype."""
-    return _ONEDNN and not _backend.unavailable(OP, "cpp", x.device, x.dtype) and x.numel() > 0
+    runs = x.dtype in cpu.current().onednn and x.numel() > 0
+    return runs and not _backend.unavailable(OP, "cpp", x.device, x.dtype)
 
 
 class PreparedConv(NamedTuple):
@@ -258,6 +265,7 @@ class PreparedConv(NamedTuple):
     width: int
     gated: bool
     packed: bool  # laid out for the op prepared_conv; else cast alone: (o c k), or two of them
+    dtype: torch.dtype  # of the activations; packed weights may be wider
 
 
 def weights_for(op: str, x: Tensor, prepared: PreparedConv) -> tuple[Tensor, ...]:
@@ -271,21 +279,24 @@ def weights_for(op: str, x: Tensor, prepared: PreparedConv) -> tuple[Tensor, ...
         )
     autocast = torch.is_autocast_enabled(x.device.type)
     wanted = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if weights[0].dtype != wanted:
-        found, wanted = (str(t).removeprefix("torch.") for t in (weights[0].dtype, wanted))
+    if prepared.dtype != wanted:
+        found, wanted = (str(t).removeprefix("torch.") for t in (prepared.dtype, wanted))
         raise TypeError(f"{op}: the weights were prepared for {found}, x is computed in {wanted}")
     return weights
 
 
 def call(op: str, x: Tensor, prepared: PreparedConv, bias: Tensor | None) -> Tensor:
-    """Run the public function `op` with packed weights.
+    """Run the public function `op` with packed weights, in their dtype; rounded once.
 
     Past the dispatcher always: torch.compile cannot look into oneDNN's layouts.
     """
     weights = list(weights_for(op, x, prepared))
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor):
+        if not torch.is_autocast_enabled(x.device.type):
+            check_dtype(op, "bias", bias, x.dtype)
+        x, bias = (None if t is None else t.to(prepared.dtype) for t in (x, bias))
         x, bias = (None if t is None else t.to(weights[0].dtype) for t in (x, bias))
-    return OP.torch_op(x, weights, bias, prepared.gated)
+    return OP.torch_op(x, weights, bias, prepared.gated).to(prepared.dtype)
 
 
 def prepare_conv(
@@ -297,10 +308,12 @@ def prepare_conv(
     """Cast, join and lay out the weights of a convolution once, for many calls without gradients.
 
     :func:`conv1d` and :func:`conv_swiglu` take the result in place of their weights. On a CPU that
-    oneDNN runs on, in float32 and bfloat16, the weights are stored as its kernels read them (it
-    reorders plain ones at every call) and w1 and w3 are joined; elsewhere they are cast alone. So
-    are float32 ones of widths above 1 without Winograd: oneDNN's convolution on channels-last
-    tokens has up to 4 times the error of ``F.conv1d``, where plain weights go.
+    oneDNN runs on the weights are stored as its kernels read them (it reorders plain ones at every
+    call) and w1 and w3 are joined; elsewhere they are cast alone. So are those for float32 of
+    widths above 1 without Winograd: oneDNN's convolution on channels-last tokens has up to 4 times
+    the error of ``F.conv1d``, where plain weights go. For float16, and for bfloat16 where oneDNN
+    has none (CPUs without AVX-512), they are stored in float32, products are computed in it, and
+    the result is rounded.
 
     Args:
         weight: (o, c, k) or (o, c) for :func:`conv1d`; [w1, w3] for :func:`conv_swiglu`.
@@ -337,26 +350,29 @@ def prepare_conv(
     require(not winograd or k == 3, f"{op}: Winograd needs width 3, got {k}")
     with torch.no_grad():
         device = given[0].device
-        runs = fast(torch.empty(1, device=device, dtype=dtype))
+        stored = cpu.product_dtype(dtype) if device.type == "cpu" else dtype
+        runs = fast(torch.empty(1, device=device, dtype=stored))
         exact = dtype == torch.float32
         if winograd is None:
             wide = sum(w.numel() for w in given) >= _WIDE
             winograd = runs and k == 3 and (wide or not exact)
         if winograd and not runs:
-            reason = _backend.unavailable(OP, "cpp", device, dtype) or "torch has no oneDNN"
+            reason = _backend.unavailable(OP, "cpp", device, stored) or "torch has no oneDNN"
             raise ValueError(f"{op}: Winograd cannot run: {reason}")
         if not runs or (exact and k > 1 and not winograd):
             # A copy even where nothing is cast.
             return PreparedConv(
-                tuple(w.detach().to(dtype, copy=True) for w in given), k, gated, False
+                tuple(w.detach().to(dtype, copy=True) for w in given), k, gated, False, dtype
             )
+        if not winograd:
+            given = [w.detach().to(dtype) for w in given]  # rounded, whatever it is stored as
         if k > 1 and not winograd:
-            return PreparedConv((_picture(given, dtype),), k, gated, True)
+            return PreparedConv((_picture(given, stored),), k, gated, True, dtype)
         # oneDNN's GEMMs read their own layout.
         matrices = (
-            _transformed(given, dtype).unbind()
+            _transformed(given, stored).unbind()
             if winograd
-            else [torch.cat([w.detach().squeeze(2).to(dtype) for w in given])]
+            else [torch.cat([w.squeeze(2).to(stored) for w in given])]
         )
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        return PreparedConv(tuple(reorder(w, _HINT) for w in matrices), k, gated, True)
+        return PreparedConv(tuple(reorder(w, _HINT) for w in matrices), k, gated, True, dtype)

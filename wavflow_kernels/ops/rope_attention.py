@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend, _tuned
+from .. import _tuned, cpu
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import (
@@ -450,7 +450,7 @@ def _prefer(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
     if q.device.type == "cpu":
         # With AVX2 and AVX-512 ours is 1.2 to 5 times faster, in training too; with the baseline's
         # vectors of 16 bytes they are on a par on x86-64, and other processors are not measured.
-        return unmeasured if _backend.ISA == "default" else None
+        return unmeasured if cpu.current().level == "default" else None
     row = _tuned.lookup("rope_attention", q.device, tuning_key(q, k, rest[0], rest[3]))
     return row.get("backend", unmeasured)
 
