@@ -108,3 +108,20 @@ def relative(actual: Tensor, truth: Tensor) -> float:
     """norm(actual - truth) / norm(truth), in float64."""
     actual, truth = actual.double(), truth.double()
     return float((actual - truth).norm() / truth.norm().clamp_min(1e-300))
+
+
+def assert_recorded(
+    actual: Tensor, recorded: Tensor, exact: Tensor, plain: Tensor, tolerance: float
+) -> None:
+    """A float32 result of many steps against one that was recorded on another processor.
+
+    The recorded one is off the exact one by float32's rounding in its processor's order of sums,
+    and so is every other. So what is computed is compared in float64, and how well in float32, with
+    the reference's on the same processor: at most 1.25 times its error, as a matrix product's.
+
+    exact, plain: the same run in float64, and by the references in float32.
+    """
+    assert relative(exact, recorded) < tolerance, "another result than the recorded one"
+    allowed = max(tolerance, 1.25 * relative(plain, exact))
+    error = relative(actual, exact)
+    assert error < allowed, f"error {error:.3g}, allowed are {allowed:.3g}"

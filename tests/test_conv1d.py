@@ -12,10 +12,10 @@ from test_properties import normal
 from torch import Tensor
 
 import wavflow_kernels as wk
-from wavflow_kernels import cpu
+from wavflow_kernels import _backend, _panels, cpu
 from wavflow_kernels.ops import conv1d, conv_swiglu, prepared_conv
 
-BACKEND = st.sampled_from(["library", "reference"])
+BACKEND = st.sampled_from(["library", "reference", *([] if _backend.C is None else ["cpp"])])
 WIDTH = st.sampled_from([1, 3, 7])
 N, C = st.integers(1, 40), st.integers(1, 40)
 HALF = st.sampled_from([torch.float32, torch.bfloat16])
@@ -180,6 +180,9 @@ def test_property_winograd_weights_are_prepared_as_written(
         prepared = wk.prepare_conv([w.to(source) for w in given], dtype=dtype, winograd=True)
         for weight, wanted in zip(prepared.weights, four, strict=True):
             assert weight.dtype == cpu.product_dtype(dtype)
+            if weight.dim() == 3:
+                assert _panels.fastest(dtype) and o % _panels.WIDTH == 0
+                weight = _panels.unpacked(weight, c).squeeze(2)
             assert torch.equal(weight.to_dense(), wanted.to(weight.dtype))
 
 
@@ -214,17 +217,18 @@ def test_property_winograd_error_in_float32(gated: bool) -> None:
 @winograd_runs
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_the_form_is_chosen_by_width_and_size(k: int) -> None:
-    """Float32 keeps F.conv1d, and its bits, except for large weights of width 3."""
+    """Float32 keeps the bits of plain weights, except for large ones of width 3."""
     x, small, large = normal(2, 9, 64), filters(48, 64, k), filters(1024, 350, k)
+    panels = _panels.fastest(torch.float32)
     for winograd in (None, False):
         prepared = wk.prepare_conv(small, winograd=winograd)
-        assert prepared.packed == (k == 1) and len(prepared.weights) == 1
+        assert prepared.packed == (k == 1 or panels) and len(prepared.weights) == 1
         assert torch.equal(wk.conv1d(x, prepared), wk.conv1d(x, small))
     for weight in (large, [large[:512], large[512:]]):
         for dtype in (torch.float32, torch.bfloat16):
             prepared = wk.prepare_conv(weight, dtype=dtype, winograd=None)
             assert (len(prepared.weights) == 4) == (k == 3)
-            assert prepared.packed == (k < 7 or dtype == torch.bfloat16)
+            assert prepared.packed == (k < 7 or dtype == torch.bfloat16 or panels)
 
 
 @winograd_runs

@@ -10,6 +10,7 @@ import torch
 from golden_weights import golden_state_dict, load_golden, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import assert_recorded
 
 from wavflow.model.flow_matching import FlowMatching, log_normal_sample
 from wavflow.model.networks import WavflowModel
@@ -25,6 +26,7 @@ from wavflow.solvers import (
     solver_table,
     time_grid,
 )
+from wavflow_kernels import use_backend
 
 TOLERANCE = 1e-5
 LOSSES = ("x_pred_x_loss", "x_pred_v_loss", "v_pred_v_loss", "v_pred_x_loss")
@@ -35,15 +37,18 @@ properties = settings(max_examples=50, deadline=None, derandomize=True)
 def golden(request):
     """A golden file, and fn(t, x) of its guided model."""
     tensors, metadata = load_golden(request.param)
-    return tensors, guided(tensors, metadata)
+    fn = guided(tensors, metadata)
+    fn.exact = guided(tensors, metadata, torch.float64)
+    return tensors, fn
 
 
-def guided(tensors, metadata):
+def guided(tensors, metadata, dtype=torch.float32):
     model = WavflowModel(**json.loads(metadata["config"]))
     model.load_weights(golden_state_dict(model))
+    model.to(dtype)
     with torch.no_grad():
         conditions = model.preprocess_conditions(
-            *(tensors[f"in.{k}"] for k in ("clip", "sync", "text"))
+            *(tensors[f"in.{k}"].to(dtype) for k in ("clip", "sync", "text"))
         )
         empty = model.get_empty_conditions(3)
 
@@ -73,8 +78,11 @@ def tokens(seed, *shape, dtype=torch.float32):
 def test_golden_euler(golden, prediction, shift):
     tensors, fn = golden
     flow = FlowMatching(num_steps=5, prediction_type=prediction, noise_shift=shift)
-    wanted = tensors[f"out.euler5_{prediction}_shift{shift}"]
-    assert relative_error(flow.to_data(fn(4.5), tensors["in.noise"]), wanted) < TOLERANCE
+    noise, wanted = tensors["in.noise"], tensors[f"out.euler5_{prediction}_shift{shift}"]
+    exact = flow.to_data(fn.exact(4.5), noise.double())
+    with use_backend("reference"):
+        plain = flow.to_data(fn(4.5), noise)
+    assert_recorded(flow.to_data(fn(4.5), noise), wanted, exact, plain, TOLERANCE)
 
 
 def test_golden_path_and_losses(golden):
@@ -150,11 +158,17 @@ def test_guidance_in_the_step_equals_guidance_in_the_network(golden):
     tensors, fn = golden
     table = solver_table("euler", time_grid(5), guidance=4.5)
 
-    def pair(t, x):
-        return fn.model.predict_flow_pair(x, t, fn.conditions, fn.empty)
+    def run(fn, noise):
+        def pair(t, x):
+            return fn.model.predict_flow_pair(x, t, fn.conditions, fn.empty)
 
-    got = solve(pair, tensors["in.noise"], table)
-    assert relative_error(got, tensors["out.euler5_x_shift1.0"]) < TOLERANCE
+        return solve(pair, noise, table)
+
+    noise, wanted = tensors["in.noise"], tensors["out.euler5_x_shift1.0"]
+    with use_backend("reference"):
+        plain = run(fn, noise)
+    exact = FlowMatching(num_steps=5, prediction_type="x").to_data(fn.exact(4.5), noise.double())
+    assert_recorded(run(fn, noise), wanted, exact, plain, TOLERANCE)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

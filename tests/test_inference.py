@@ -15,6 +15,7 @@ from test_model import golden_model, inputs
 import wavflow_kernels as wk
 from wavflow.model import inference
 from wavflow.model.inference import prepare_inference
+from wavflow_kernels import _panels
 
 NAMES = ("model_tiny", "model_head64")
 T = torch.tensor(0.4)
@@ -158,6 +159,8 @@ def test_winograd_can_be_left_out(dtype, mlp_ratio, direct, fast):
         assert {len(conv.weights) for conv in convs} == wanted
         return guided(network, *conditions_of(network, *features, dtype), latent, dtype)
 
+    if _panels.fastest(dtype):  # w1 and w3 are joined in every dtype
+        direct, fast = {1}, fast - {2}
     one, other = forms(False, direct), forms(True, fast)
     assert torch.equal(one, other) == (direct == fast)
     assert relative_error(one, other) < 20 * torch.finfo(dtype).eps

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _tuned, cpu
+from .. import _panels, _tuned, cpu
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import ON_TRITON, Op, Sample, triton_launch
+from .._registry import ON_TRITON, Op, Sample, no_double_backward, triton_launch
 from . import prepared_conv
 from .prepared_conv import PreparedConv
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 LIBRARY = {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}
+COMPILED = {"cpu": frozenset(FLOATS) - {torch.float64}}  # in float32, rounded once
 
 
 def check_convolution(op: str, x: Tensor, **weights: Tensor) -> dict[str, int]:
@@ -200,6 +201,23 @@ def library(
     return _finish(convolve(x, weight, bias), selu, residual, gate, gate_index)
 
 
+def _launch(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    selu: bool,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    gate_index: Tensor | None,
+) -> None:
+    done = out.dtype == torch.float32 and not selu and residual is None
+    x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
+    z = _panels.multiply(x, _panels.pack(weight), len(weight), bias, out if done else None)
+    if not done:
+        out.copy_(_finish(z, selu, residual, gate, gate_index))
+
+
 # Weights from which their gradient is one matrix product: oneDNN's own takes 1.2 to 4 times as long
 # at the medium model's sizes, half to all of the product's time at an eighth of its channels.
 _WIDE = 1 << 20
@@ -253,6 +271,90 @@ def _weight_gradient(grad: Tensor, x: Tensor, k: int) -> Tensor:  # o c k
         grad, seen = grad.flatten(0, 1).t(), seen.permute(2, 3, 0, 1).flatten(2)
         return convolve(grad[None], seen.flatten(0, 1)[..., None])[0].unflatten(1, (-1, k))
     return (grad.flatten(0, 1).t() @ seen.flatten(0, 1).flatten(1)).unflatten(1, (-1, k))
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The convolution (b n o) alone, the fastest way, for a backward that needs it again."""
+    if x.device.type == "cpu" and _panels.fastest(x.dtype):
+        return OP.torch_op(x, weight, bias, False, None, None, None)
+    return convolve(x, weight, bias)
+
+
+def gradients(
+    grad: Tensor,  # b n o
+    x: Tensor,  # b n c
+    weight: Tensor,  # o c k
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the convolution in x, weight and bias, the fastest way; None unneeded."""
+    if x.device.type != "cpu" or not _panels.fastest(x.dtype):
+        return convolve_backward(grad, x, weight, needs)
+    x_needs, weight_needs, bias_needs = needs
+    d_x, d_weight = BACKWARD.torch_op(grad, x, weight, x_needs, weight_needs)
+    d_bias = grad.to(compute_dtype(grad.dtype)).sum((0, 1)).to(grad.dtype) if bias_needs else None
+    return d_x if x_needs else None, d_weight if weight_needs else None, d_bias
+
+
+def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> None:
+    op = "conv1d_backward"
+    check_convolution(op, x, weight=weight)
+    check(op, grad=(grad, "b n o"), x=(x, "b n c"), weight=(weight, "o c k"))
+    check_dtype(op, "grad", grad, x.dtype)
+
+
+def _outputs_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, x_needs: bool, weight_needs: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if x_needs else 0),
+        x.new_empty(weight.shape if weight_needs else 0),
+    )
+
+
+def _reference_backward(
+    grad: Tensor,  # b n o
+    x: Tensor,  # b n c
+    weight: Tensor,  # o c k
+    x_needs: bool,
+    weight_needs: bool,
+) -> tuple[Tensor, Tensor]:  # b n c, or 0; o c k, or 0
+    wide, k = compute_dtype(x.dtype), weight.shape[2]
+    made = torch.ops.aten.convolution_backward(
+        *(t.to(wide).transpose(1, 2) for t in (grad, x)),
+        weight.to(wide),
+        None,
+        [1],
+        [k // 2],
+        [1],
+        False,
+        [0],
+        1,
+        [x_needs, weight_needs, False],
+    )
+    d_x = made[0].transpose(1, 2) if x_needs else x.new_empty(0)
+    d_weight = made[1] if weight_needs else x.new_empty(0)
+    return d_x.to(x.dtype).contiguous(), d_weight.to(x.dtype).contiguous()
+
+
+def _launch_backward(
+    out: tuple[Tensor, Tensor],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    x_needs: bool,
+    weight_needs: bool,
+) -> None:
+    grad, x, weight = (t.float() for t in (grad, x, weight))
+    d_x, d_weight = out if out[0].dtype == torch.float32 else (None, None)
+    if x_needs:
+        packed = _panels.pack(weight, transposed=True)
+        made = _panels.multiply(grad, packed, x.shape[2], out=d_x)
+        if made is not d_x:
+            out[0].copy_(made)
+    if weight_needs:
+        made = _panels.weight_gradient(grad, x, weight.shape[2], out=d_weight)
+        if made is not d_weight:
+            out[1].copy_(made)
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
@@ -315,7 +417,7 @@ def _prefer(
     x: Tensor, weight: Tensor, bias: Tensor | None, selu: bool, residual: Tensor | None, *_: Any
 ) -> str | None:
     if x.device.type == "cpu":
-        return None
+        return "cpp" if _panels.fastest(x.dtype) else "library"
     kind = " selu" if selu else "" if residual is None else " residual"
     return _tuned.lookup("conv1d", x.device, key(x, weight, kind)).get("backend", "library")
 
@@ -349,7 +451,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs[5]:
         # Computed again: keeping z would cost (b n o) from every forward for a gradient that only
         # this argument needs, and (out - residual) / gate loses it where the gate is small.
-        product = grad.to(wide) * convolve(x, weight, bias).to(wide)
+        product = grad.to(wide) * convolved(x, weight, bias).to(wide)
         if gate_index is None:
             d_gate = product.sum(1, keepdim=True)
         else:
@@ -357,7 +459,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             # A matrix product in place of scattered additions, whose order is not fixed on a GPU.
             d_gate = (rows[:, None] == gate_index).to(wide) @ product
         d_gate = d_gate.to(dtype)
-    d_x, d_weight, d_bias = convolve_backward(
+    d_x, d_weight, d_bias = gradients(
         d_z, x, weight, (needs[0], needs[1], ctx.has_bias and needs[2])
     )
     d_residual = grad if ctx.has_residual and needs[4] else None
@@ -390,6 +492,50 @@ def _workload(b: int, n: int, c: int, o: int, k: int, *, selu: bool = False, row
     return make
 
 
+def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    made = []
+    for i, sample in enumerate(_samples(device, dtype, seed)):
+        x, weight = sample.args[:2]
+        grad = plain(x, weight).contiguous().roll(1, 2)
+        needs = ((True, True), (True, False), (False, True))[i % 3]
+        made.append(Sample((grad, x, weight, *needs), (), sample.name))
+    return made
+
+
+def _workload_backward(b: int, n: int, c: int, o: int, k: int) -> Any:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        grad, x = (torch.randn(b, n, m, device=device, dtype=dtype) for m in (o, c))
+        return grad, x, torch.randn(o, c, k, device=device, dtype=dtype), True, True
+
+    return make
+
+
+BACKWARD = Op(
+    name="conv1d_backward",
+    schema=(
+        "(Tensor grad, Tensor x, Tensor weight, bool x_needs, bool weight_needs) "
+        "-> (Tensor, Tensor)"
+    ),
+    reference=_reference_backward,
+    check=_check_backward,
+    outputs=_outputs_backward,
+    launch={"cpp": _launch_backward},
+    supported={"cpp": COMPILED},
+    samples=_samples_backward,
+    workloads={
+        "demo": _workload_backward(16, 200, 96, 256, 3),
+        "demo, width 7": _workload_backward(16, 200, 96, 1024, 7),
+        "c256": _workload_backward(4, 640, 256, 768, 3),
+    },
+    bytes=lambda grad, x, weight, *_: 2 * (grad.nbytes + x.nbytes + weight.nbytes),
+    flops=lambda grad, x, weight, *needs: sum(needs) * flops(x, weight),
+    tolerance="matrix",
+    setup_context=lambda ctx, inputs, output: None,
+    backward=no_double_backward("conv1d"),
+    internal=True,
+)
+
+
 OP = Op(
     name="conv1d",
     schema=(
@@ -399,9 +545,9 @@ OP = Op(
     reference=reference,
     check=_check,
     outputs=_outputs,
-    launch={"triton": triton_launch("conv1d", "forward")},
+    launch={"cpp": _launch, "triton": triton_launch("conv1d", "forward")},
     library=library,
-    supported={"triton": ON_TRITON, "library": LIBRARY},
+    supported={"cpp": COMPILED, "triton": ON_TRITON, "library": LIBRARY},
     prefer=_prefer,
     samples=_samples,
     workloads={

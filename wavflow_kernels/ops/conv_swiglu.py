@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _tuned
+from .. import _panels, _tuned
 from .._check import compute_dtype, require
 from .._registry import ON_TRITON, Op, Sample, triton_launch
 from . import prepared_conv
 from . import swiglu as gate
 from .conv1d import (
+    COMPILED,
     LIBRARY,
     check_convolution,
     convolve,
-    convolve_backward,
+    convolved,
+    gradients,
     key,
     plain,
 )
@@ -58,6 +60,21 @@ def library(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> tuple[Tensor]:
     return (gate.OP.torch_op(convolve(x, w1), convolve(x, w3)),)
 
 
+def _launch(
+    out: tuple[Tensor, Tensor, Tensor], x: Tensor, w1: Tensor, w3: Tensor, keep: bool
+) -> None:
+    y, *kept = out
+    x, pair, channels = x.float(), (w1.float(), w3.float()), len(w1)
+    if keep and y.dtype == torch.float32:
+        for weight, z in zip(pair, kept, strict=True):
+            _panels.multiply(x, _panels.pack(weight), channels, out=z)
+    else:
+        made = (_panels.multiply(x, _panels.pack(weight), channels) for weight in pair)
+        made = [z.to(y.dtype) for z in made]
+        kept = [z.copy_(m) for z, m in zip(kept, made, strict=True)] if keep else made
+    gate.launch(y, *kept)
+
+
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -89,7 +106,7 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
 
 def _prefer(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> str | None:
     if x.device.type == "cpu":
-        return None
+        return "cpp" if _panels.fastest(x.dtype) else "library"
     row = _tuned.lookup("conv_swiglu", x.device, key(x, w1, " keep" if keep else ""))
     return row.get("backend", "library")
 
@@ -103,10 +120,10 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, w1, w3, a, b = ctx.saved_tensors
     needs_x, needs_w1, needs_w3, _ = ctx.needs_input_grad
     if not ctx.keep:
-        a, b = convolve(x, w1), convolve(x, w3)
+        a, b = convolved(x, w1), convolved(x, w3)
     d_a, d_b = gate.BACKWARD.torch_op(grad, a, b)
-    d_x, d_w1, _ = convolve_backward(d_a, x, w1, (needs_x, needs_w1, False))
-    d_x3, d_w3, _ = convolve_backward(d_b, x, w3, (needs_x, needs_w3, False))
+    d_x, d_w1, _ = gradients(d_a, x, w1, (needs_x, needs_w1, False))
+    d_x3, d_w3, _ = gradients(d_b, x, w3, (needs_x, needs_w3, False))
     if needs_x:
         wide = compute_dtype(x.dtype)
         d_x = (d_x.to(wide) + d_x3.to(wide)).to(x.dtype)
@@ -127,9 +144,9 @@ OP = Op(
     reference=reference,
     check=_check,
     outputs=_outputs,
-    launch={"triton": triton_launch("conv_swiglu", "forward")},
+    launch={"cpp": _launch, "triton": triton_launch("conv_swiglu", "forward")},
     library=library,
-    supported={"triton": ON_TRITON, "library": LIBRARY},
+    supported={"cpp": COMPILED, "triton": ON_TRITON, "library": LIBRARY},
     prefer=_prefer,
     samples=_samples,
     workloads={

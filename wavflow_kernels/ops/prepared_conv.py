@@ -1,4 +1,4 @@
-r"""Convolutions with weights prepared for inference: laid out for oneDNN, joined, or Winograd's.
+r"""Convolutions with weights prepared for inference: laid out for a product, joined, or Winograd's.
 
 Winograd's F(2,3) computes two outputs of a width-3 convolution from four inputs d by four products
 in place of six (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend, cpu
+from .. import _backend, _panels, cpu
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
 from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
@@ -31,13 +31,19 @@ def _check(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: boo
     op = "prepared_conv"
     check_dtype(op, "x", x, *FLOATS)
     require(len(weights) in (1, 4), f"{op}: weights must be 1 or 4, got {len(weights)}")
-    dims = "o c 1 k" if len(weights) == 1 and weights[0].dim() == 4 else "o c"
-    sizes = check(
-        op,
-        x=(x, "b n c"),
-        **{f"weights[{i}]": (w, dims) for i, w in enumerate(weights)},
-        bias=(bias, "o"),
-    )
+    dims = {3: f"p d {_panels.WIDTH}", 4: "o c 1 k"}.get(weights[0].dim(), "o c")
+    require(len(weights) == 1 or dims != "o c 1 k", f"{op}: 4 weights are (o, c) or panels")
+    named = {f"weights[{i}]": (w, dims) for i, w in enumerate(weights)}
+    sizes = check(op, x=(x, "b n c"), **named)
+    c = max(sizes["c"], 1)
+    if "d" in sizes:
+        require(
+            sizes["d"] % c == 0 and (len(weights) == 1 or sizes["d"] == c),
+            f"{op}: panels of depth {sizes['d']} do not fit {c} channels",
+        )
+        sizes |= {"o": sizes["p"] * _panels.WIDTH, "k": sizes["d"] // c}
+    found = sizes["o"] if bias is None else tuple(bias.shape)
+    require(found in (sizes["o"], (sizes["o"],)), f"{op}: bias must be ({sizes['o']}), got {found}")
     for i, weight in enumerate(weights):
         check_dtype(op, f"weights[{i}]", weight, x.dtype)
     check_dtype(op, "bias", bias, x.dtype)
@@ -51,8 +57,13 @@ def _check(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: boo
     )
 
 
+def _channels(weights: Sequence[Tensor]) -> int:
+    """Output channels, before a gate."""
+    return weights[0].shape[0] * (_panels.WIDTH if weights[0].dim() == 3 else 1)
+
+
 def _outputs(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: bool) -> Tensor:
-    channels = weights[0].shape[0]
+    channels = _channels(weights)
     return x.new_empty(*x.shape[:2], channels // 2 if gated else channels)
 
 
@@ -62,12 +73,17 @@ def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def reference(
     x: Tensor,  # b n c
-    weights: Sequence[Tensor],  # (o c 1 k); (o c); or 4 of (o c), transformed
+    weights: Sequence[
+        Tensor
+    ],  # (o c 1 k) or (o c), or panels; or 4 of (o c) or panels, transformed
     bias: Tensor | None,  # o
     gated: bool,
 ) -> Tensor:  # b n o, or half of o
     dtype, wide = x.dtype, compute_dtype(x.dtype)
     w, x = [_dense(weight, wide) for weight in weights], x.to(wide)
+    if w[0].dim() == 3:
+        w = [_panels.unpacked(weight, x.shape[2]) for weight in w]
+        w = [weight.squeeze(2) if len(w) == 4 else weight.unsqueeze(2) for weight in w]
     if len(w) == 4:
         n = x.shape[1]
         d = F.pad(x, (0, 0, 1, 2 + n % 2))
@@ -101,7 +117,11 @@ def _winograd(
     code, where = DTYPE_CODE[x.dtype], target(x)
     inputs = x.new_empty(4, b * ((n + 1) // 2), c)
     C.winograd_input(where, code, address(x), address(inputs), b, n, c)
-    products = [linear(u, w).contiguous() for u, w in zip(inputs.unbind(), weights, strict=True)]
+    outputs = _channels(weights)
+    products = [
+        _panels.multiply(u[None], w, outputs) if w.dim() == 3 else linear(u, w).contiguous()
+        for u, w in zip(inputs.unbind(), weights, strict=True)
+    ]
     C.winograd_output(
         where,
         code,
@@ -111,7 +131,7 @@ def _winograd(
         gated,
         b,
         n,
-        weights[0].shape[0],
+        outputs,
     )
 
 
@@ -132,6 +152,9 @@ def _launch(
     weights = [w if w.layout == torch._mkldnn else w.contiguous() for w in weights]
     if len(weights) == 4:
         return _winograd(out, x, weights, bias, gated)
+    if weights[0].dim() == 3:
+        z = _panels.multiply(x, weights[0], _channels(weights), bias, None if gated else out)
+        return swiglu.launch(out, *z.chunk(2, -1)) if gated else None
     if weights[0].dim() == 2:
         z = linear(x, weights[0], bias)
     else:
@@ -165,8 +188,32 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
     def four(o: int, c: int) -> list[Tensor]:
         return [w.to(dtype) for w in winograd_weights(normal(o, c, 3).double() * (3 * c) ** -0.5)]
 
+    def panels(weight: Tensor) -> Tensor:  # o c k, or o c
+        o, c, *_ = weight.shape
+        return (
+            weight.view(o // _panels.WIDTH, _panels.WIDTH, c, -1).permute(0, 3, 2, 1).flatten(1, 2)
+        )
+
     strided = normal(2, 9, 40)[..., 8:24]
-    return [
+    laid_out = (
+        []
+        if dtype not in (torch.float32, torch.float64)
+        else [
+            Sample(
+                (normal(2, 37, 24), [panels(normal(96, 24, 3) / 8)], normal(96), True), (), "panels"
+            ),
+            Sample((strided, [panels(normal(32, 16, 7) / 9)], None, False), (), "panels, width 7"),
+            Sample(
+                (normal(1, 5, 33), [panels(normal(48, 33) / 5)], normal(48), False), (), "panels, 1"
+            ),
+            Sample(
+                (normal(2, 37, 24), [panels(w) for w in four(96, 24)], normal(96), True),
+                (),
+                "panels, Winograd, odd length, gate",
+            ),
+        ]
+    )
+    return laid_out + [
         Sample((normal(2, 37, 24), [normal(48, 24, 1, 3) / 8], normal(48), True), (), "width 3"),
         Sample((normal(1, 7, 33), [normal(17, 33, 1, 7) / 16], None, False), (), "width 7"),
         Sample((normal(2, 9, 24), [normal(40, 24) / 5], None, True), (), "width 1"),
@@ -264,7 +311,7 @@ class PreparedConv(NamedTuple):
     weights: tuple[Tensor, ...]
     width: int
     gated: bool
-    packed: bool  # laid out for the op prepared_conv; else cast alone: (o c k), or two of them
+    packed: bool  # as the op prepared_conv takes them; else cast alone: (o c k), or two of them
     dtype: torch.dtype  # of the activations; packed weights may be wider
 
 
@@ -307,13 +354,14 @@ def prepare_conv(
 ) -> PreparedConv:
     """Cast, join and lay out the weights of a convolution once, for many calls without gradients.
 
-    :func:`conv1d` and :func:`conv_swiglu` take the result in place of their weights. On a CPU that
-    oneDNN runs on the weights are stored as its kernels read them (it reorders plain ones at every
-    call) and w1 and w3 are joined; elsewhere they are cast alone. So are those for float32 of
-    widths above 1 without Winograd: oneDNN's convolution on channels-last tokens has up to 4 times
-    the error of ``F.conv1d``, where plain weights go. For float16, and for bfloat16 where oneDNN
-    has none (CPUs without AVX-512), they are stored in float32, products are computed in it, and
-    the result is rounded.
+    :func:`conv1d` and :func:`conv_swiglu` take the result in place of their weights. On a CPU with
+    AVX2 and no more the weights are stored as panels for the compiled product, if their outputs
+    fill them. Else, on a CPU that oneDNN runs on, they are stored as its kernels read them (it
+    reorders plain ones at every call) and w1 and w3 are joined, but for float32 ones of widths
+    above 1 without Winograd: oneDNN's convolution on channels-last tokens has up to 4 times the
+    error of ``F.conv1d``, where plain weights go. Elsewhere they are cast alone. For float16, and
+    for bfloat16 where oneDNN has none (CPUs without AVX-512), they are stored in float32, products
+    are computed in it, and the result is rounded.
 
     Args:
         weight: (o, c, k) or (o, c) for :func:`conv1d`; [w1, w3] for :func:`conv_swiglu`.
@@ -351,7 +399,9 @@ def prepare_conv(
     with torch.no_grad():
         device = given[0].device
         stored = cpu.product_dtype(dtype) if device.type == "cpu" else dtype
-        runs = fast(torch.empty(1, device=device, dtype=stored))
+        panels = device.type == "cpu" and _panels.fastest(stored)
+        panels = panels and sizes["o"] % _panels.WIDTH == 0
+        runs = panels or fast(torch.empty(1, device=device, dtype=stored))
         exact = dtype == torch.float32
         if winograd is None:
             wide = sum(w.numel() for w in given) >= _WIDE
@@ -359,13 +409,18 @@ def prepare_conv(
         if winograd and not runs:
             reason = _backend.unavailable(OP, "cpp", device, stored) or "torch has no oneDNN"
             raise ValueError(f"{op}: Winograd cannot run: {reason}")
-        if not runs or (exact and k > 1 and not winograd):
+        if not runs or (exact and k > 1 and not winograd and not panels):
             # A copy even where nothing is cast.
             return PreparedConv(
                 tuple(w.detach().to(dtype, copy=True) for w in given), k, gated, False, dtype
             )
         if not winograd:
             given = [w.detach().to(dtype) for w in given]  # rounded, whatever it is stored as
+        if panels:
+            matrices = _transformed(given, stored)[..., None].unbind() if winograd else given
+            laid_out = [_panels.pack(w.to(stored)) for w in matrices]
+            joined = laid_out if winograd else [torch.cat(laid_out)]
+            return PreparedConv(tuple(joined), k, gated, True, dtype)
         if k > 1 and not winograd:
             return PreparedConv((_picture(given, stored),), k, gated, True, dtype)
         # oneDNN's GEMMs read their own layout.
