@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "check.h"
+#include "bind.h"
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
 
@@ -51,6 +51,13 @@ struct TokenRows {
     }
   }
 };
+
+inline void read(PyObject* from, RowTensor& to) {
+  read_members(from, to.data, to.batch_stride, to.row_stride);
+}
+inline void read(PyObject* from, TokenRows& to) {
+  read_members(from, to.index_address, to.offsets_address, to.rows);
+}
 
 // Pointers are to contiguous (batch, tokens, channels) tensors. y, gate and all that belongs to them
 // are null in adaln.
@@ -116,7 +123,7 @@ void adaln_forward(const AdalnArgs& a) {
   a.rows.check(a.op, a.tokens);
   a.gate_rows.check(a.op, a.tokens);
   const int64_t per_item = (a.tokens + kTokens - 1) / kTokens, c = a.channels;
-  parallel_for(a.batch * per_item, a.target.threads, [=](int64_t unit) WF_BODY {
+  parallel_for<T>(a.batch * per_item, a.target.threads, [=](int64_t unit) WF_BODY {
     const int64_t item = unit / per_item, begin = unit % per_item * kTokens;
     const int64_t end = begin + kTokens < a.tokens ? begin + kTokens : a.tokens;
     A values[kMaxChannels];
@@ -225,7 +232,7 @@ void adaln_backward(const AdalnArgs& a) {
   const RowGradient<T> shift_gradient = gradient(a.rows, a.d_shift, 0);
   const RowGradient<T> scale_gradient = gradient(a.rows, a.d_scale, 1);
   const RowGradient<T> gate_gradient = gradient(a.gate_rows, a.d_gate, kGated ? 2 : 0);
-  parallel_for(a.batch * per_item, a.target.threads, [=](int64_t i) WF_BODY {
+  parallel_for<T>(a.batch * per_item, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t item = i / per_item, unit = i % per_item;
     const int64_t begin = units.begin(unit), end = units.begin(unit + 1);
     A normed[kMaxChannels], modulated[kMaxChannels];
@@ -274,7 +281,7 @@ void adaln_backward(const AdalnArgs& a) {
   });
   const auto finish = [&](const RowGradient<T>& gradient) {
     const int64_t rows = gradient.rows.rows;
-    parallel_for(a.batch * rows, a.target.threads, [=](int64_t unit) WF_BODY {
+    parallel_for<T>(a.batch * rows, a.target.threads, [=](int64_t unit) WF_BODY {
       A sum[kMaxChannels];
       gradient.finish_row(unit / rows, unit % rows, sum);
     });

@@ -224,43 +224,33 @@ void conv1d_pack_cpu(const PackArgs& a) {
 }
 
 void conv1d_cpu(const ConvArgs& a) {
-  dispatch_isa([&](auto isa) { product(isa, a); });
+  dispatch_isa<float>([&](auto isa) { product(isa, a); });
 }
 
 void conv1d_weight_gradient_cpu(const WeightGradientArgs& a) {
   if (a.batch == 0)
     std::memset(a.out, 0, size_t(a.outputs * a.channels * a.width) * sizeof(float));
   else
-    dispatch_isa([&](auto isa) { weight_gradient(isa, a); });
+    dispatch_isa<float>([&](auto isa) { weight_gradient(isa, a); });
 }
 
 WAVFLOW_BIND(m) {
-  const pybind11::call_guard<pybind11::gil_scoped_release> free;
-  m.attr("conv1d_panel") = kPanel;
-  m.def(
-      "conv1d_pack",
-      [](Target target, uintptr_t weight, int64_t output_stride, int64_t channel_stride,
+  m.set("conv1d_panel", PyLong_FromLong(kPanel));
+  m.def("conv1d_pack", [](Target target, uintptr_t weight, int64_t output_stride, int64_t channel_stride,
          int64_t tap_stride, uintptr_t out, int64_t outputs, int64_t channels, int64_t width) {
         conv1d_pack_cpu({target, pointer<float>(weight), output_stride, channel_stride, tap_stride,
                          pointer<float>(out), outputs, channels, width});
-      },
-      free);
-  m.def(
-      "conv1d",
-      [](Target target, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t out, int64_t batch,
+      });
+  m.def("conv1d", [](Target target, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t out, int64_t batch,
          int64_t tokens, int64_t channels, int64_t outputs, int64_t width) {
         conv1d_cpu({target, pointer<float>(x), pointer<float>(packed), pointer<float>(bias),
                     pointer<float>(out), batch, tokens, channels, outputs, width});
-      },
-      free);
-  m.def(
-      "conv1d_weight_gradient",
-      [](Target target, uintptr_t grad, uintptr_t x, uintptr_t out, int64_t batch, int64_t tokens,
+      });
+  m.def("conv1d_weight_gradient", [](Target target, uintptr_t grad, uintptr_t x, uintptr_t out, int64_t batch, int64_t tokens,
          int64_t channels, int64_t outputs, int64_t width) {
         conv1d_weight_gradient_cpu({target, pointer<float>(grad), pointer<float>(x),
                                     pointer<float>(out), batch, tokens, channels, outputs, width});
-      },
-      free);
+      });
 }
 
 }  // namespace wavflow

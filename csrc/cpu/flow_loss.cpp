@@ -13,7 +13,7 @@ static void run(const FlowLossArgs& a) {
   const int64_t per_row = blocks(a.count);
   std::vector<double> partials(a.backward ? 0 : a.batch * per_row);
   double* partial = partials.data();
-  parallel_for(a.batch * per_row, a.target.threads, [=](int64_t i) WF_BODY {
+  parallel_for<T>(a.batch * per_row, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t b = i / per_row, begin = i % per_row * kBlock, at = b * a.count + begin;
     const int64_t n = a.count - begin < kBlock ? a.count - begin : kBlock;
     const auto item = flow_loss_item(a.kind, static_cast<const A*>(a.t)[b], A(a.sigma_min));
@@ -53,21 +53,19 @@ void flow_loss_cpu(const FlowLossArgs& a) {
 }
 
 WAVFLOW_BIND(m) {
-  m.def(
-      "flow_loss",
-      [](Target target, int dtype, int kind, bool backward, uintptr_t pred, uintptr_t x_1,
-         uintptr_t other, uintptr_t t, uintptr_t grad, uintptr_t out, uintptr_t out_residual,
-         uintptr_t partials, int64_t batch, int64_t count, double sigma_min) {
-        FlowLossArgs args{target, DType(dtype), kind, backward, pointer<void>(pred),
-                          pointer<void>(x_1), pointer<void>(other), pointer<void>(t),
-                          pointer<void>(grad), pointer<void>(out), pointer<void>(out_residual),
-                          pointer<void>(partials), batch, count, sigma_min};
+  m.def("flow_loss", [](Target target, int dtype, int kind, bool backward, uintptr_t pred,
+                        uintptr_t x_1, uintptr_t other, uintptr_t t, uintptr_t grad, uintptr_t out,
+                        uintptr_t out_residual, uintptr_t partials, int64_t batch, int64_t count,
+                        double sigma_min) {
+    FlowLossArgs args{target, DType(dtype), kind, backward, pointer<void>(pred),
+                      pointer<void>(x_1), pointer<void>(other), pointer<void>(t),
+                      pointer<void>(grad), pointer<void>(out), pointer<void>(out_residual),
+                      pointer<void>(partials), batch, count, sigma_min};
 #ifdef WAVFLOW_CUDA
-        if (target.device >= 0) return flow_loss_cuda(args);
+    if (target.device >= 0) return flow_loss_cuda(args);
 #endif
-        flow_loss_cpu(args);
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
+    flow_loss_cpu(args);
+  });
 }
 
 }  // namespace wavflow

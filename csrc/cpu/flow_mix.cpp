@@ -11,7 +11,7 @@ template <class T>
 static void run(const FlowMixArgs& a) {
   using A = compute_t<T>;
   const int64_t per_row = blocks(a.count);
-  parallel_for(a.batch * per_row, a.target.threads, [=](int64_t i) WF_BODY {
+  parallel_for<T>(a.batch * per_row, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t b = i / per_row, begin = i % per_row * kBlock;
     const int64_t end = begin + kBlock < a.count ? begin + kBlock : a.count;
     const T* __restrict x_1 = static_cast<const T*>(a.x_1) + b * a.count;
@@ -46,20 +46,17 @@ void flow_mix_cpu(const FlowMixArgs& a) {
 }
 
 WAVFLOW_BIND(m) {
-  m.def(
-      "flow_mix",
-      [](Target target, int dtype, uintptr_t x_1, uintptr_t t, uintptr_t noise, uintptr_t seeds,
-         uintptr_t x_t, uintptr_t x_0, int64_t batch, int64_t count, int64_t offset,
-         double sigma_min, double noise_scale) {
-        FlowMixArgs args{target, DType(dtype), pointer<void>(x_1), pointer<void>(t),
-                         pointer<void>(noise), pointer<int64_t>(seeds), pointer<void>(x_t),
-                         pointer<void>(x_0), batch, count, offset, sigma_min, noise_scale};
+  m.def("flow_mix", [](Target target, int dtype, uintptr_t x_1, uintptr_t t, uintptr_t noise,
+                       uintptr_t seeds, uintptr_t x_t, uintptr_t x_0, int64_t batch, int64_t count,
+                       int64_t offset, double sigma_min, double noise_scale) {
+    FlowMixArgs args{target, DType(dtype), pointer<void>(x_1), pointer<void>(t),
+                     pointer<void>(noise), pointer<int64_t>(seeds), pointer<void>(x_t),
+                     pointer<void>(x_0), batch, count, offset, sigma_min, noise_scale};
 #ifdef WAVFLOW_CUDA
-        if (target.device >= 0) return flow_mix_cuda(args);
+    if (target.device >= 0) return flow_mix_cuda(args);
 #endif
-        flow_mix_cpu(args);
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
+    flow_mix_cpu(args);
+  });
 }
 
 }  // namespace wavflow

@@ -74,13 +74,13 @@ struct FirstLanes {
   int64_t count;
   template <class T> WF_HD auto load(const T* p) const {
     T row[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) row[i] = p[i];
+    std::memcpy(row, p, size_t(count) * sizeof(T));
     return load_lanes(row);
   }
   template <class T, class V> WF_HD void store(T* p, V x) const {
     T row[kLanes];
     store_lanes(row, x);
-    for (int64_t i = 0; i < count; ++i) p[i] = row[i];
+    std::memcpy(p, row, size_t(count) * sizeof(T));
   }
   // x in the lanes that exist, 0 in the others.
   template <class V> WF_HD V keep(V x) const {

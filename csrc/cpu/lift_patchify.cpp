@@ -21,7 +21,7 @@ static void run(const LiftArgs& a) {
 
   double* sum_of = sums.data();
   A* peak_of = peaks.data();
-  parallel_for(a.batch * per_row, a.target.threads, [=](int64_t i) WF_BODY {
+  parallel_for<In>(a.batch * per_row, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t b = i / per_row, begin = i % per_row * kBlock;
     const int64_t n = a.lengths ? a.lengths[b] : a.samples;
     const int64_t count = n - begin < kBlock ? n - begin : kBlock;
@@ -48,7 +48,7 @@ static void run(const LiftArgs& a) {
   }
 
   const Lift<A>* lift_of_item = lifts.data();
-  parallel_for(a.batch * out_blocks, a.target.threads, [=](int64_t i) WF_BODY {
+  parallel_for<Out>(a.batch * out_blocks, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t b = i / out_blocks, begin = i % out_blocks * kBlock;
     const int64_t end = begin + kBlock < a.kept ? begin + kBlock : a.kept;
     const int64_t n = a.lengths ? a.lengths[b] : a.samples;
@@ -69,20 +69,17 @@ void lift_patchify_cpu(const LiftArgs& a) {
 }
 
 WAVFLOW_BIND(m) {
-  m.def(
-      "lift_patchify",
-      [](Target target, int in, int out, uintptr_t wave, uintptr_t lengths, uintptr_t levels,
-         uintptr_t tokens, uintptr_t partials, int64_t batch, int64_t samples, int64_t kept,
-         double target_rms, double audio_scale) {
-        LiftArgs args{target, DType(in), DType(out), pointer<void>(wave), pointer<int64_t>(lengths),
-                      pointer<void>(levels), pointer<void>(tokens), pointer<void>(partials), batch,
-                      samples, kept, target_rms, audio_scale};
+  m.def("lift_patchify", [](Target target, int in, int out, uintptr_t wave, uintptr_t lengths,
+                            uintptr_t levels, uintptr_t tokens, uintptr_t partials, int64_t batch,
+                            int64_t samples, int64_t kept, double target_rms, double audio_scale) {
+    LiftArgs args{target, DType(in), DType(out), pointer<void>(wave), pointer<int64_t>(lengths),
+                  pointer<void>(levels), pointer<void>(tokens), pointer<void>(partials), batch,
+                  samples, kept, target_rms, audio_scale};
 #ifdef WAVFLOW_CUDA
-        if (target.device >= 0) return lift_patchify_cuda(args);
+    if (target.device >= 0) return lift_patchify_cuda(args);
 #endif
-        lift_patchify_cpu(args);
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
+    lift_patchify_cpu(args);
+  });
 }
 
 }  // namespace wavflow

@@ -13,7 +13,7 @@ static void run(const OdeStepArgs& a) {
                                 std::to_string(a.steps) + " rows");
   const A* row_of_step = static_cast<const A*>(a.table) + step * (2 + K * (K + 1));
   const int64_t per_state = blocks(a.count);
-  parallel_for(per_state, a.target.threads, [=](int64_t i) WF_BODY {
+  parallel_for<T>(per_state, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t begin = i * kBlock, end = begin + kBlock < a.count ? begin + kBlock : a.count;
     A row[2 + K * (K + 1)];
     for (int k = 0; k < 2 + K * (K + 1); ++k) row[k] = row_of_step[k];
@@ -41,20 +41,17 @@ void ode_step_cpu(const OdeStepArgs& a) {
 }
 
 WAVFLOW_BIND(m) {
-  m.def(
-      "ode_step",
-      [](Target target, int state_dtype, int pred_dtype, uintptr_t state, uintptr_t out, uintptr_t pred,
-         uintptr_t uncond, uintptr_t table, uintptr_t index, int64_t slots, int64_t count,
-         int64_t steps, bool advance) {
-        OdeStepArgs args{target, DType(state_dtype), DType(pred_dtype), pointer<void>(state),
-                         pointer<void>(out), pointer<void>(pred), pointer<void>(uncond),
-                         pointer<void>(table), pointer<int64_t>(index), slots, count, steps, advance};
+  m.def("ode_step", [](Target target, int state_dtype, int pred_dtype, uintptr_t state,
+                       uintptr_t out, uintptr_t pred, uintptr_t uncond, uintptr_t table,
+                       uintptr_t index, int64_t slots, int64_t count, int64_t steps, bool advance) {
+    OdeStepArgs args{target, DType(state_dtype), DType(pred_dtype), pointer<void>(state),
+                     pointer<void>(out), pointer<void>(pred), pointer<void>(uncond),
+                     pointer<void>(table), pointer<int64_t>(index), slots, count, steps, advance};
 #ifdef WAVFLOW_CUDA
-        if (target.device >= 0) return ode_step_cuda(args);
+    if (target.device >= 0) return ode_step_cuda(args);
 #endif
-        ode_step_cpu(args);
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
+    ode_step_cpu(args);
+  });
 }
 
 }  // namespace wavflow

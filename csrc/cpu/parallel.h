@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -56,12 +57,19 @@ struct Avx512Bf16 : Avx512 {
   static constexpr bool bf16 = true;
 };
 
-// Calls f(Avx512{}), f(Avx2{}) or f(Baseline{}): the instruction set in use.
-template <class F>
+// Whether kernels of elements T are compiled for every instruction set. They take long to compile, and
+// float64 and float16 serve checks: theirs are compiled once, for the baseline.
+template <class T>
+constexpr bool in_every_isa = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
+
+// Calls f(I{}) of the instruction set in use that elements T have.
+template <class T, class F>
 void dispatch_isa(F&& f) {
 #if WF_X86
-  if (isa() == Isa::avx512) return f(Avx512{});
-  if (isa() == Isa::avx2) return f(Avx2{});
+  if constexpr (in_every_isa<T>) {
+    if (isa() == Isa::avx512) return f(Avx512{});
+    if (isa() == Isa::avx2) return f(Avx2{});
+  }
 #endif
   f(Baseline{});
 }
@@ -79,10 +87,10 @@ void parallel_for(I, int64_t count, int threads, const Body& body) {
   for (int64_t i = 0; i < count; ++i) I::run(body, i);
 }
 
-// The same in the instruction set in use.
-template <class Body>
+// The same in the instruction set in use that elements T have.
+template <class T, class Body>
 void parallel_for(int64_t count, int threads, const Body& body) {
-  dispatch_isa([&](auto isa) { parallel_for(isa, count, threads, body); });
+  dispatch_isa<T>([&](auto isa) { parallel_for(isa, count, threads, body); });
 }
 
 constexpr int64_t kBlock = 16384;  // elements a block; 64 KiB of float32

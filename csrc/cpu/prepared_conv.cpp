@@ -12,7 +12,7 @@ constexpr int64_t kChannels = 128;  // at a time, in buffers: loops of few strea
 
 template <class T>
 static void weight(const WinogradWeightArgs& a) {
-  parallel_for(a.outputs, a.target.threads, [=](int64_t o) WF_BODY {
+  parallel_for<T>(a.outputs, a.target.threads, [=](int64_t o) WF_BODY {
     for (int64_t begin = 0; begin < a.channels; begin += kChannels) {
       const int64_t m = a.channels - begin < kChannels ? a.channels - begin : kChannels;
       const int64_t at = o * a.channels + begin;
@@ -38,7 +38,7 @@ static void input(const WinogradInputArgs& a) {
   using A = compute_t<T>;
   const int64_t pairs = (a.tokens + 1) / 2, per_item = (pairs + kPairs - 1) / kPairs;
   const int64_t plane = a.batch * pairs * a.channels;
-  parallel_for(a.batch * per_item, a.target.threads, [=](int64_t i) WF_BODY {
+  parallel_for<T>(a.batch * per_item, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t b = i / per_item, first = i % per_item * kPairs;
     const int64_t last = first + kPairs < pairs ? first + kPairs : pairs;
     const T* x = static_cast<const T*>(a.x) + b * a.tokens * a.channels;
@@ -74,12 +74,12 @@ static void input(const WinogradInputArgs& a) {
   });
 }
 
-template <class T, bool gated, bool biased>
+template <class T>
 static void output(const WinogradOutputArgs& a) {
   using A = compute_t<T>;
   const int64_t pairs = (a.tokens + 1) / 2, per_item = (pairs + kPairs - 1) / kPairs;
-  const int64_t width = gated ? a.channels / 2 : a.channels;
-  parallel_for(a.batch * per_item, a.target.threads, [=](int64_t i) WF_BODY {
+  const int64_t width = a.gated ? a.channels / 2 : a.channels;
+  parallel_for<T>(a.batch * per_item, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t b = i / per_item, first = i % per_item * kPairs;
     const int64_t last = first + kPairs < pairs ? first + kPairs : pairs;
     for (int64_t t = first; t < last; ++t) {
@@ -104,18 +104,17 @@ static void output(const WinogradOutputArgs& a) {
             first[j] += load(m2[at + j]);
             second[j] -= load(m3[at + j]);
           }
-          for (int64_t j = 0; biased && j < m; ++j) {
+          for (int64_t j = 0; bias && j < m; ++j) {
             const A c = load(bias[at + j]);
             first[j] += c;
             second[j] += c;
           }
         };
-        pair(begin, y[0], y[1]);
-        if (gated) {
-          pair(width + begin, g[0], g[1]);
-          for (int q = 0; q < 2; ++q)
-            for (int64_t j = 0; j < m; ++j) y[q][j] = swiglu(y[q][j], g[q][j]);
-        }
+        // One copy of the code for both halves: it takes long to compile.
+        for (int half = 0; half <= int(a.gated); ++half)
+          pair(half * width + begin, half ? g[0] : y[0], half ? g[1] : y[1]);
+        for (int q = 0; a.gated && q < 2; ++q)
+          for (int64_t j = 0; j < m; ++j) y[q][j] = swiglu(y[q][j], g[q][j]);
         for (int64_t j = 0; j < m; ++j) even[begin + j] = store<T>(y[0][j]);
         for (int64_t j = 0; whole && j < m; ++j) odd[begin + j] = store<T>(y[1][j]);
       }
@@ -132,43 +131,31 @@ void winograd_input_cpu(const WinogradInputArgs& a) {
 }
 
 void winograd_output_cpu(const WinogradOutputArgs& a) {
-  dispatch("prepared_conv", a.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    if (a.gated) return a.bias ? output<T, true, true>(a) : output<T, true, false>(a);
-    return a.bias ? output<T, false, true>(a) : output<T, false, false>(a);
-  });
+  dispatch("prepared_conv", a.dtype, [&](auto type) { output<typename decltype(type)::type>(a); });
 }
 
 WAVFLOW_BIND(m) {
-  m.def(
-      "winograd_weight",
-      [](Target target, int dtype, uintptr_t weight, std::array<uintptr_t, 4> out, int64_t outputs,
-         int64_t channels) {
-        winograd_weight_cpu({target, DType(dtype), pointer<float>(weight),
-                             {pointer<void>(out[0]), pointer<void>(out[1]), pointer<void>(out[2]),
-                              pointer<void>(out[3])},
-                             outputs, channels});
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def(
-      "winograd_input",
-      [](Target target, int dtype, uintptr_t x, uintptr_t out, int64_t batch, int64_t tokens,
-         int64_t channels) {
-        winograd_input_cpu({target, DType(dtype), pointer<void>(x), pointer<void>(out), batch,
-                            tokens, channels});
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def(
-      "winograd_output",
-      [](Target target, int dtype, std::array<uintptr_t, 4> p, uintptr_t bias, uintptr_t out,
-         bool gated, int64_t batch, int64_t tokens, int64_t channels) {
-        winograd_output_cpu({target, DType(dtype),
-                             {pointer<void>(p[0]), pointer<void>(p[1]), pointer<void>(p[2]),
-                              pointer<void>(p[3])},
-                             pointer<void>(bias), pointer<void>(out), gated, batch, tokens,
-                             channels});
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("winograd_weight", [](Target target, int dtype, uintptr_t weight,
+                              std::array<uintptr_t, 4> out, int64_t outputs, int64_t channels) {
+    winograd_weight_cpu({target, DType(dtype), pointer<float>(weight),
+                         {pointer<void>(out[0]), pointer<void>(out[1]), pointer<void>(out[2]),
+                          pointer<void>(out[3])},
+                         outputs, channels});
+  });
+  m.def("winograd_input", [](Target target, int dtype, uintptr_t x, uintptr_t out, int64_t batch,
+                             int64_t tokens, int64_t channels) {
+    winograd_input_cpu({target, DType(dtype), pointer<void>(x), pointer<void>(out), batch,
+                        tokens, channels});
+  });
+  m.def("winograd_output", [](Target target, int dtype, std::array<uintptr_t, 4> p, uintptr_t bias,
+                              uintptr_t out, bool gated, int64_t batch, int64_t tokens,
+                              int64_t channels) {
+    winograd_output_cpu({target, DType(dtype),
+                         {pointer<void>(p[0]), pointer<void>(p[1]), pointer<void>(p[2]),
+                          pointer<void>(p[3])},
+                         pointer<void>(bias), pointer<void>(out), gated, batch, tokens,
+                         channels});
+  });
 }
 
 }  // namespace wavflow

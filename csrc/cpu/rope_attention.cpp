@@ -570,8 +570,8 @@ struct Attention {
 template <class F>
 void dispatch_attention(DType dtype, F&& f) {
   dispatch("rope_attention", dtype, [&](auto type) {
-    dispatch_isa([&](auto isa) {
-      using T = typename decltype(type)::type;
+    using T = typename decltype(type)::type;
+    dispatch_isa<T>([&](auto isa) {
       if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<decltype(isa), Avx512>)
         if (has_avx512_bf16()) return f(type, Avx512Bf16{});
       f(type, isa);
@@ -593,35 +593,32 @@ void rope_attention_backward_cpu(const RopeAttentionBackwardArgs& a) {
   });
 }
 
+using Strides = std::array<int64_t, 3>;
+static Heads heads(uintptr_t data, Strides s) { return {pointer<void>(data), s[0], s[1], s[2]}; }
+
 WAVFLOW_BIND(m) {
-  using Strides = std::array<int64_t, 3>;
-  auto heads = [](uintptr_t data, Strides s) { return Heads{pointer<void>(data), s[0], s[1], s[2]}; };
-  m.def(
-      "rope_attention",
-      [=](Target target, int dtype, uintptr_t q, Strides q_strides, uintptr_t k, Strides k_strides,
-          uintptr_t v, Strides v_strides, uintptr_t q_weight, uintptr_t k_weight, uintptr_t rope,
-          uintptr_t out, uintptr_t lse, std::array<int64_t, 5> sizes,
-          std::array<int64_t, 3> window) {
-        rope_attention_cpu({target, DType(dtype), heads(q, q_strides), heads(k, k_strides),
-                            heads(v, v_strides), pointer<void>(q_weight), pointer<void>(k_weight),
-                            pointer<void>(rope), pointer<void>(out), pointer<void>(lse), sizes[0],
-                            sizes[1], sizes[2], sizes[3], sizes[4],
-                            {window[0], window[1], window[2]}});
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def(
-      "rope_attention_backward",
-      [=](Target target, int dtype, uintptr_t grad, Strides grad_strides, uintptr_t q,
-          Strides q_strides, uintptr_t k, Strides k_strides, uintptr_t v, Strides v_strides,
-          uintptr_t out, Strides out_strides, uintptr_t lse, uintptr_t d_q, uintptr_t d_k,
-          uintptr_t d_v, std::array<int64_t, 5> sizes, std::array<int64_t, 3> window) {
-        rope_attention_backward_cpu(
-            {target, DType(dtype), heads(grad, grad_strides), heads(q, q_strides),
-             heads(k, k_strides), heads(v, v_strides), heads(out, out_strides), pointer<void>(lse),
-             pointer<void>(d_q), pointer<void>(d_k), pointer<void>(d_v), sizes[0], sizes[1],
-             sizes[2], sizes[3], sizes[4], {window[0], window[1], window[2]}});
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("rope_attention", [](Target target, int dtype, uintptr_t q, Strides q_strides, uintptr_t k,
+                             Strides k_strides, uintptr_t v, Strides v_strides, uintptr_t q_weight,
+                             uintptr_t k_weight, uintptr_t rope, uintptr_t out, uintptr_t lse,
+                             std::array<int64_t, 5> sizes, std::array<int64_t, 3> window) {
+    rope_attention_cpu({target, DType(dtype), heads(q, q_strides), heads(k, k_strides),
+                        heads(v, v_strides), pointer<void>(q_weight), pointer<void>(k_weight),
+                        pointer<void>(rope), pointer<void>(out), pointer<void>(lse), sizes[0],
+                        sizes[1], sizes[2], sizes[3], sizes[4],
+                        {window[0], window[1], window[2]}});
+  });
+  m.def("rope_attention_backward", [](Target target, int dtype, uintptr_t grad,
+                                      Strides grad_strides, uintptr_t q, Strides q_strides,
+                                      uintptr_t k, Strides k_strides, uintptr_t v,
+                                      Strides v_strides, uintptr_t out, Strides out_strides,
+                                      uintptr_t lse, uintptr_t d_q, uintptr_t d_k, uintptr_t d_v,
+                                      std::array<int64_t, 5> sizes, std::array<int64_t, 3> window) {
+    rope_attention_backward_cpu(
+        {target, DType(dtype), heads(grad, grad_strides), heads(q, q_strides),
+         heads(k, k_strides), heads(v, v_strides), heads(out, out_strides), pointer<void>(lse),
+         pointer<void>(d_q), pointer<void>(d_k), pointer<void>(d_v), sizes[0], sizes[1],
+         sizes[2], sizes[3], sizes[4], {window[0], window[1], window[2]}});
+  });
 }
 
 }  // namespace wavflow

@@ -17,7 +17,7 @@ static void run(const SwigluArgs& a) {
     return static_cast<const T*>(from) + r / a.tokens * stride[0] + r % a.tokens * stride[1];
   };
   const int64_t count = parts > 1 ? rows * parts : (rows + together - 1) / together;
-  parallel_for(count, a.target.threads, [=](int64_t i) WF_BODY {
+  parallel_for<T>(count, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t first = parts > 1 ? i / parts : i * together;
     const int64_t last = first + together < rows ? first + together : rows;
     const int64_t begin = parts > 1 ? i % parts * kBlock : 0;
@@ -47,16 +47,13 @@ void swiglu_cpu(const SwigluArgs& a) {
 }
 
 WAVFLOW_BIND(m) {
-  m.def(
-      "swiglu",
-      [](Target target, int dtype, uintptr_t grad, uintptr_t a, uintptr_t b, uintptr_t out,
-         uintptr_t out_b, int64_t batch, int64_t tokens, int64_t channels,
-         std::array<int64_t, 6> s) {
-        swiglu_cpu({target, DType(dtype), pointer<void>(grad), pointer<void>(a), pointer<void>(b),
-                    pointer<void>(out), pointer<void>(out_b), batch, tokens, channels,
-                    {s[0], s[1]}, {s[2], s[3]}, {s[4], s[5]}});
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("swiglu", [](Target target, int dtype, uintptr_t grad, uintptr_t a, uintptr_t b,
+                     uintptr_t out, uintptr_t out_b, int64_t batch, int64_t tokens,
+                     int64_t channels, std::array<int64_t, 6> s) {
+    swiglu_cpu({target, DType(dtype), pointer<void>(grad), pointer<void>(a), pointer<void>(b),
+                pointer<void>(out), pointer<void>(out_b), batch, tokens, channels,
+                {s[0], s[1]}, {s[2], s[3]}, {s[4], s[5]}});
+  });
 }
 
 }  // namespace wavflow

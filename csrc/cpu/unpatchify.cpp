@@ -13,7 +13,7 @@ static void run(const UnpatchifyArgs& a) {
   const T* tokens = static_cast<const T*>(a.tokens);
   const A* window = static_cast<const A*>(a.window);
   T* wave = static_cast<T*>(a.wave);
-  parallel_for(a.batch * per_row, a.target.threads, [=](int64_t i) WF_BODY {
+  parallel_for<T>(a.batch * per_row, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t b = i / per_row, begin = i % per_row * kBlock;
     const int64_t end = begin + kBlock < a.samples ? begin + kBlock : a.samples;
     const T* __restrict x = tokens + b * item;
@@ -32,20 +32,17 @@ void unpatchify_cpu(const UnpatchifyArgs& a) {
 }
 
 WAVFLOW_BIND(m) {
-  m.def(
-      "unpatchify",
-      [](Target target, int dtype, uintptr_t tokens, uintptr_t window, uintptr_t wave, int64_t batch,
-         int64_t windows, int64_t window_tokens, int64_t token_size, int64_t hop, int64_t samples,
-         double audio_scale) {
-        UnpatchifyArgs args{target, DType(dtype), pointer<void>(tokens), pointer<void>(window),
-                            pointer<void>(wave), batch, windows, window_tokens, token_size, hop,
-                            samples, audio_scale};
+  m.def("unpatchify", [](Target target, int dtype, uintptr_t tokens, uintptr_t window,
+                         uintptr_t wave, int64_t batch, int64_t windows, int64_t window_tokens,
+                         int64_t token_size, int64_t hop, int64_t samples, double audio_scale) {
+    UnpatchifyArgs args{target, DType(dtype), pointer<void>(tokens), pointer<void>(window),
+                        pointer<void>(wave), batch, windows, window_tokens, token_size, hop,
+                        samples, audio_scale};
 #ifdef WAVFLOW_CUDA
-        if (target.device >= 0) return unpatchify_cuda(args);
+    if (target.device >= 0) return unpatchify_cuda(args);
 #endif
-        unpatchify_cpu(args);
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
+    unpatchify_cpu(args);
+  });
 }
 
 }  // namespace wavflow
