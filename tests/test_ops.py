@@ -26,8 +26,8 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def needs(op: Op, backend: str, device: str, dtype: torch.dtype) -> None:
-    reason = _backend.unavailable(op, backend, torch.device(device), dtype)
+def needs(op: Op, backend: str | None, device: str, dtype: torch.dtype) -> None:
+    reason = backend and _backend.unavailable(op, backend, torch.device(device), dtype)
     if reason:
         pytest.skip(reason)
 
@@ -107,7 +107,7 @@ def with_modes(cases: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("op, backend, dtype, device, mode", with_modes(FORWARD))
-def test_forward(op: Op, backend: str, dtype: torch.dtype, device: str, mode: str) -> None:
+def test_forward(op: Op, backend: str | None, dtype: torch.dtype, device: str, mode: str) -> None:
     needs(op, backend, device, dtype)
     for sample in samples(op, device, dtype):
         with wk.use_backend(backend):
@@ -153,7 +153,7 @@ DIFFERENTIABLE = [p for p in FORWARD if p.values[0].backward and not p.values[0]
 
 
 @pytest.mark.parametrize("op, backend, dtype, device, mode", with_modes(DIFFERENTIABLE))
-def test_gradient(op: Op, backend: str, dtype: torch.dtype, device: str, mode: str) -> None:
+def test_gradient(op: Op, backend: str | None, dtype: torch.dtype, device: str, mode: str) -> None:
     needs(op, backend, device, dtype)
     for sample in samples(op, device, dtype):
         if not sample.differentiable:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from wavflow_kernels import cpu
+
 # Sides of the square product: small enough for a few in a tenth of a second on two cores.
 GEMM_SIZE = {"cpu": 1024, "cuda": 4096}
 
@@ -46,13 +48,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     """Operations a second of a square matrix product here and now, by the fastest library.
 
     Args:
-        device, dtype: of the product.
+        device, dtype: of the product; on a CPU in the dtype that the ops compute it in.
         seconds: how long to measure, beside the first calls; the median counts.
     """
     size = GEMM_SIZE[device.type]
+    dtype = cpu.product_dtype(dtype) if device.type == "cpu" else dtype
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     calls = [lambda: torch.mm(a, b)]
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype == torch.float32:
+    if device.type == "cpu" and dtype == torch.float32 and dtype in cpu.current().onednn:
         # torch.mm is MKL's in float32, which runs at half of oneDNN's speed on AMD CPUs.
         calls.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     best = min(_median_seconds(call, device, seconds / len(calls)) for call in calls)

@@ -10,6 +10,7 @@ import torch
 
 from wavflow.model.blocks import stretch, swiglu_inner
 from wavflow.model.networks import WavflowConfig
+from wavflow_kernels import cpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -80,7 +81,9 @@ def clip_bytes(
     tokens, rows = config.latent_seq_len, 2 if guided else 1
     others = config.clip_seq_len + config.sync_seq_len + config.text_seq_len
     together = min(tokens, 2 * stretch(device, inner, rows, dtype.itemsize))
-    rounded = 14 * (tokens + others) * hidden + 9 * together * inner
+    products = cpu.product_dtype(dtype) if device.type == "cpu" else dtype
+    rounded = 14 * (tokens + others) * hidden * dtype.itemsize
+    gated = 9 * together * inner * products.itemsize
     exact = 2 * (tokens + others) * hidden
     state = 8 * tokens * config.latent_dim
-    return rows * (rounded * dtype.itemsize + exact * 4) + state * 4
+    return rows * (rounded + gated + exact * 4) + state * 4
