@@ -236,21 +236,24 @@ void conv1d_weight_gradient_cpu(const WeightGradientArgs& a) {
 
 WAVFLOW_BIND(m) {
   m.set("conv1d_panel", PyLong_FromLong(kPanel));
-  m.def("conv1d_pack", [](Target target, uintptr_t weight, int64_t output_stride, int64_t channel_stride,
-         int64_t tap_stride, uintptr_t out, int64_t outputs, int64_t channels, int64_t width) {
-        conv1d_pack_cpu({target, pointer<float>(weight), output_stride, channel_stride, tap_stride,
-                         pointer<float>(out), outputs, channels, width});
-      });
-  m.def("conv1d", [](Target target, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t out, int64_t batch,
-         int64_t tokens, int64_t channels, int64_t outputs, int64_t width) {
-        conv1d_cpu({target, pointer<float>(x), pointer<float>(packed), pointer<float>(bias),
-                    pointer<float>(out), batch, tokens, channels, outputs, width});
-      });
-  m.def("conv1d_weight_gradient", [](Target target, uintptr_t grad, uintptr_t x, uintptr_t out, int64_t batch, int64_t tokens,
-         int64_t channels, int64_t outputs, int64_t width) {
-        conv1d_weight_gradient_cpu({target, pointer<float>(grad), pointer<float>(x),
-                                    pointer<float>(out), batch, tokens, channels, outputs, width});
-      });
+  m.def("conv1d_pack", [](Target target, uintptr_t weight, int64_t output_stride,
+                          int64_t channel_stride, int64_t tap_stride, uintptr_t out,
+                          int64_t outputs, int64_t channels, int64_t width) {
+    conv1d_pack_cpu({target, pointer<float>(weight), output_stride, channel_stride, tap_stride,
+                     pointer<float>(out), outputs, channels, width});
+  });
+  m.def("conv1d", [](Target target, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t out,
+                     int64_t batch, int64_t tokens, int64_t channels, int64_t outputs,
+                     int64_t width) {
+    conv1d_cpu({target, pointer<float>(x), pointer<float>(packed), pointer<float>(bias),
+                pointer<float>(out), batch, tokens, channels, outputs, width});
+  });
+  m.def("conv1d_weight_gradient", [](Target target, uintptr_t grad, uintptr_t x, uintptr_t out,
+                                     int64_t batch, int64_t tokens, int64_t channels,
+                                     int64_t outputs, int64_t width) {
+    conv1d_weight_gradient_cpu({target, pointer<float>(grad), pointer<float>(x),
+                                pointer<float>(out), batch, tokens, channels, outputs, width});
+  });
 }
 
 }  // namespace wavflow
