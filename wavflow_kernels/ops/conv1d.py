@@ -30,10 +30,18 @@ LIBRARY = {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}
 COMPILED = {"cpu": frozenset(FLOATS) - {torch.float64}}  # in float32, rounded once
 
 
-def check_convolution(op: str, x: Tensor, **weights: Tensor) -> dict[str, int]:
-    """Bind b, n, c, o, k of x (b n c) and weights (o c k), and check them and the dtypes."""
-    sizes = check(op, x=(x, "b n c"), **{name: (w, "o c k") for name, w in weights.items()})
+def check_convolution(
+    op: str, x: Tensor, bias: Tensor | None = None, grad: Tensor | None = None, **weights: Tensor
+) -> dict[str, int]:
+    """Bind b, n, c, o, k of x (b n c) and weights (o c k), and check them and the dtypes.
+
+    A bias is (o), a gradient (b n o).
+    """
+    named = {name: (weight, "o c k") for name, weight in weights.items()}
+    sizes = check(op, x=(x, "b n c"), **named, bias=(bias, "o"), grad=(grad, "b n o"))
     check_dtype(op, "x", x, *FLOATS)
+    check_dtype(op, "bias", bias, x.dtype)
+    check_dtype(op, "grad", grad, x.dtype)
     for name, weight in weights.items():
         check_dtype(op, name, weight, x.dtype)
     for name, dim in (("tokens", "n"), ("channels", "c"), ("output channels", "o")):
@@ -51,11 +59,10 @@ def _check(
     gate: Tensor | None,
     gate_index: Tensor | None,
 ) -> None:
-    check_convolution("conv1d", x, weight=weight)
-    check("conv1d", x=(x, "b n c"), weight=(weight, "o c k"), bias=(bias, "o"))
-    check_dtype("conv1d", "bias", bias, x.dtype)
-    z = x[..., :1].expand(*x.shape[:2], weight.shape[0])
-    check_finish(z, selu, residual, gate, gate_index)
+    check_convolution("conv1d", x, bias, weight=weight)
+    if any(t is not None for t in (residual, gate, gate_index)):
+        z = x[..., :1].expand(*x.shape[:2], weight.shape[0])
+        check_finish(z, selu, residual, gate, gate_index)
 
 
 def check_finish(
@@ -296,10 +303,7 @@ def gradients(
 
 
 def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> None:
-    op = "conv1d_backward"
-    check_convolution(op, x, weight=weight)
-    check(op, grad=(grad, "b n o"), x=(x, "b n c"), weight=(weight, "o c k"))
-    check_dtype(op, "grad", grad, x.dtype)
+    check_convolution("conv1d_backward", x, grad=grad, weight=weight)
 
 
 def _outputs_backward(
