@@ -120,8 +120,8 @@ def conditions(model: WavflowModel, clip: Tensor, sync: Tensor, text: Tensor) ->
     return Conditions(
         clip_f=clip_f,
         text_f=text_f,
-        clip_f_c=conv(model.clip_cond_proj, clip_f.mean(dim=1)),
-        text_f_c=conv(model.text_cond_proj, text_f.mean(dim=1)),
+        clip_f_c=model.clip_cond_proj(clip_f.mean(dim=1)),
+        text_f_c=model.text_cond_proj(text_f.mean(dim=1)),
         sync_rows=sync_rows,
         sync_tokens=model._sync_tokens(),
         rope=model._rope(),

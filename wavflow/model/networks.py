@@ -250,8 +250,8 @@ class WavflowModel(nn.Module):
             SwiGLU(dim, 4 * dim, 3),
         )
         self.text_input_proj = nn.Sequential(TokenLinear(text_dim, dim), SwiGLU(dim, 4 * dim))
-        self.clip_cond_proj = TokenLinear(dim, dim)
-        self.text_cond_proj = TokenLinear(dim, dim)
+        self.clip_cond_proj = nn.Linear(dim, dim)
+        self.text_cond_proj = nn.Linear(dim, dim)
         self.global_cond_mlp = SwiGLU(dim, 4 * dim)
         self.final_layer = FinalLayer(dim, latent_dim)
         self.t_embed = TimestepEmbedding(dim)
@@ -350,8 +350,8 @@ class WavflowModel(nn.Module):
             prepared=None if torch.is_grad_enabled() else PreparedNetwork(),
             clip_f=clip_f,
             text_f=text_f,
-            clip_f_c=self.clip_cond_proj(clip_f.mean(dim=1, keepdim=True)).squeeze(1),
-            text_f_c=self.text_cond_proj(text_f.mean(dim=1, keepdim=True)).squeeze(1),
+            clip_f_c=_few_rows(self.clip_cond_proj, clip_f.mean(dim=1)),
+            text_f_c=_few_rows(self.text_cond_proj, text_f.mean(dim=1)),
             sync_rows=self.sync_input_proj(segments.flatten(1, 2)),
             sync_tokens=self._sync_tokens(),
             rope=self._rope(),
@@ -551,6 +551,15 @@ class WavflowModel(nn.Module):
             found, wanted = getattr(conditions, name), getattr(config, name)
             if found != wanted:
                 raise ValueError(f"{argument} have {name} {found}, the model has {wanted}")
+
+
+def _few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer` in its own precision, whatever autocast says; the result has the dtype of x.
+
+    For so few rows half precision saves nothing, and torch's own has no fast product everywhere.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(layer.weight.dtype)).to(x.dtype)
 
 
 def get_wavflow_model(
