@@ -58,6 +58,7 @@ slow: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Every Triton kernel compiled without a GPU, by the installed triton and by the oldest supported.
 OLD_TRITON := build/triton36
