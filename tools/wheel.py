@@ -1,4 +1,4 @@
-"""Builds sdist and wheel and tests the wheel alone, in a bare environment for every torch asked for.
+"""Builds sdist and wheel, and tests the wheel in a bare environment for every torch asked for.
 
     python tools/wheel.py torch==2.13.0 torch==2.14.1
 
