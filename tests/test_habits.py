@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def load(path: str) -> dict[str, Any]:
+    import yaml  # a GPU machine may lack it
+
     return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
