@@ -1,5 +1,7 @@
 # make demo   set up, then the whole story on this machine: toy world, training, generation, report
 # make test   set up, then the tests
+# make profile   where a training step and a sampling step spend their time (PROFILE="--model medium_16k ...")
+# make wheel   sdist and wheel, tested in a bare environment for each of TORCHES
 # make gpu    on a machine with a GPU, with what $(PYTHON) has: build, test, tune, measure (STAGES=... for some)
 # PYTHON, TORCH, PIP_ARGS and WAVFLOW_BUILD choose interpreter, torch, pip options and kernels.
 
@@ -9,10 +11,12 @@ PIP_ARGS ?=
 VENV ?= .venv
 SEED ?= 0
 STAGES ?=
+PROFILE ?=
+TORCHES ?= $(TORCH)
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test interpret aot isa slow lint sanitize gpu clean
+.PHONY: setup demo test interpret aot isa slow lint sanitize profile wheel gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +62,7 @@ slow: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Every Triton kernel compiled without a GPU, by the installed triton and by the oldest supported.
 OLD_TRITON := build/triton36
@@ -84,6 +89,13 @@ sanitize: setup
 	WAVFLOW_BUILD=cpu WAVFLOW_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --upgrade \
 	  --target $(SANITIZED) $(PIP_ARGS) .
 	$(SANITIZER) $(BIN)/pytest -o pythonpath=$(SANITIZED) $(KERNEL_TESTS) -p no:cacheprovider
+
+profile: setup
+	$(BIN)/python -m bench.run profile $(PROFILE)
+
+wheel: $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) build
+	$(BIN)/python tools/wheel.py $(TORCHES)
 
 # Installs nothing outside build/gpu and needs no network; ends within 9 minutes on an H100.
 gpu:

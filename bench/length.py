@@ -127,7 +127,7 @@ def main(
     ),
     ways: Annotated[str, typer.Option(help="Some of " + ", ".join(WAYS) + ".")] = ",".join(WAYS),
     lengths: Annotated[str, typer.Option(help="Seconds of sound.")] = ",".join(
-        f"{each:g}" for each in LENGTHS
+        map("{:g}".format, LENGTHS)
     ),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",

@@ -145,7 +145,7 @@ def _prepared_conv(x: Tensor, weights: list[Tensor], bias: Tensor | None, gated:
 
 
 def _dense(weight: Tensor) -> Tensor:
-    return weight.to_dense() if weight.layout == torch._mkldnn else weight
+    return weight.to_dense() if weight.is_mkldnn else weight
 
 
 PEERS: dict[str, Callable[..., Calls]] = {

@@ -8,6 +8,7 @@ joined by separate operations, and convolutions permute to channels-first and ba
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,13 @@ import wavflow_kernels as wk
 from wavflow.config import Config
 from wavflow.data.dataset import ClipBatch
 from wavflow.ema import warmed_up_decay
-from wavflow.model.blocks import RMS_NORM_EPS, AttentionInput, SwiGLU, TransformerBlock
+from wavflow.model.blocks import RMS_NORM_EPS, AttentionInput, TransformerBlock
 from wavflow.model.flow_matching import log_normal_sample
 from wavflow.model.networks import SYNC_SEGMENT, Conditions, WavflowModel
 from wavflow.solvers import shift_time
 
 
-def conv(layer: nn.Module, x: Tensor) -> Tensor:
+def conv(layer: Any, x: Tensor) -> Tensor:
     """A Linear, or a convolution over tokens with "same" padding, and its SELU."""
     if layer.weight.dim() == 2:
         return F.linear(x, layer.weight, layer.bias)
@@ -32,7 +33,7 @@ def conv(layer: nn.Module, x: Tensor) -> Tensor:
     return F.selu(x) if layer.activation else x
 
 
-def feed_forward(ffn: SwiGLU, x: Tensor) -> Tensor:
+def feed_forward(ffn: Any, x: Tensor) -> Tensor:
     return conv(ffn.w2, F.silu(conv(ffn.w1, x)) * conv(ffn.w3, x))
 
 
@@ -88,6 +89,7 @@ def predict(model: WavflowModel, latent: Tensor, t: Tensor, conditions: Conditio
     lengths = [x.shape[1] for x in streams]
     ropes = conditions.rope.split(lengths)
 
+    joint: Any
     for joint in model.joint_blocks:
         blocks = (joint.latent_block, joint.clip_block, joint.text_block)
         cs = (extended, everywhere, everywhere)
@@ -100,6 +102,7 @@ def predict(model: WavflowModel, latent: Tensor, t: Tensor, conditions: Conditio
         ]
     x = streams[0]
     for block in model.fused_blocks:
+        assert isinstance(block, TransformerBlock)
         modulation, qkv = entered(block, x, extended, ropes[0])
         x = left(block, x, attention(*qkv), modulation)
     shift, scale = model.final_layer.adaLN_modulation(everywhere).chunk(2, dim=-1)

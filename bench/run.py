@@ -9,6 +9,7 @@ floor of a memory-bound op. Percentages are of this machine's own peaks, measure
 ``python -m bench.run fidelity`` says what fast choices cost in sound (:mod:`bench.fidelity`);
 ``python -m bench.run solvers`` how far every solver ends from the exact one (:mod:`bench.solvers`);
 ``python -m bench.run train`` times whole training steps (:mod:`bench.train`);
+``python -m bench.run profile`` shows where both spend their time (:mod:`bench.profile`);
 ``python -m bench.run length`` how fast long sounds are made (:mod:`bench.length`);
 ``python -m bench.run synchformer`` times the encoder of motion (:mod:`bench.synchformer`).
 """
@@ -41,7 +42,7 @@ from wavflow_kernels._timing import interleaved
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 NO_TIME = "the time was up"
-PROGRAMS = ("sample", "fidelity", "solvers", "train", "length", "synchformer")
+PROGRAMS = ("sample", "fidelity", "solvers", "train", "length", "synchformer", "profile")
 Call = Callable[[], object]
 
 

@@ -89,11 +89,13 @@ class Checkout:
         self._ask(str(folder / "job.pt"))
 
     def _ask(self, line: str) -> None:
+        assert self._child.stdin is not None
         self._child.stdin.write(line.encode() + b"\n")
         self._child.stdin.flush()
 
     def _step(self, line: str) -> None:
         self._ask(line)
+        assert self._child.stdout is not None
         if not self._child.stdout.readline():
             fail(f"bench.run: the checkout's process ended with code {self._child.wait()}")
 
@@ -105,8 +107,7 @@ class Checkout:
         return torch.load(self._output, weights_only=True)
 
     def close(self) -> None:
-        self._child.stdin.close()
-        self._child.wait()
+        self._child.communicate()
 
 
 def filled(name: str, device: torch.device) -> WavflowModel:
@@ -246,6 +247,7 @@ def main(
     calls = steps_of(network, given, guidance, kind, compiled)
     truth = calls.pop("float32")().float()
     outputs = {way: call().float() for way, call in calls.items()}
+    timed: dict[str, Callable[[], object]] = {**calls}
     with tempfile.TemporaryDirectory() as folder:
         other = None
         if against is not None:
@@ -260,8 +262,8 @@ def main(
             }
             other = Checkout(against.resolve(), job, Path(folder))
             outputs[str(against)] = other.output().to(where)
-            calls[str(against)] = other.step
-        times = interleaved(calls, where, seconds, warmup=1, rounds=3)
+            timed[str(against)] = other.step
+        times = interleaved(timed, where, seconds, warmup=1, rounds=3)
         if other is not None:
             other.close()
     ours = times["ours"].median
@@ -272,8 +274,8 @@ def main(
     operations = stages.operations(model, [x.shape for x in given], guidance)
     peak = peaks.measure(where, kind)
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-        job = (model, device, kind, batch, guidance, torch.get_num_threads())
-        held = fresh.submit(memory, *job).result()
+        threads = torch.get_num_threads()
+        held = fresh.submit(memory, model, device, kind, batch, guidance, threads).result()
     row = {
         "model": model,
         "batch": batch,

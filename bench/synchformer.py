@@ -62,9 +62,9 @@ def network(
     for name in ("cls_token", "pos_embed", "temp_embed"):
         nn.init.normal_(getattr(model, name), std=0.5)
     model.compute_in(dtype)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.__class__ = linear
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear)]
+    for layer in layers:
+        layer.__class__ = linear
     return model.to(device).eval().requires_grad_(False)
 
 

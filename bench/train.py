@@ -191,6 +191,7 @@ def compare(job: Job, model: WavflowModel, batch: ClipBatch) -> Inputs:
     draw = Draw(SEED, range(len(batch.wave)))
     with torch.autocast(job.device, job.kind, enabled=job.kind != torch.float32):
         terms = WavflowObjective(config).loss(model, batch, draw)
+    assert terms.t is not None
     noise = wk.philox_normal(
         draw.seeds.to(job.where),
         data.latent_seq_len,
@@ -227,7 +228,7 @@ def memory(job: Job, way: str, threads: int) -> int | None:
     step = step_of(job, way)
     step()
     found = stages.peak_memory(job.where, step)
-    return found and found["peak"]
+    return None if found is None else found["peak"]
 
 
 def loading(job: Job, source: Path, steps: int) -> dict[str, float]:
@@ -305,7 +306,9 @@ def measure(job: Job, seconds: float, compiled: bool, against: Path | None) -> d
     ways = ["ours", "plain", *(["ours, compiled", "plain, compiled"] if compiled else [])]
     step, trainer = our_step(job, batch)
     flops, rate = trainer.flops * job.batch, trainer.matmul_rate
-    inputs = compare(job, trainer.model, batch)
+    model = trainer.model
+    assert isinstance(model, WavflowModel)
+    inputs = compare(job, model, batch)
     calls = {"ours": step} | {way: step_of(job, way) for way in ways[1:]}
     losses = dict(inputs.losses)
     with tempfile.TemporaryDirectory() as folder:
@@ -351,8 +354,9 @@ def check_memory(job: Job, ways: int) -> None:
 
 def child_job(job: Job, trainer: Trainer, inputs: Inputs) -> dict[str, Any]:
     """What CHILD is told."""
+    model: Any = trainer.model
     return {
-        "sizes": asdict(trainer.model.config),
+        "sizes": asdict(model.config),
         "device": job.device,
         "dtype": job.dtype,
         "threads": torch.get_num_threads(),

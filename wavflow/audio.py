@@ -331,7 +331,8 @@ def mux(
                 for packet in source.demux(pictures):
                     if packet.dts is None:
                         continue
-                    if packet.pts is not None and packet.pts * pictures.time_base >= seconds:
+                    base = pictures.time_base
+                    if packet.pts is not None and base is not None and packet.pts * base >= seconds:
                         continue
                     packet.stream = shown
                     out.mux(packet)

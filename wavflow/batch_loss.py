@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from wavflow.data.order import Work
 from wavflow.draw import Draw
-from wavflow.protocols import Dataset, Loaded, LossTerms, Objective
+from wavflow.protocols import Batch, Dataset, Loaded, LossTerms, Objective
+
+
+@dataclass(frozen=True)
+class _Pinned:
+    """What was loaded, in page-locked memory."""
+
+    batch: Batch
+    problems: dict[int, str]
 
 
 class BatchLoss:
@@ -45,7 +53,7 @@ class BatchLoss:
     def load(self, dataset: Dataset, work: Work) -> Loaded:
         """The clips of a micro-batch; called from loader threads."""
         loaded = dataset.load(work.indices or [0], self._draw(work))
-        return replace(loaded, batch=loaded.batch.pin_memory()) if self.pinned else loaded
+        return _Pinned(loaded.batch.pin_memory(), loaded.problems) if self.pinned else loaded
 
     def __call__(self, work: Work, loaded: Loaded) -> tuple[LossTerms, Tensor]:
         """The losses, 0 where they do not count, and whether they do: (b,) 0 or 1."""

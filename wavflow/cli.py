@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -327,7 +327,7 @@ def generate(
     level = None if keep_loudness or stream or recording is not None else loudness
     if video is not None:
         guard.start()
-    options = {
+    options: dict[str, Any] = {
         "solver": solver,
         "steps": steps,
         "times": times,
@@ -378,7 +378,7 @@ def generate(
                             file.write(part.audio)
             elif recording is not None:
                 sound = sampler.complete(recording, caption, video, gap=gap, **options)
-            elif loop:
+            elif loop and caption is not None:
                 sound = sampler.loop(caption, **options)
             else:
                 sound = sampler(caption, video, loudness=level, **options)
@@ -391,7 +391,7 @@ def generate(
         else:
             sound.save(out)
         _say(f"{out}: {sound.seconds:.2f} s at {sound.sample_rate} Hz")
-        if mux:
+        if mux and video is not None:
             sound.save_video(video, out.with_suffix(".mp4"))
             _say(str(out.with_suffix(".mp4")))
 

@@ -60,7 +60,7 @@ class ModelConfig:
     encoder_dtype: str = _one_of("float32", "bfloat16")
 
     @property
-    def encoder_options(self) -> dict[str, str | None]:
+    def encoder_options(self) -> dict[str, Any]:
         """Arguments of `wavflow.features.base.get_encoders`."""
         return {
             "name": self.encoders,
@@ -73,7 +73,9 @@ class ModelConfig:
     @property
     def ema(self) -> str:
         """Which weights a checkpoint is read for: `ema1`, `ema2` or `none`."""
-        return {True: "ema1", False: "none"}.get(self.use_ema, self.use_ema)
+        if isinstance(self.use_ema, str):
+            return self.use_ema
+        return "ema1" if self.use_ema else "none"
 
 
 @dataclass(frozen=True)
@@ -332,14 +334,14 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     from omegaconf.errors import OmegaConfBaseException
 
     source = _find(path)
-    merged = OmegaConf.create(_read_yaml(source, ()))
+    merged: Any = OmegaConf.create(_read_yaml(source, ()))
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
             raise InputError(f"override {override!r}: wanted key=value")
     try:
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        values: Any = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise InputError(f"{source}: {_one_line(error)}") from None
     return config_from_dict(values, where=str(source))
@@ -378,16 +380,24 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{seen[-1]}: _base_ names {path}, which does not exist")
     try:
-        loaded = OmegaConf.load(path)
+        loaded: Any = OmegaConf.load(path)
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as YAML ({_one_line(error)})") from None
     if not OmegaConf.is_dict(loaded):
         raise InputError(f"{path}: wanted a mapping of sections, found {type(loaded).__name__}")
     base = loaded.pop("_base_", None)
     if base is None:
-        return OmegaConf.to_container(loaded)
+        return _plain(loaded)
     under = _read_yaml(path.parent / str(base), (*seen, resolved))
-    return OmegaConf.to_container(OmegaConf.merge(under, loaded))
+    return _plain(OmegaConf.merge(under, loaded))
+
+
+def _plain(mapping: Any) -> dict[str, Any]:
+    """OmegaConf's mapping as a dict, references as they are written."""
+    from omegaconf import OmegaConf
+
+    found: Any = OmegaConf.to_container(mapping)
+    return found
 
 
 def _fill(cls: type, values: Any, prefix: str, where: str) -> Any:
@@ -438,7 +448,7 @@ def _all_keys() -> list[str]:
 
 
 def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _fill(hint, value, f"{key}.", where)
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:

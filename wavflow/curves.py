@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -108,7 +108,7 @@ def _draw(runs: Sequence[Run], path: Path) -> None:
     panels = [key for key in PANELS if any(key in run.curves for run in runs)]
     with rc_context(STYLE):
         figure = Figure((13, 7.6 if panels else 4.6), layout="constrained")
-        rows = figure.subfigures(2, 1, height_ratios=(3, 2)) if panels else [figure]
+        rows: Any = figure.subfigures(2, 1, height_ratios=(3, 2)) if panels else [figure]
         top = rows[0].subplots(1, 1 + by_t, width_ratios=(3, 2)[: 1 + by_t], squeeze=False)[0]
         _draw_losses(top[0], runs)
         if by_t:
@@ -193,7 +193,8 @@ def _finish(
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     values = np.concatenate(
-        [run.curves[key].values for run in runs for key in keys if key in run.curves] or [[]]
+        [run.curves[key].values for run in runs for key in keys if key in run.curves]
+        or [np.empty(0)]
     )
     values = values[np.isfinite(values)]
     if from_zero:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -256,7 +257,7 @@ class _Steps:
         self.table.copy_(table)
         self.index.zero_()
         _copy(self.conditions, conditions)
-        if empty is not None:
+        if empty is not None and self.empty is not None:
             _copy(self.empty, empty)
 
     def step(self, alone: bool) -> Output:
@@ -279,7 +280,7 @@ class _Steps:
         """Captures the kinds of steps that are not yet."""
         for alone in kinds - self.graphs.keys():
             self.graphs[alone] = capture(
-                lambda alone=alone: self.step(alone), self.index.zero_, self.state.device
+                partial(self.step, alone), self.index.zero_, self.state.device
             )
 
     def run(self, alone: list[bool], after: After | None) -> Tensor:  # b n d
@@ -328,7 +329,8 @@ def _tensors(conditions: Conditions) -> dict[str, Tensor]:
 
 
 def _clone(conditions: Conditions) -> Conditions:
-    return replace(conditions, **{n: t.clone() for n, t in _tensors(conditions).items()})
+    copies: dict[str, Any] = {n: t.clone() for n, t in _tensors(conditions).items()}
+    return replace(conditions, **copies)
 
 
 def _copy(to: Conditions, conditions: Conditions) -> None:

@@ -35,7 +35,7 @@ def atomic_write(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
-    text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
+    text: dict[str, Any] = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
     # "x+" and not tempfile: the file gets the permissions of the user's umask, and encoders that
     # go back to patch a header may read what they wrote.
     file = open(temporary, mode.replace("w", "x") + "+", **text)

@@ -105,10 +105,10 @@ class Generator:
         if seconds == data.audio_duration:
             return data
         video = load_encoders(self.config.model, self.device).video
-        rows = {"clip_seq_len": video.clip_rows(seconds), "sync_seq_len": video.sync_rows(seconds)}
-        if min(rows.values()) < 1:
+        clip, sync = video.clip_rows(seconds), video.sync_rows(seconds)
+        if min(clip, sync) < 1:
             raise InputError(f"seconds is {seconds}; its video has no frame, wanted more")
-        return replace(data, audio_duration=seconds, **rows)
+        return replace(data, audio_duration=seconds, clip_seq_len=clip, sync_seq_len=sync)
 
     def _batches(
         self,
@@ -226,7 +226,7 @@ class Generator:
             conditions,
             empty,
             rescale=plan.guidance_rescale,
-            after=lambda row, x, pred: after(len(rows), *rows[row], x, pred),
+            after=lambda row, x, pred: after(len(rows), rows[row][0], rows[row][1], x, pred),
         )
 
     def _table(self, plan: Plan) -> Tensor:  # (evaluations, 2 + k (k + 1))

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from wavflow import __version__
 from wavflow.config import Config
-from wavflow.data.manifest import ReportRow, Row, read_manifest, write_report
+from wavflow.data.manifest import ReportRow, Row, needed, read_manifest, write_report
 from wavflow.errors import InputError
 from wavflow.features.weights import identity
 from wavflow.files import working_in, write_json
 
 if TYPE_CHECKING:
-    from wavflow.sampler import Features, Sampler
+    from wavflow.generator import Features
+    from wavflow.sampler import Sampler
     from wavflow.sound import Sound
 
 
@@ -207,7 +208,7 @@ class _Job:
             path.unlink(missing_ok=True)
             write_json(sidecar, self.settings(row))
             if muxed is not None:
-                sound.save_video(row.video_path, muxed)
+                sound.save_video(needed(row.video_path), muxed)
             sound.save(path)
         except InputError as error:
             return ReportRow(row.id, "failed", f"row {row.number}: {error}")
@@ -224,21 +225,20 @@ def infer_config(
     """
     from wavflow.sampler import Sampler
 
-    for section, key in (("model", "ckpt_path"), ("data", "csv_path")):
-        if getattr(getattr(config, section), key) is None:
-            raise InputError(f"{section}.{key} is not set in the configuration")
+    checkpoint, table = config.model.ckpt_path, config.data.csv_path
+    if checkpoint is None or table is None:
+        key = "model.ckpt_path" if checkpoint is None else "data.csv_path"
+        raise InputError(f"{key} is not set in the configuration")
     inference, output = config.inference, config.output
     if len(inference.guidance_interval) != 2:
         raise InputError(
             f"inference.guidance_interval is {inference.guidance_interval}; wanted two times"
         )
     low, high = inference.guidance_interval
-    sampler = Sampler.load(
-        config.model.ckpt_path, inference.device, inference.dtype, config.model.ema, config
-    )
+    sampler = Sampler.load(checkpoint, inference.device, inference.dtype, config.model.ema, config)
     return infer(
         sampler,
-        config.data.csv_path,
+        table,
         Path(output.output_dir) / config.experiment_id,
         data_root=config.data.data_root,
         seed=inference.seed,

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 log = logging.getLogger("wavflow")
 
@@ -24,7 +24,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._before: dict[int, signal.Handlers] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():

@@ -168,13 +168,18 @@ class _Run:
         # weighted sum of predictions, with the weights in the last column, of tokens that windows
         # to come share.
         self.begin = self.end = 0
-        self.state: Tensor | None = None  # k n d
+        self._state: Tensor | None = None  # k n d
         self.shared: list[Tensor | None] = [None] * len(sound.table)  # n d+1
         self.features: dict[int, Future[Mapping[str, Tensor]]] = {}
         self.conditions: dict[int, Conditions] = {}
         self.empty: Conditions | None = None
         self._ahead = ahead
         self._last: tuple[Mapping[str, Tensor], Conditions] | None = None
+
+    @property
+    def state(self) -> Tensor:
+        assert self._state is not None, "no window has entered"
+        return self._state
 
     def parts(self, group: int | None) -> Iterator[Tensor]:
         windows, rows = self.windows, len(self.weights)
@@ -212,7 +217,7 @@ class _Run:
         noise = sound.noise(self.end, end - self.end)
         fresh = noise.new_zeros(table_slots(sound.table), *noise.shape)
         fresh[0] = noise
-        self.state = fresh if self.state is None else torch.cat((self.state, fresh), dim=1)
+        self._state = fresh if self._state is None else torch.cat((self._state, fresh), dim=1)
         self.end = end
         for window in range(first, min(last + group, len(windows))):
             if self._mine(window) and window not in self.features:
@@ -235,8 +240,9 @@ class _Run:
         done = end if last == len(windows) else windows.starts[last]
         predicted = self._predict(t, weight, range(first, last))
         sums = predicted.new_zeros(end - begin, predicted.shape[2] + 1)
-        if self.shared[row] is not None:
-            sums[: len(self.shared[row])] = self.shared[row]
+        shared = self.shared[row]
+        if shared is not None:
+            sums[: len(shared)] = shared
         for window, each in zip(range(first, last), predicted, strict=True):
             share = windows.weight(window).to(each)[:, None]
             weighted = torch.cat((share * each, share), dim=1)
@@ -308,7 +314,7 @@ class _Run:
         last = window == len(self.windows)
         done = self.windows.tokens if last else self.windows.starts[window]
         part = self.state[0, : done - self.begin].clone()
-        self.state = self.state[:, done - self.begin :].clone()
+        self._state = self.state[:, done - self.begin :].clone()
         self.begin = done
         for gone in [each for each in self.conditions if each < window]:
             del self.conditions[gone]

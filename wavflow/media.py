@@ -35,6 +35,6 @@ def open_media(path: Path, what: str) -> av.container.InputContainer:
         raise unreadable(path, what, error.strerror) from None
 
 
-def unreadable(path: Path, what: str, reason: str) -> InputError:
+def unreadable(path: Path, what: str, reason: str | None) -> InputError:
     """The error of a file that FFmpeg cannot read."""
     return InputError(f"{path}: not readable as {what} ({reason})")

@@ -13,6 +13,7 @@ from wavflow.config import Config
 from wavflow.data.dataset import ClipBatch, Clips
 from wavflow.draw import Draw
 from wavflow.model.flow_matching import FlowMatching
+from wavflow.model.networks import WavflowModel
 from wavflow.protocols import LossTerms
 from wavflow.runlog import Sample
 from wavflow.sampler import Sampler
@@ -42,7 +43,7 @@ class WavflowObjective:
         )
         self.empty_caption = empty_caption(config)
 
-    def build(self) -> nn.Module:
+    def build(self) -> WavflowModel:
         """A fresh network on the CPU."""
         return build_model(self.config, self.empty_caption)
 
@@ -91,6 +92,7 @@ class WavflowObjective:
         config, device = self.config, next(model.parameters()).device
         dtype = precision.resolve_dtype(config.training.dtype, device)
         clips = [dataset[i] for i in range(min(SAMPLE_CLIPS, len(dataset)))]
+        assert isinstance(model, WavflowModel)
         sounds = Sampler(model, config, device, dtype).generate_features(
             [clip.features for clip in clips],
             list(range(len(clips))),

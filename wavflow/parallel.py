@@ -181,10 +181,11 @@ class Parallel:
     @contextmanager
     def gradients(self, *, shared: bool) -> Iterator[None]:
         """Forward and backward in the block; `shared` of a step's last: gradients are averaged."""
+        trained: Any = self.model if self.strategy == "fsdp" else self.forward
         if self.strategy == "fsdp":
-            self.model.set_requires_gradient_sync(shared)
+            trained.set_requires_gradient_sync(shared)
         elif self.world.size > 1 and not shared:
-            with self.forward.no_sync():
+            with trained.no_sync():
                 yield
             return
         yield
@@ -215,8 +216,9 @@ def whole(tensor: Tensor) -> Tensor:
 def fill(target: Tensor, values: Tensor) -> None:
     """Copies `values`, the same in every process, into a tensor or into its shards."""
     if hasattr(target, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(target, DTensor)
         values = values.to(device=target.device, dtype=target.dtype)
         values = distribute_tensor(
             values, target.device_mesh, target.placements, src_data_rank=None

@@ -43,8 +43,10 @@ class Loaded(Protocol):
             out.
     """
 
-    batch: Batch
-    problems: dict[int, str]
+    @property
+    def batch(self) -> Batch: ...
+    @property
+    def problems(self) -> dict[int, str]: ...
 
 
 class Objective(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -122,12 +122,13 @@ class Sampler(Generator):
             times = "even" if named else BEST.times
         if guidance_interval is None:
             guidance_interval = (0.0, 1.0) if named else BEST.guidance_interval
+        interval: Any = tuple(guidance_interval)  # of two, or `Plan` raises
         return Plan(
-            solver=solver if named else BEST.solver,
+            solver=BEST.solver if solver is None else solver,
             steps=steps,
             times=times,
             guidance=self.config.inference.cfg if guidance is None else guidance,
-            guidance_interval=tuple(guidance_interval),
+            guidance_interval=interval,
             guidance_rescale=guidance_rescale,
         )
 
@@ -205,9 +206,9 @@ class Sampler(Generator):
         rows = len(captions if captions is not None else videos if videos is not None else ())
         if rows == 0:
             raise InputError("nothing to generate: give captions, videos or both")
-        captions, videos, negative = (
-            [None] * rows if value is None else list(value) for value in given.values()
-        )
+        captions = [None] * rows if captions is None else list(captions)
+        videos = [None] * rows if videos is None else list(videos)
+        negative = [None] * rows if negative_captions is None else list(negative_captions)
         if len(captions) != len(videos):
             raise InputError(f"{len(captions)} captions and {len(videos)} videos; wanted as many")
         if len(negative) != rows:
@@ -215,8 +216,10 @@ class Sampler(Generator):
         lasting = self._seconds(seconds, rows)
         window = options.get("window")
         features = [
-            self.encode(*row, window)
-            for row in zip(captions, videos, lasting, negative, strict=True)
+            self.encode(caption, video, length, away, window)
+            for caption, video, length, away in zip(
+                captions, videos, lasting, negative, strict=True
+            )
         ]
         seeds = [seed + row for row in range(rows)] if seeds is None else list(seeds)
         return self._generate(features, seeds, seconds=lasting, **options)
@@ -290,8 +293,10 @@ class Sampler(Generator):
             InputError: as :meth:`as_completed`; nothing to generate, or nothing kept.
         """
         rate = self.sample_rate
-        is_tensor = isinstance(recording, Tensor)
-        wave = recording.float().cpu() if is_tensor else load_audio(recording, rate)
+        if isinstance(recording, Tensor):
+            wave = recording.float().cpu()
+        else:
+            wave = load_audio(recording, rate)
         lasting = len(wave) / rate
         kept = torch.ones(len(wave), dtype=torch.bool)
         if gap is not None:
@@ -476,20 +481,24 @@ class Sampler(Generator):
                 lasting[row],
                 seeds[row],
                 plan,
-                self._window(lasting[row], window),
+                span,
                 overlap,
                 batch_size,
                 memory,
             )
             for row in range(len(features))
-            if at_once[row] is None
+            if (span := self._window(lasting[row], window))
         ]
         long_rows = [row for row, seconds in enumerate(at_once) if seconds is None]
 
         def run() -> Iterator[tuple[int, Sound]]:
             done = 0
             for batch in batches:
-                rows = [features[row] for row in batch.rows]
+                rows: list[Mapping[str, Tensor]] = []
+                for row in batch.rows:
+                    given = features[row]
+                    assert not isinstance(given, Scene)  # a scene is made of windows
+                    rows.append(given)
                 tokens = self._sample(
                     batch, rows, [seeds[row] for row in batch.rows], plan, on_step, cancel
                 )
@@ -527,12 +536,12 @@ def _in_order(completed: Iterator[tuple[int, Sound]]) -> list[Sound]:
 def _settle(
     checkpoint: str | os.PathLike[str], given: Config | None, carried: dict | None
 ) -> Config:
-    if given is None and carried is None:
-        raise InputError(
-            f"{checkpoint}: it carries no configuration; give one (a run keeps its own in "
-            "config.yaml beside its checkpoints)"
-        )
     if carried is None:
+        if given is None:
+            raise InputError(
+                f"{checkpoint}: it carries no configuration; give one (a run keeps its own in "
+                "config.yaml beside its checkpoints)"
+            )
         return given
     trained = config_from_dict(carried, where=str(checkpoint))
     if given is None:

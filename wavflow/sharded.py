@@ -126,14 +126,18 @@ def load(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and whole shape of every tensor in a folder."""
-    metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+    return {name: tuple(entry.size) for name, entry in _entries(folder).items()}
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """What a folder's metadata say of every tensor: their size and dtype."""
+    return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 
 def gather(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder, whole, on the CPU."""
-    metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in metadata.items()}
+    entries = _entries(folder).items()
+    tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries}
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
 

@@ -202,7 +202,7 @@ def _rk4(t: float, end: float, last: float | None, prediction: str) -> Step:
     am, bm = _velocity(middle, prediction)
     ae, be = _velocity(end, prediction)
     # Slots: the point of evaluation, x, and the sum of weighted velocities.
-    base = [0, 0, 1, 0]
+    base: list[float] = [0, 0, 1, 0]
     return [
         (
             t,

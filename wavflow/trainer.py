@@ -211,10 +211,11 @@ class Trainer:
         if not self.world.is_main:
             yield None
             return
-        settings = {"tensorboard": self.settings.tensorboard, "first_step": self.step}
         with (
             runlog.log_file(self.out / "training.log"),
-            runlog.RunLog(self.out, **settings) as shown,
+            runlog.RunLog(
+                self.out, tensorboard=self.settings.tensorboard, first_step=self.step
+            ) as shown,
         ):
             yield shown
 
@@ -276,8 +277,9 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad_norm)
         record.norm = whole(norm.detach())
         # The fused optimiser leaves weights and states alone where this is 1, on the device.
-        self.optimizer.found_inf = (~torch.isfinite(record.norm)).float()
-        self.optimizer.grad_scale = None
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = (~torch.isfinite(record.norm)).float()
+        optimizer.grad_scale = None
         self.optimizer.step()
         for ema in self.emas.values():
             ema.update(self.model, self.ema_age)
@@ -390,6 +392,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """The mean loss of the validation clips, with the weights and with their average."""
+        assert self.validation is not None
         return validate(
             self._batch_loss(self.parallel.forward, validation.SEED),
             self.validation,
@@ -476,7 +479,8 @@ class Trainer:
         elif found:
             log.warning("%s: of %d processes; there are %d", path, len(found), self.world.size)
             if self.world.is_main:
-                self.window.sums = sum(process["window"] for process in found)
+                sums: Any = sum(process["window"] for process in found)
+                self.window.sums = sums
 
     def start_from(self, weights: dict[str, Tensor], path: Path) -> None:
         """Starts model and averages from weights that were read from `path`."""

@@ -67,6 +67,7 @@ class Window:
         for record in self.pending:
             values = torch.cat(record.values).double().cpu()
             counts = torch.cat(record.counts).double().cpu()
+            assert record.norm is not None  # the step is over
             self.norm = float(record.norm)
             if not torch.isfinite(record.norm):
                 self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1

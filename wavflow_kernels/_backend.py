@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 BACKENDS = ("cpp", "triton", "library", "compile", "reference")
 log = logging.getLogger("wavflow_kernels")
 
+C: Any  # the extension, or None
 try:
     C = importlib.import_module("wavflow_kernels._C")
     C_MISSING = ""

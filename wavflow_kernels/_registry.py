@@ -145,7 +145,10 @@ class Op:
                 self.check_values(*args)
             if backend == "compile":
                 return _compiled(self.name)(*args)
-        return self.library(*args) if backend == "library" else self.reference(*args)
+        if backend == "library":
+            assert self.library is not None  # or it would not have been chosen
+            return self.library(*args)
+        return self.reference(*args)
 
     def first(self, args: Sequence[Any]) -> torch.Tensor:
         """The tensor whose device and dtype decide where a call runs."""

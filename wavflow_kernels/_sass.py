@@ -86,7 +86,7 @@ def parse(text: str) -> list[Code]:
     """The kernels in cuobjdump's output: for every file in it first the usage, then the code."""
     codes: list[Code] = []
     architecture = name = ""
-    usage: dict[str, tuple[int, ...]] = {}
+    usage: dict[str, list[int]] = {}
     for line in text.splitlines():
         if match := _INSTRUCTION.match(line):
             codes[-1].opcodes[match[1]] += 1
@@ -95,9 +95,10 @@ def parse(text: str) -> list[Code]:
         elif match := _USED.match(line):
             name = match[1]
         elif match := _USAGE.search(line):
-            usage[name] = tuple(map(int, match.groups()))
+            usage[name] = [int(number) for number in match.groups()]
         elif match := _FUNCTION.match(line):
-            codes.append(Code(match[1], architecture, *usage[match[1]]))
+            registers, local, shared = usage[match[1]]
+            codes.append(Code(match[1], architecture, registers, local, shared))
     return codes
 
 

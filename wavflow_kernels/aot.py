@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -133,8 +133,8 @@ def judge_call(call: Call, examined: dict[Build, Examined]) -> Iterator[str]:
                 yield f"{call}: {kernel} loads {operand} {min(widths)} bytes at a time"
 
 
-def compiled_kernels(library: Path | None, numbers: Sequence[int]) -> Iterator[tuple[Row, list]]:
-    """Rows of the CUDA C++ kernels in the extension, or in `library`, with their problems."""
+def compiled_kernels(library: Path, numbers: Sequence[int]) -> Iterator[tuple[Row, list]]:
+    """Rows of the CUDA C++ kernels in `library`, with their problems."""
     for code in _sass.read(cuobjdump(), library):
         if int(re.sub(r"\D", "", code.architecture)) not in numbers:
             continue
@@ -176,7 +176,7 @@ def table(rows: Sequence[Row]) -> Any:
     from rich.table import Table
 
     result = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (
+    columns: tuple[tuple[str, Literal["left", "right"]], ...] = (
         ("op", "left"),
         ("kernel", "left"),
         ("constants", "left"),
@@ -190,7 +190,8 @@ def table(rows: Sequence[Row]) -> Any:
         ("tensor", "left"),
         ("fp64", "left"),
         ("loads by bytes", "left"),
-    ):
+    )
+    for name, justify in columns:
         result.add_column(name, justify=justify, overflow="fold")
     for row in rows:
         result.add_row(
@@ -218,7 +219,10 @@ def examine(ops: Sequence[Op], numbers: Sequence[int]) -> tuple[list[Row], list[
     for op in ops:
         for number in numbers:
             for found in collect(op, number, builds):
-                (calls if isinstance(found, Call) else problems).append(found)
+                if isinstance(found, Call):
+                    calls.append(found)
+                else:
+                    problems.append(found)
     print(f"compiling {len(builds)} Triton kernels of {len(calls)} calls", file=sys.stderr)
     examined: dict[Build, Examined] = {}
     rows = []
@@ -248,7 +252,7 @@ def examine(ops: Sequence[Op], numbers: Sequence[int]) -> tuple[list[Row], list[
 def _library(given: Path | None) -> Path | None:
     """The library with the CUDA C++ kernels: the given one or one in that folder, else ours."""
     if given is None:
-        C = _backend.C
+        C: Any = _backend.C
         return Path(C.__file__) if C is not None and C.cuda_architectures else None
     found = sorted(given.glob("**/_C*.so")) if given.is_dir() else [given]
     if not found or not found[0].is_file():

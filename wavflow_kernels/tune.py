@@ -113,6 +113,7 @@ def measure(
 
         return timed
 
+    refusals: tuple[type[Exception], ...] = (RuntimeError, *_triton_errors())
     truth: list[torch.Tensor] = []
     rough: dict[str, float] = {}
     for row in rows:
@@ -122,7 +123,7 @@ def measure(
         try:
             with _tuned.keys_asked(op.name) as keys:
                 outs = list(tensors([call(row)()]))
-        except (RuntimeError, *_triton_errors()) as error:
+        except refusals as error:
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             found.notes.append(f"{name}: {first_line}")
             continue

@@ -146,7 +146,7 @@ class Clips(ABC):
     def __getitem__(self, index: int) -> Clip:
         """The first window at `index`; its wave is the whole one where that is lifted by itself."""
         window = self._first(self.recording(index))
-        wave = np.empty(window.wave.shape, np.float32)
+        wave = np.empty(window.wave.size, np.float32)
         window.write_wave(wave)
         features = {
             key: torch.from_numpy(value.astype(np.float32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -78,7 +78,7 @@ class Order:
         return self._epoch[1][place]
 
     def _examples(self, epoch: int) -> list[int]:
-        chosen = []
+        chosen: list[int] = []
         for number, (name, count) in enumerate(self._counts.items()):
             clips = self._sources[name]
             for taken in range(epoch * count, (epoch + 1) * count):
@@ -87,9 +87,10 @@ class Order:
                     self._permuted[name] = (turn, self._permutation(len(clips), number, turn))
                 chosen.append(clips[self._permuted[name][1][place]])
         examples = [chosen[i] for i in self._permutation(len(chosen), -1, epoch)]
-        if self._shards is not None:
-            turn = self._permutation(max(self._shards) + 1, -2, epoch)
-            examples.sort(key=lambda clip: turn[self._shards[clip]] // self._group)
+        shards = self._shards
+        if shards is not None:
+            turns = self._permutation(max(shards) + 1, -2, epoch)
+            examples.sort(key=lambda clip: turns[shards[clip]] // self._group)
         return examples
 
     def _permutation(self, count: int, stream: int, turn: int) -> list[int]:
@@ -128,7 +129,7 @@ class Work:
 
 
 def plan(
-    order: Order,
+    order: Order | range,
     *,
     batch_size: int,
     accumulation: int = 1,
@@ -159,7 +160,7 @@ def plan(
 
 def prefetch(
     load: Callable[[Job], T], work: Iterable[Job], workers: int, ahead: int
-) -> Iterator[tuple[Job, T]]:
+) -> Generator[tuple[Job, T], None, None]:
     """Loads in `workers` threads up to `workers * ahead` jobs early, in order; 0 = no thread."""
     if workers == 0:
         for item in work:

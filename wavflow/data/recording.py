@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from wavflow.audio import FORMATS, SILENCE_PEAK, SoundFile, load_audio
 from wavflow.config import DataConfig
 from wavflow.data.crop import Grid
-from wavflow.data.manifest import Row
+from wavflow.data.manifest import Row, needed
 from wavflow.errors import InputError
 from wavflow.files import load_tensors
 
@@ -67,6 +67,7 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
+        assert isinstance(self.wave, np.ndarray)  # a file is not kept in memory
         return self.wave.nbytes + sum(value.nbytes for value in self.features.values())
 
     @property
@@ -79,6 +80,7 @@ class Recording:
 
     def write_wave(self, out: np.ndarray) -> None:
         """Writes the wave into `out`, (t,) float32."""
+        assert isinstance(self.wave, np.ndarray)  # as a file's windows are
         if self.wave.dtype == np.int16:
             np.multiply(self.wave, INT16_STEP, out=out)
         else:
@@ -109,7 +111,7 @@ class RowReader:
             InputError: a file is missing or unreadable, the audio is silent, features are missing,
                 of a wrong size or not finite.
         """
-        wave = self._wave(row.audio_path, first=level is None)
+        wave = self._wave(needed(row.audio_path), first=level is None)
         known, level = level is not None, level or measure(wave)
         if level.peak <= SILENCE_PEAK:
             raise InputError(f"{row.audio_path}: the audio is silent")
@@ -123,7 +125,7 @@ class RowReader:
         if keys:
             mapped = self.is_long(wave.size)
             features = _read_arrays(
-                row.features_path, shapes, keys, mapped=mapped, finite=mapped and known
+                needed(row.features_path), shapes, keys, mapped=mapped, finite=mapped and known
             )
         if row.video_exist:
             self.grid.check(row.features_path, *(len(features[key]) for key in VIDEO_KEYS))
@@ -167,7 +169,7 @@ def read_features(
 
 def _read_arrays(
     path: str | os.PathLike[str],
-    shapes: dict[str, tuple[int | None, int]],
+    shapes: Mapping[str, tuple[int | None, int]],
     keys: Iterable[str],
     *,
     mapped: bool = False,

@@ -111,7 +111,7 @@ def write_video(path: Path, frames: np.ndarray, pcm: np.ndarray, rate: int) -> N
     import av
 
     aac = av.Codec("aac", "w")
-    audio_rate = min((r for r in aac.audio_rates if r >= rate), default=48000)
+    audio_rate = min((r for r in aac.audio_rates or () if r >= rate), default=48000)
     with atomic_write(path, durable=False) as file, av.open(file, "w", format="mp4") as mp4:
         video = mp4.add_stream("libx264", rate=FPS)
         video.height, video.width = frames.shape[1:3]

@@ -81,8 +81,14 @@ def draw_pictures(out: Path, metrics: dict[str, Any], losses: Sequence[tuple[int
         for mode, path in sounds(modes).items():
             wave, rate = read(out / path)
             with atomic_write(image(out, modes, mode), durable=False) as file:
+                picture: Any = file
                 imsave(
-                    file, spectrogram(wave, rate)[::-1], cmap="magma", format="png", vmin=0, vmax=1
+                    picture,
+                    spectrogram(wave, rate)[::-1],
+                    cmap="magma",
+                    format="png",
+                    vmin=0,
+                    vmax=1,
                 )
             video = out / "toy" / "videos" / f"{modes['vt2a']['id']}.mp4"
             if mode in FILMED:
@@ -159,10 +165,11 @@ def _draw_report(
             line[0].set_ylabel("kHz")
         for axes in grid[-1]:
             axes.set_xlabel("seconds")
-        left, right = figure.add_gridspec(
+        below: Any = figure.add_gridspec(
             1, 2, left=0.035, right=0.99, top=2.95 / tall, bottom=0.62 / tall, wspace=0.09,
             width_ratios=[1, 1.9],
         ).subplots()  # fmt: skip
+        left, right = below
         _draw_losses(left, losses, metrics)
         _draw_figures(right, metrics)
         with atomic_write(out / "report.png") as file:

@@ -209,6 +209,7 @@ class _Demo:
         """Whether this machine needs the smaller network; says what to expect."""
         csv = self.out / "features" / "heldout.csv"
         limit = config.training.max_seconds
+        assert limit is not None
         step, sound = measure(config, csv)
         slow = limit / step < min_steps
         if slow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from wavflow.build import build_model, empty_caption
 from wavflow.config import Config
-from wavflow.data.manifest import Row, read_manifest
+from wavflow.data.manifest import Row, needed, read_manifest
 from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
 from wavflow.demo.score import CONTROLS, MODES
 from wavflow.errors import InputError
@@ -58,7 +59,7 @@ def read_heldout(
     """
     rows = read_manifest(out / "toy" / "heldout.csv", ("id", "audio_path", "video_path"))
     table = read_manifest(out / "features" / "heldout.csv", ("id", "features_path"))
-    features = {row.id: row.features_path for row in table}
+    features = {row.id: needed(row.features_path) for row in table}
     for row in rows:
         if row.id not in features:
             raise InputError(f"{table.path}: no row {row.id}")
@@ -108,8 +109,7 @@ def generate_all(
                 steps=model.config.sampling.num_steps,
                 solver=model.config.sampling.method,
                 batch_size=BATCH,
-                progress=progress
-                and (lambda n, _, at=done, what=control or mode: progress(what, at + n, total)),
+                progress=progress and partial(_advance, progress, control or mode, done, total),
             )
             done += len(rows)
             for index, (row, sound) in enumerate(zip(rows, sounds, strict=True)):
@@ -119,7 +119,7 @@ def generate_all(
                 entries.append(_entry(row, source.id, mode, control, world[row.id], path))
     for row in rows:
         with atomic_write(out / "wav" / "true" / f"{row.id}.wav", durable=False) as file:
-            with open(row.audio_path, "rb") as true:
+            with open(needed(row.audio_path), "rb") as true:
                 shutil.copyfileobj(true, file)
     write_json(out / "events.json", entries)
     return entries
@@ -141,6 +141,12 @@ def _entry(
     }
 
 
+def _advance(
+    progress: Callable[[str, int, int], None], what: str, before: int, total: int, done: int, _: int
+) -> None:
+    progress(what, before + done, total)
+
+
 def put_to_video(video: Path, wave: Tensor, rate: int, out: Path) -> None:
     """Writes an mp4 with the pictures of `video`, copied as they are, and `wave` (t,) as AAC.
 
@@ -150,7 +156,7 @@ def put_to_video(video: Path, wave: Tensor, rate: int, out: Path) -> None:
     import av
 
     aac = av.Codec("aac", "w")
-    audio_rate = min((r for r in aac.audio_rates if r >= rate), default=48000)
+    audio_rate = min((r for r in aac.audio_rates or () if r >= rate), default=48000)
     pcm = (wave.clamp(-1, 1) * 32767).round().to(torch.int16).numpy()
     try:
         with (

@@ -343,8 +343,8 @@ class _Judge:
         counts["missing"], counts["extra"] = len(true - generated), len(generated - true)
         sounds = {}
         for heard in self._heard:
-            checks = {side: dataclasses.asdict(c) for side, c in heard.checks.items()}
-            sounds[heard.id] = checks | self.collector.values.get(heard.id, {})
+            checked = {side: dataclasses.asdict(c) for side, c in heard.checks.items()}
+            sounds[heard.id] = checked | self.collector.values.get(heard.id, {})
         return Evaluation(
             self.collector.figures, counts, self._problems, sounds, settings, versions
         )

@@ -108,7 +108,7 @@ class Clap:
         return _unit(self._model.get_text_features(**inputs.to(self._device)).pooler_output)
 
 
-EXTRACTORS = {"ast": Ast, "clap": Clap}
+EXTRACTORS: dict[str, type[Ast] | type[Clap]] = {"ast": Ast, "clap": Clap}
 
 
 def get_extractor(name: str, source: str | None, device: torch.device) -> Extractor:

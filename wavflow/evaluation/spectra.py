@@ -31,7 +31,7 @@ def mel_triangles(bins: int, rate: int, bands: int) -> np.ndarray:  # (bins, ban
     """Overlapping triangles, even on the mel scale from 40 Hz to rate / 2."""
     width = rate / 2 / (bins - 1)
     mel = 2595 * np.log10(1 + np.array([40.0, rate / 2]) / 700)
-    edges = 700 * (10 ** (np.linspace(*mel, bands + 2) / 2595) - 1)
+    edges = 700 * (10 ** (np.linspace(mel[0], mel[1], bands + 2) / 2595) - 1)
     sides = np.maximum(np.diff(edges), width)
     frequency = np.arange(bins) * width
     rise = 1 + (frequency - edges[1:-1, None]) / sides[:-1, None]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wavflow.audio import load_audio, sound_rate
-from wavflow.data.manifest import read_manifest
+from wavflow.data.manifest import needed, read_manifest
 from wavflow.errors import InputError
 from wavflow.evaluation.spectra import HOP, mel_triangles, power_spectra
 from wavflow.files import read_json
@@ -206,9 +206,9 @@ class Listener:
         for row in rows:
             if row.id not in self.scenes:
                 raise InputError(f"{events}: no clip {row.id!r}, which train.csv lists")
-        self.rate = sound_rate(rows[0].audio_path)
+        self.rate = sound_rate(needed(rows[0].audio_path))
         self.classifier = KindClassifier(self.rate).fit(
-            [self.load(row.audio_path) for row in rows],
+            [self.load(needed(row.audio_path)) for row in rows],
             [self.scenes[row.id]["kind"] for row in rows],
         )
 

@@ -24,10 +24,14 @@ class VideoEncoder(Protocol):
     called from many threads.
     """
 
-    name: str
-    clip_dim: int
-    sync_dim: int
-    streams: tuple[FrameStream, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def clip_dim(self) -> int: ...
+    @property
+    def sync_dim(self) -> int: ...
+    @property
+    def streams(self) -> tuple[FrameStream, ...]: ...
 
     def clip_rows(self, seconds: float) -> int: ...
 
@@ -62,9 +66,12 @@ class VideoEncoder(Protocol):
 class TextEncoder(Protocol):
     """Turns captions into token features (b, length, dim); [""] gives the empty caption."""
 
-    name: str
-    dim: int
-    length: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def length(self) -> int: ...
 
     def load(self) -> None:
         """As `VideoEncoder.load`."""

@@ -79,7 +79,9 @@ def model_sizes(name: str) -> dict[str, Any]:
 class _Unfilled(TorchFunctionMode):
     """Leaves out random initial weights: a billion of them cost 17 s, and all are then loaded."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         given = (*args, *(kwargs or {}).values())
         initial = func in (Tensor.normal_, Tensor.uniform_)
         if initial or getattr(func, "__module__", None) == "torch.nn.init":
@@ -117,7 +119,7 @@ class Clip:
         Face, and open_clip's by their name too.
         """
         facts = {"clip_model_name": self.model_name, "encoder_dtype": self._dtype}
-        weights = Path(self.pretrained)
+        weights: Path | None = Path(self.pretrained)
         if import_open_clip().is_pretrained_cfg(self.model_name, self.pretrained):
             facts["clip_pretrained"] = self.pretrained
             weights = self._cached()
@@ -171,7 +173,8 @@ class Clip:
             raise TypeError("captions is a str, wanted a list of str")
         tokens = self._tokenizer(captions).to(self.device)
         with self._autocast():
-            states = self.text_tower.forward_intermediates(
+            tower: Any = self.text_tower
+            states = tower.forward_intermediates(
                 text=tokens, text_indices=1, normalize_intermediates=True, intermediates_only=True
             )["text_intermediates"][-1]
         return F.normalize(states.float(), dim=-1).cpu()

@@ -24,7 +24,7 @@ from torch import Tensor
 from wavflow import __version__, parallel
 from wavflow.config import Config, DecodingConfig, ModelConfig, load_config
 from wavflow.data.dataset import COLUMNS
-from wavflow.data.manifest import ReportRow, Row, read_manifest, write_csv, write_report
+from wavflow.data.manifest import ReportRow, Row, needed, read_manifest, write_csv, write_report
 from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
 from wavflow.errors import InputError
 from wavflow.features import guard, provenance
@@ -317,8 +317,8 @@ class _Job:
             features: dict[str, Tensor] = {}
             facts: dict[str, Any] = {}
             if row.video_exist:
-                video, options = row.video_path, (self.limits, threads)
-                if self.seconds == WHOLE:
+                video, options = needed(row.video_path), (self.limits, threads)
+                if isinstance(self.seconds, str):  # WHOLE
                     features, facts["seconds"] = encode_whole_video(self.encoders, video, *options)
                 else:
                     features = encode_video(self.encoders, video, self.seconds, *options)
@@ -340,7 +340,7 @@ class _Job:
 
     def _source(self, row: Row) -> dict[str, Any]:
         """What the row's features are made from, and with."""
-        if not row.audio_path.is_file():
+        if not needed(row.audio_path).is_file():
             raise InputError(f"{row.audio_path}: no such audio file")
         source = {key: self.record[key] for key in ("encoders", "seconds")}
         if row.video_exist:
@@ -385,7 +385,7 @@ def _write_table(path: Path, rows: Iterable[Row], columns: Iterable[str]) -> Non
     cells = (
         {
             "id": row.id,
-            "audio_path": row.audio_path.resolve(),
+            "audio_path": needed(row.audio_path).resolve(),
             "features_path": f"features/{row.id}.pth",
             "video_exist": row.video_exist,
             "text_exist": row.text_exist,

@@ -44,7 +44,7 @@ _LINE, _MESSAGE = 1 << 16, 1000
 def decode(
     path: str | os.PathLike[str],
     streams: Sequence[FrameStream],
-    seconds: float,
+    seconds: float | Fraction,
     limits: DecodingConfig | None = None,
     threads: int = 0,
     *,
@@ -143,7 +143,7 @@ class _Worker:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 # One arena a thread would reserve address space by the GB, which the limit counts.
                 env={**os.environ, "MALLOC_ARENA_MAX": "2"},
@@ -227,7 +227,7 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     idle_bytes = _address_space()
     with socket.socket(fileno=0) as connection:
-        reply = "ready"
+        reply: str | dict[str, Any] = "ready"
         while True:
             connection.sendall(json.dumps(reply).encode() + b"\n")
             try:

@@ -36,16 +36,22 @@ def describe(
     Raises:
         InputError: as the encoders' sizes and facts do.
     """
-    is_own = isinstance(seconds, str)
-    length = seconds if is_own else float(seconds)
+    length = seconds if isinstance(seconds, str) else float(seconds)
+    record: dict[str, Any]
     record = {"wavflow": __version__, "encoders": encoders.name, "seconds": length}
     if video:
         see = encoders.video
         record["video"] = {
             **see.facts(),
             "frames": [f"{s.fps} a second, {s.size} pixels, {s.resize}" for s in see.streams],
-            "clip_features": [None if is_own else see.clip_rows(seconds), see.clip_dim],
-            "sync_features": [None if is_own else see.sync_rows(seconds), see.sync_dim],
+            "clip_features": [
+                None if isinstance(seconds, str) else see.clip_rows(seconds),
+                see.clip_dim,
+            ],
+            "sync_features": [
+                None if isinstance(seconds, str) else see.sync_rows(seconds),
+                see.sync_dim,
+            ],
         }
     if text:
         read = encoders.text

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -136,7 +136,8 @@ class _ToRGB:
             self._build(frame)
             self._form = form
         self._source.push(frame)
-        return torch.from_numpy(self._sink.pull().to_ndarray())
+        rgb: Any = self._sink.pull()
+        return torch.from_numpy(rgb.to_ndarray())
 
     def _build(self, frame: av.VideoFrame) -> None:
         import av
@@ -146,7 +147,7 @@ class _ToRGB:
         self._source = graph.add_buffer(
             width=frame.width,
             height=frame.height,
-            format=frame.format.name,
+            format=frame.format,
             time_base=frame.time_base,
         )
         rgb, self._sink = graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")
@@ -159,7 +160,7 @@ class _ToRGB:
 def decode(
     path: str | os.PathLike[str],
     streams: Sequence[FrameStream],
-    seconds: float,
+    seconds: float | Fraction,
     limits: DecodingConfig | None = None,
     threads: int = 0,
     out: Sequence[Tensor] | None = None,
@@ -256,8 +257,8 @@ def _check_container(
     import av
 
     if not container.streams.video:
-        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
-        raise InputError(f"{path}: no video stream, found {' and '.join(kinds)}")
+        kinds = " and ".join(sorted({s.type for s in container.streams})) or "nothing"
+        raise InputError(f"{path}: no video stream, found {kinds}")
     hours = (container.duration or 0) / av.time_base / 3600
     if hours > limits.hours:
         raise passed(path, f"the file claims {hours:.1f} hours", "hours", limits.hours)
@@ -311,6 +312,8 @@ class _Pictures:
         """The key frame that decoding `time` has to begin with, where the container finds it."""
         import av
 
+        if self.stream.time_base is None:
+            return None
         target = int(max(time - _SEEK_MARGIN, self.first) / self.stream.time_base)
         try:
             self.container.seek(target, stream=self.stream)
@@ -323,9 +326,10 @@ class _Pictures:
 
     def __iter__(self) -> Iterator[tuple[Fraction, av.VideoFrame]]:
         """Every picture from where it begins, with its time."""
+        assert self._head is not None  # `begin` said so
         for frame in chain((self._head,), self._frames):
-            time = _time(frame)
-            self.end = time + (frame.duration or 0) * frame.time_base
+            time, span = _time(frame), frame.duration or 0
+            self.end = time if frame.time_base is None else time + span * frame.time_base
             yield time, frame
 
 
@@ -359,6 +363,7 @@ def _check_size(
 
 
 def _time(frame: av.VideoFrame) -> Fraction:
+    assert frame.pts is not None and frame.time_base is not None  # `_decode_frames` looked
     return frame.pts * frame.time_base
 
 

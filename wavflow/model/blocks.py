@@ -30,12 +30,13 @@ def stretch(device: torch.device, inner: int, rows: int, itemsize: int) -> int:
 class Preparable:
     """A layer with a weight that :func:`wavflow.model.inference.prepare_inference` can prepare."""
 
+    weight: Tensor
     prepared: PreparedConv | None = None
 
     def prepare(self, dtype: torch.dtype, winograd: bool | None = None) -> None:
         """Hold the weight as inference in `dtype` wants it, in place of the parameter."""
         self.prepared = wk.prepare_conv(self.weight, dtype=dtype, winograd=winograd)
-        self.weight = None
+        del self.weight
 
     @property
     def operand(self) -> Tensor | PreparedConv:
@@ -93,7 +94,7 @@ class SwiGLU(nn.Module):
         self.edge = 0 if kernel_size is None else 2 * (kernel_size // 2)
         self.inner = inner = swiglu_inner(width)
 
-        def layer(in_dim: int, out_dim: int) -> nn.Module:
+        def layer(in_dim: int, out_dim: int) -> TokenLinear | TokenConv:
             if kernel_size is None:
                 return TokenLinear(in_dim, out_dim, bias=False)
             return TokenConv(in_dim, out_dim, kernel_size, bias=False)
@@ -106,7 +107,7 @@ class SwiGLU(nn.Module):
         """Hold w1 and w3 joined as inference in `dtype` wants them, and w2 likewise."""
         pair = [self.w1.weight, self.w3.weight]
         self.prepared = wk.prepare_conv(pair, dtype=dtype, winograd=winograd)
-        self.w1 = self.w3 = None
+        del self.w1, self.w3
         self.w2.prepare(dtype, winograd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,18 +120,20 @@ class SwiGLU(nn.Module):
         tokens, length = x.shape[1], stretch(x.device, self.inner, len(x), x.element_size())
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens < 2 * length:
             return self._whole(x)
-        made = None
+        made: Tensor | None = None
         for begin in range(0, tokens, length):
             end = min(begin + length, tokens)
             first = max(begin - self.edge, 0)
             part = self._whole(x[:, first : end + self.edge])
             made = part.new_empty(*x.shape[:2], part.shape[2]) if made is None else made
             made[:, begin:end] = part[:, begin - first : end - first]
+        assert made is not None
         return made
 
     def _whole(self, x: Tensor) -> Tensor:
-        weights = (self.w1.weight, self.w3.weight) if self.prepared is None else (self.prepared,)
-        return self.w2(wk.conv_swiglu(x, *weights))
+        if self.prepared is None:
+            return self.w2(wk.conv_swiglu(x, self.w1.weight, self.w3.weight))
+        return self.w2(wk.conv_swiglu(x, self.prepared))
 
 
 class Conditioning(NamedTuple):
@@ -152,9 +155,11 @@ class Stream(NamedTuple):
     gate: Tensor | None = None  # b r c
     gate_tokens: TokenRows | None = None
 
-    def adaln(self, shift: Tensor, scale: Tensor, tokens: TokenRows | None) -> tuple[Tensor, ...]:
+    def adaln(
+        self, shift: Tensor, scale: Tensor, tokens: TokenRows | None
+    ) -> tuple[Tensor, Tensor]:
         """The stream's sum, and its LayerNorm modulated by rows (b r c): both (b n c)."""
-        if self.branch is None:
+        if self.branch is None or self.gate is None:
             return self.x, wk.adaln(self.x, shift, scale, tokens)
         return wk.gated_residual_adaln(
             self.x, self.branch, self.gate, self.gate_tokens, shift, scale, tokens
@@ -181,13 +186,14 @@ class AttentionInput(nn.Module):
         """Hold the projection's weight as inference in `dtype` wants it."""
         weight, self.bias = self._projection()
         self.prepared = wk.prepare_conv(weight, dtype=dtype, winograd=winograd)
-        self.qkv = None
+        del self.qkv
 
     def _projection(self) -> tuple[Tensor, Tensor]:
         weight, bias = self.qkv.weight, self.qkv.bias
         if self.with_query:
             return weight, bias
-        return tuple(x.unflatten(0, (-1, 3))[:, 1:].flatten(0, 1) for x in (weight, bias))
+        weight, bias = (x.unflatten(0, (-1, 3))[:, 1:].flatten(0, 1) for x in (weight, bias))
+        return weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(b n 3c), channels laid out as (head, channel, {q, k, v}); (b n 2c) without queries."""
@@ -236,7 +242,8 @@ class TransformerBlock(nn.Module):
 
     def enter(self, stream: Stream, c: Conditioning) -> Entered:
         modulation = self.adaLN_modulation(c.rows).chunk(self.chunks, dim=-1)
-        x, h = stream.adaln(*modulation[:2], c.tokens)
+        shift, scale = modulation[:2]
+        x, h = stream.adaln(shift, scale, c.tokens)
         return Entered(x, self.attn(h), modulation, c.tokens)
 
     def leave(self, entered: Entered, attended: Tensor) -> Stream:
@@ -330,5 +337,6 @@ class FinalLayer(nn.Module):
         self.conv = TokenConv(dim, out_dim, 7)
 
     def forward(self, stream: Stream, c: Conditioning) -> Tensor:  # (b n d)
-        _, h = stream.adaln(*self.adaLN_modulation(c.rows).chunk(2, dim=-1), c.tokens)
+        shift, scale = self.adaLN_modulation(c.rows).chunk(2, dim=-1)
+        _, h = stream.adaln(shift, scale, c.tokens)
         return self.conv(h)

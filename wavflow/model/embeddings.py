@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,8 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         with torch.autocast(t.device.type, enabled=False):
-            return self.mlp(timestep_features(t).to(self.mlp[0].weight.dtype))
+            first: Any = self.mlp[0]
+            return self.mlp(timestep_features(t).to(first.weight.dtype))
 
 
 def rope_scale(scaling: str, stretch: float, head_dim: int) -> tuple[float, float]:

@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-Network = TypeVar("Network", bound=nn.Module)
+
+class Preparing(nn.Module):
+    """A network whose layers can be prepared."""
+
+    is_prepared = False  # a copy made by prepare_inference
+
+
+Network = TypeVar("Network", bound=Preparing)
 PREPARED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

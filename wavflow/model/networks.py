@@ -22,7 +22,7 @@ from wavflow.model.blocks import (
     TransformerBlock,
 )
 from wavflow.model.embeddings import ROPE_SCALINGS, TimestepEmbedding, rope_scale
-from wavflow.model.inference import PreparedNetwork
+from wavflow.model.inference import PreparedNetwork, Preparing
 from wavflow.model.shapes import check_shape
 from wavflow.model.sharing import Sharing
 from wavflow_kernels import TokenRows, Window, rope_table
@@ -167,12 +167,13 @@ class Conditions:
         shared = ("sync_tokens", "rope", "rope_scaling", "window", "prepared")
         per_clip = [f.name for f in fields(self) if f.name not in shared]
         sources = (self, *others)
-        return replace(
-            self, **{name: function(*(getattr(s, name) for s in sources)) for name in per_clip}
-        )
+        made: dict[str, Any] = {
+            name: function(*(getattr(s, name) for s in sources)) for name in per_clip
+        }
+        return replace(self, **made)
 
 
-class WavflowModel(nn.Module):
+class WavflowModel(Preparing):
     """Predicts clean waveform tokens (or velocities) from noisy ones and video and text features.
 
     With b clips, n audio tokens of d samples and hidden width c: latent (b n d), clip features
@@ -180,8 +181,6 @@ class WavflowModel(nn.Module):
     timesteps t (b) in [0, 1], 0 being noise. A tensor of another shape raises a ValueError naming
     the argument, its shape and the wanted one.
     """
-
-    is_prepared = False  # a copy made by prepare_inference
 
     def __init__(
         self,
@@ -255,10 +254,11 @@ class WavflowModel(nn.Module):
         self.global_cond_mlp = SwiGLU(dim, 4 * dim)
         self.final_layer = FinalLayer(dim, latent_dim)
         self.t_embed = TimestepEmbedding(dim)
-        self.joint_blocks = nn.ModuleList(
+        joint = [
             JointBlock(dim, num_heads, config.ffn_width, pre_only=i == config.joint_depth - 1)
             for i in range(config.joint_depth)
-        )
+        ]
+        self.joint_blocks = nn.ModuleList(joint)
         self.fused_blocks = nn.ModuleList(
             TransformerBlock(dim, num_heads, config.ffn_width, kernel_size=3)
             for _ in range(fused_depth)
@@ -266,7 +266,7 @@ class WavflowModel(nn.Module):
         # Who computes which audio tokens.
         self.sharing = Sharing()
         audio = [self.audio_input_proj, self.fused_blocks, self.final_layer]
-        for part in (*audio, *(block.latent_block for block in self.joint_blocks)):
+        for part in (*audio, *(block.latent_block for block in joint)):
             for module in part.modules():
                 if isinstance(module, (TokenConv, SwiGLU, TransformerBlock)):
                     module.sharing = self.sharing
@@ -283,8 +283,8 @@ class WavflowModel(nn.Module):
                     nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.final_layer.conv.weight)
-        nn.init.zeros_(self.final_layer.conv.bias)
+        for parameter in self.final_layer.conv.parameters():
+            nn.init.zeros_(parameter)
 
     @property
     def device(self) -> torch.device:
@@ -504,6 +504,7 @@ class WavflowModel(nn.Module):
         extended = Conditioning(global_c + conditions.sync_rows, conditions.sync_tokens)
         everywhere = Conditioning(global_c)
 
+        streams: tuple[Stream, ...]
         streams = (Stream(x), Stream(conditions.clip_f), Stream(conditions.text_f))
         window = conditions.window
         for block in self.joint_blocks:

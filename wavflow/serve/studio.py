@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from wavflow.errors import Cancelled, InputError
 from wavflow.plan import Plan, Step
@@ -154,12 +155,16 @@ class Studio:
             InputError: the request is beyond the limits or cannot be met.
         """
         request.check(self.limits)
-        if request.seed is None:
-            request = replace(request, seed=secrets.randbelow(DRAWN_SEEDS))
-        options = {"solver": request.solver, "steps": request.steps, "guidance": request.guidance}
+        seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
+        request = replace(request, seed=seed)
+        options: dict[str, Any] = {
+            "solver": request.solver,
+            "steps": request.steps,
+            "guidance": request.guidance,
+        }
         plan = self.sampler.plan(**options)
         folder = Path(tempfile.mkdtemp(prefix="sound-", dir=self.folder))
-        view = View("starting" if request.video is None else "reading the video", 0.0, request.seed)
+        view = View("starting" if request.video is None else "reading the video", 0.0, seed)
         told: queue.SimpleQueue[News | None] = queue.SimpleQueue()
         cancel, begun = Event(), time.monotonic()
         self._cancels.add(cancel)
@@ -269,6 +274,7 @@ def _show(view: View, sound: Sound, path: Path) -> View:
 
 def _add_video(view: View, sound: Sound, video: Path) -> View:
     """The view with the video, or with the reason why there is none."""
+    assert view.sound is not None
     path = view.sound.with_suffix(".mp4")
     try:
         sound.save_video(video, path)

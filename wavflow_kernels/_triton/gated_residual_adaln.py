@@ -25,5 +25,5 @@ def forward(
     launch_forward(outs, x, y, gate, gate_index, shift, scale, index, eps)
 
 
-def backward(outs: tuple[Tensor, ...], *args: Any) -> None:
+def backward(outs: tuple[Any, ...], *args: Any) -> None:
     launch_backward(*outs, *args)

@@ -39,7 +39,7 @@ class TokenRows(NamedTuple):
     Token n reads row ``index[n]``; the tokens of row r are ``offsets[r]`` to ``offsets[r + 1]``.
     """
 
-    index: Tensor  # n, int32
+    index: Tensor  # type: ignore[assignment]  # n, int32; hides tuple.index
     offsets: Tensor  # rows + 1, int32
 
     @classmethod
@@ -303,7 +303,8 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
 
     def chunks(b: int, r: int, c: int) -> tuple[Tensor, Tensor]:
         """shift and scale as the model has them: views of one projection."""
-        return normal(b, r, 6 * c).chunk(6, -1)[1:3]
+        _, shift, scale, *_ = normal(b, r, 6 * c).chunk(6, -1)
+        return shift, scale
 
     gathered = sample_rows(device, [0, 0, 1, 1, 1, 4, 4, 5], 7)  # rows without tokens, too
     long = upsampled_rows(device, 75, 4)

@@ -153,14 +153,15 @@ class _OnCpu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return convolve_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad)
+        x, weight = ctx.saved_tensors
+        return convolve_backward(grad, x, weight, ctx.needs_input_grad)
 
 
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide = cpu.product_dtype(x.dtype)
     if wide != x.dtype:
-        given = (None if t is None else t.to(wide) for t in (x, weight, bias))
-        return _on_cpu(*given).to(x.dtype)
+        added = None if bias is None else bias.to(wide)
+        return _on_cpu(x.to(wide), weight.to(wide), added).to(x.dtype)
     (o, c, k), tokens = weight.shape, x.shape[0] * x.shape[1]
     # F.conv1d copies tokens to channels-first and back, a picture copies weights to channels-last.
     # In float32 the former has a third of the latter's rounding error, at up to 1.6 times its time.
@@ -219,7 +220,7 @@ def _launch(
     gate_index: Tensor | None,
 ) -> None:
     done = out.dtype == torch.float32 and not selu and residual is None
-    x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
+    x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     z = _panels.multiply(x, _panels.pack(weight), len(weight), bias, out if done else None)
     if not done:
         out.copy_(_finish(z, selu, residual, gate, gate_index))
@@ -241,7 +242,8 @@ def convolve_backward(
     wide = cpu.product_dtype(x.dtype) if on_cpu else x.dtype
     if wide != x.dtype:
         made = convolve_backward(grad.to(wide), x.to(wide), weight.to(wide), needs)
-        return tuple(None if d is None else d.to(x.dtype) for d in made)
+        d_x, d_weight, d_bias = (None if d is None else d.to(x.dtype) for d in made)
+        return d_x, d_weight, d_bias
     d_x = d_weight = d_bias = None
     x_needs, weight_needs, bias_needs = needs
     products = k == 1 and not (on_cpu and x.dtype == torch.float32)

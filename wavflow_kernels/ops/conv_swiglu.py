@@ -69,8 +69,8 @@ def _launch(
         for weight, z in zip(pair, kept, strict=True):
             _panels.multiply(x, _panels.pack(weight), channels, out=z)
     else:
-        made = (_panels.multiply(x, _panels.pack(weight), channels) for weight in pair)
-        made = [z.to(y.dtype) for z in made]
+        sums = (_panels.multiply(x, _panels.pack(weight), channels) for weight in pair)
+        made = [z.to(y.dtype) for z in sums]
         kept = [z.copy_(m) for z, m in zip(kept, made, strict=True)] if keep else made
     gate.launch(y, *kept)
 
@@ -116,17 +116,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, w1, w3, output[1], output[2])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *ignored: Tensor) -> tuple[Tensor | None, ...]:
     x, w1, w3, a, b = ctx.saved_tensors
     needs_x, needs_w1, needs_w3, _ = ctx.needs_input_grad
     if not ctx.keep:
         a, b = convolved(x, w1), convolved(x, w3)
     d_a, d_b = gate.BACKWARD.torch_op(grad, a, b)
-    d_x, d_w1, _ = gradients(d_a, x, w1, (needs_x, needs_w1, False))
+    d_x1, d_w1, _ = gradients(d_a, x, w1, (needs_x, needs_w1, False))
     d_x3, d_w3, _ = gradients(d_b, x, w3, (needs_x, needs_w3, False))
-    if needs_x:
+    d_x = None
+    if d_x1 is not None and d_x3 is not None:
         wide = compute_dtype(x.dtype)
-        d_x = (d_x.to(wide) + d_x3.to(wide)).to(x.dtype)
+        d_x = (d_x1.to(wide) + d_x3.to(wide)).to(x.dtype)
     return d_x, d_w1, d_w3, None
 
 

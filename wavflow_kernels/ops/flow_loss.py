@@ -67,11 +67,12 @@ def _residual(
     pred = pred.to(x_1.dtype)
     if kind == _X_PRED_V:
         return 1.0, 1 / rest.clamp_min(1e-6), pred - x_1
+    if kind not in (_V_PRED_V, _V_PRED_X):
+        return 1.0, 1.0, pred - x_1
+    assert other is not None
     if kind == _V_PRED_V:
         return 1.0, 1.0, pred - x_1 + (1.0 - sigma_min) * other
-    if kind == _V_PRED_X:
-        return rest, 1.0, rest * pred - x_1 + other
-    return 1.0, 1.0, pred - x_1
+    return rest, 1.0, rest * pred - x_1 + other
 
 
 def reference(

@@ -66,6 +66,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:  # b n d, b n d
     x_0 = noise
     if x_0 is None:
+        assert seeds is not None
         count = x_1[0].numel() if len(x_1) else 0
         x_0 = _philox.normal(seeds, count, offset).to(t.dtype) * noise_scale
         x_0 = x_0.view(x_1.shape)

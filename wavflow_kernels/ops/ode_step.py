@@ -97,6 +97,7 @@ def _call(
     uncond: Tensor | None,
     table: Tensor,
     index: Tensor,
+    *,
     advance: bool,
 ) -> None:
     if index.device.type == "cpu":

@@ -68,7 +68,7 @@ def _outputs(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: b
 
 
 def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight.to_dense() if weight.layout == torch._mkldnn else weight).to(dtype)
+    return (weight.to_dense() if weight.is_mkldnn else weight).to(dtype)
 
 
 def reference(
@@ -149,7 +149,7 @@ def _launch(
         return
     # oneDNN's choice of a kernel, and with it the last bits, would follow the strides.
     x = x.contiguous()
-    weights = [w if w.layout == torch._mkldnn else w.contiguous() for w in weights]
+    weights = [w if w.is_mkldnn else w.contiguous() for w in weights]
     if len(weights) == 4:
         return _winograd(out, x, weights, bias, gated)
     if weights[0].dim() == 3:
@@ -176,7 +176,8 @@ def _launch(
     if gated:
         swiglu.launch(out, *z.chunk(2, -1))
     else:
-        out.set_(z.contiguous())  # oneDNN has allocated a result already: nothing is copied
+        result: Any = z.contiguous()  # torch's type of set_ knows storages alone
+        out.set_(result)  # oneDNN has allocated a result already: nothing is copied
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
@@ -264,7 +265,7 @@ def _workload(winograd: bool) -> Workload:
             weights = prepare_conv(pair, dtype=dtype, winograd=True).weights
         else:
             weights = [_picture(pair, dtype)]
-        return x, [w if w.layout == torch._mkldnn else w.to(dtype) for w in weights], None, True
+        return x, [w if w.is_mkldnn else w.to(dtype) for w in weights], None, True
 
     return make
 
@@ -327,8 +328,8 @@ def weights_for(op: str, x: Tensor, prepared: PreparedConv) -> tuple[Tensor, ...
     autocast = torch.is_autocast_enabled(x.device.type)
     wanted = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if prepared.dtype != wanted:
-        found, wanted = (str(t).removeprefix("torch.") for t in (prepared.dtype, wanted))
-        raise TypeError(f"{op}: the weights were prepared for {found}, x is computed in {wanted}")
+        found, asked = (str(t).removeprefix("torch.") for t in (prepared.dtype, wanted))
+        raise TypeError(f"{op}: the weights were prepared for {found}, x is computed in {asked}")
     return weights
 
 
@@ -341,8 +342,9 @@ def call(op: str, x: Tensor, prepared: PreparedConv, bias: Tensor | None) -> Ten
     if isinstance(x, Tensor):
         if not torch.is_autocast_enabled(x.device.type):
             check_dtype(op, "bias", bias, x.dtype)
-        x, bias = (None if t is None else t.to(prepared.dtype) for t in (x, bias))
-        x, bias = (None if t is None else t.to(weights[0].dtype) for t in (x, bias))
+        x = x.to(prepared.dtype).to(weights[0].dtype)
+        if bias is not None:
+            bias = bias.to(prepared.dtype).to(weights[0].dtype)
     return OP.torch_op(x, weights, bias, prepared.gated).to(prepared.dtype)
 
 

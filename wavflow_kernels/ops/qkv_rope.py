@@ -240,11 +240,13 @@ def _reference_backward(
     k_weight: Sequence[Tensor],  # d
     rope: Tensor,  # n d
     heads: int,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     streams = _streams(qkv, q_weight, rope, heads)
     d_q = grad_q.split([q.shape[2] for q, *_ in streams], dim=2)
     d_k, d_v = (g.split([x.shape[1] for x in qkv], dim=2) for g in (grad_k, grad_v))
-    d_qkv, d_q_weight, d_k_weight = [], [], []
+    d_qkv: list[Tensor] = []
+    d_q_weight: list[Tensor | None] = []
+    d_k_weight: list[Tensor | None] = []
     for i, (q, k, _, table) in enumerate(streams):
         dq, dq_weight = norm_rope_backward(d_q[i], q, q_weight[i], table[: q.shape[2]])
         dk, dk_weight = norm_rope_backward(d_k[i], k, k_weight[i], table)
@@ -324,9 +326,8 @@ def _workload(b: int, *streams: tuple[int, int], backward: bool = False) -> Any:
         ]
         weights = [[torch.ones(d, device=device, dtype=computed) for _ in streams] for _ in "qk"]
         rope = rope_table(sum(n for n, _ in streams), d, device=device, dtype=computed)
-        args = (qkv, *weights, rope, heads)
-        grads = [torch.randn_like(t) for t in _outputs(*args)] if backward else []
-        return *grads, *args
+        outs = _outputs(qkv, weights[0], weights[1], rope, heads) if backward else ()
+        return *(torch.randn_like(t) for t in outs), qkv, *weights, rope, heads
 
     return make
 

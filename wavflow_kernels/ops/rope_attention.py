@@ -65,8 +65,8 @@ def _check(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_dtype(op, name, tensor, *FLOATS)
         check_dtype(op, name, tensor, q.dtype)
-    for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight), ("rope", rope)):
-        check_dtype(op, name, tensor, compute_dtype(q.dtype))
+    for name, given in (("q_weight", q_weight), ("k_weight", k_weight), ("rope", rope)):
+        check_dtype(op, name, given, compute_dtype(q.dtype))
     require(
         (q_weight is None) == (k_weight is None),
         f"{op}: q_weight and k_weight must be given together",
@@ -383,7 +383,8 @@ def _workload(
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         computed = compute_dtype(dtype)
         packed = torch.randn(3, b, h, n, d, device=device, dtype=dtype)
-        weights, rope = [None, None], None
+        weights: list[Tensor | None] = [None, None]
+        rope = None
         if norm:
             packed = torch.randn(b, n, 3, h, d, device=device, dtype=dtype).permute(2, 0, 3, 1, 4)
             weights = [torch.ones(d, device=device, dtype=computed) for _ in range(2)]

@@ -196,5 +196,6 @@ def unpatchify(
         f"got {tuple(tokens.shape)} and hop {hop}",
     )
     if samples is None:
+        assert hop is not None
         samples = ((tokens.shape[1] - 1) * hop + tokens.shape[2]) * tokens.shape[3]
     return OP(tokens, window, hop, samples, audio_scale)
