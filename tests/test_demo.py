@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from tests.tiny import save_tiny
+from tiny import save_tiny
+
 from wavflow import checkpoint
 from wavflow.data.toy import KINDS, make_scene, write_toy_world
 from wavflow.data.toy_sound import synthesize
@@ -382,12 +383,15 @@ def test_tiny_demo_from_nothing_and_again(
 
     out = tmp_path / "out put"
     options = {"clips": 16, "heldout": 8, "overrides": TINY, "weights": tiny}
+    options["train_seconds"] = 1e6  # the steps end it
     alone = run_demo(out, train="none", **options)
     assert alone["training"] is None and alone["reused"] == []
     assert alone["weights"]["file"] == "tiny.pth" and alone["seconds_first_sounds"] > 0
 
     metrics = run_demo(out, **options)
-    assert metrics["reused"] == ["toy world", "features, heldout", "sounds, shipped"]
+    assert metrics["reused"] == [
+        "clips, heldout", "features, heldout", "sounds, shipped", "clips, train"
+    ]  # fmt: skip
     assert (metrics["training"]["how"], metrics["training"]["steps"]) == (QUICK, 10)
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     again = recompute(out)
@@ -412,8 +416,8 @@ def test_tiny_demo_from_nothing_and_again(
 
     second = run_demo(out, **options)
     assert second["reused"] == [
-        "toy world", "features, heldout", "sounds, shipped", "features, train", "training",
-        "sounds, quick",
+        "clips, heldout", "features, heldout", "sounds, shipped", "clips, train",
+        "features, train", "training", "sounds, quick",
     ]  # fmt: skip
     assert {key: second[key] for key in again} == again
 
@@ -421,7 +425,7 @@ def test_tiny_demo_from_nothing_and_again(
     assert full["reused"] == [] and full["training"]["how"] == FULL
     assert QUICK not in full and f"{FULL}.t2a.class_accuracy" in full["bars"]
     assert "10 steps, " in capsys.readouterr().err
-    # Ten steps are ten steps, whatever ends them.
+    # Both are the same ten steps.
     entries = json.loads((out / "events.json").read_text())
     assert (out / entries[-1]["generated"]).read_bytes() == trained
 
@@ -433,7 +437,8 @@ def test_packaged_weights_meet_the_bars_on_unseen_clips(tmp_path: Path) -> None:
     """A smaller world of another seed than was trained on, from video and caption."""
     options = {"clips": 160, "heldout": BATCH, "config": run.load_config(run.PRESET), "stages": 0}
     demo = run.Demo(tmp_path, 7, **options)
-    demo.make_world()
+    demo.write_clips("heldout")
+    demo.write_clips("train")
     demo.extract("heldout")
     sampler = run.Sampler.load(run.PRESET, "cpu")
     assert sampler.dtype in (torch.float32, torch.bfloat16)
@@ -470,7 +475,7 @@ def test_packaged_weights_say_where_they_come_from() -> None:
 
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> Path:
     """Runs `ship` on a training that ended with some weights, in a world of few clips."""
-    monkeypatch.setattr(ship, "TRAIN_CLIPS", 80)
+    monkeypatch.setattr(ship, "CLIPS", {QUICK: 80, FULL: 80})
     monkeypatch.setattr(ship, "HELDOUT_CLIPS", 16)
     monkeypatch.setattr(ship, "CONTROL_CLIPS", 8)
     weights = checkpoint.read_weights(source)

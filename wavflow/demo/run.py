@@ -26,7 +26,7 @@ from wavflow.console import console, counter
 from wavflow.demo.score import FULL, MODES, NAMES, QUICK, SERIES, SHIPPED, recompute
 from wavflow.demo.sounds import Job, control_jobs, generate, jobs_of, read_heldout
 from wavflow.errors import InputError
-from wavflow.evaluation.toy import Listener
+from wavflow.evaluation.toy import CLASSIFIER_CLIPS, Listener
 from wavflow.files import read_json, sha256, write_json
 from wavflow.runlog import METRICS, read_metrics
 from wavflow.sampler import Sampler
@@ -35,10 +35,11 @@ from wavflow_kernels import cpu
 
 #: The packaged network, and the configuration it was trained by.
 PRESET = "toy_8k"
-TRAININGS = (QUICK, FULL, "none")
+#: Clips of the world by the training of the demo; those that a minute can use, and the listener.
+CLIPS = {QUICK: CLASSIFIER_CLIPS, FULL: 1200, "none": CLASSIFIER_CLIPS}
+HELDOUT_CLIPS, CONTROL_CLIPS = 64, 32
 #: Of the training "quick".
 TRAIN_SECONDS = 60.0
-TRAIN_CLIPS, HELDOUT_CLIPS, CONTROL_CLIPS = 1200, 64, 32
 _PARTS = ("toy", "features", "run", "wav", "video", "img")
 
 
@@ -50,7 +51,7 @@ def run_demo(
     weights: str | os.PathLike[str] = PRESET,
     overrides: Sequence[str] = (),
     train_seconds: float = TRAIN_SECONDS,
-    clips: int = TRAIN_CLIPS,
+    clips: int | None = None,
     heldout: int = HELDOUT_CLIPS,
     fresh: bool = False,
 ) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def run_demo(
         weights: the checkpoint that is heard first.
         overrides: `key=value` on top of the configuration of the training.
         train_seconds: wall-clock seconds of the training "quick".
-        clips, heldout: sizes of the world.
+        clips, heldout: sizes of the world; `CLIPS` by default.
         fresh: delete what an earlier run left in `out` first.
 
     Raises:
@@ -78,24 +79,28 @@ def run_demo(
     for module, package in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
         if importlib.util.find_spec(module) is None:
             raise InputError(f"the demo needs {package}: pip install 'wavflow[demo]'")
-    if clips < 8 or heldout < 8:
+    if train not in CLIPS:
+        raise InputError(f"train is {train!r}; wanted one of {', '.join(CLIPS)}")
+    if (clips is not None and clips < 8) or heldout < 8:
         raise InputError(f"clips is {clips}, heldout is {heldout}; the demo wants at least 8")
-    if train not in TRAININGS:
-        raise InputError(f"train is {train!r}; wanted one of {', '.join(TRAININGS)}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if fresh:
         for part in _PARTS:
             shutil.rmtree(out / part, ignore_errors=True)
     config = load_config(PRESET, overrides)
-    demo = Demo(out, seed, clips, heldout, config, stages=3 if train == "none" else 5)
+    demo = Demo(
+        out, seed, clips or CLIPS[train], heldout, config, stages=4 if train == "none" else 6
+    )
 
-    with demo.stage("toy world", "toy"):
-        demo.make_world()
-    with demo.stage(f"sounds of the packaged network for {heldout} unseen clips", "sounds"):
-        sampler = Sampler.load(weights)
+    with demo.stage(f"{heldout} videos and captions that no network has met", "heldout"):
+        demo.write_clips("heldout")
         demo.extract("heldout")
+    with demo.stage("sounds of the packaged network", "sounds"):
+        sampler = Sampler.load(weights)
         entries = demo.sounds_of_weights(sampler)
+    with demo.stage(f"{demo.clips} clips to learn kinds of sound from", "clips"):
+        demo.write_clips("train")
     with demo.stage("figures and report", "report"):
         metrics = demo.report(entries, sampler, None)
     if train != "none":
@@ -151,37 +156,38 @@ class Demo:
         self.reused.append(what)
         _say(f"    {what} kept from an earlier run with the same settings")
 
-    @property
-    def world(self) -> dict[str, Any]:
-        """What the toy world depends on."""
+    def world(self, split: str) -> dict[str, Any]:
+        """What the clips of "train" or "heldout" depend on."""
         return {
             "wavflow": __version__,
             "seed": self.seed,
-            "clips": self.clips,
-            "heldout": self.heldout,
+            "clips": self.clips if split == "train" else self.heldout,
             "seconds": self.config.data.audio_duration,
             "rate": self.config.data.target_sample_rate,
         }
 
-    def make_world(self) -> None:
-        """Writes toy/."""
-        from wavflow.data.toy import write_toy_world
+    def write_clips(self, split: str) -> None:
+        """Writes the "heldout" clips of toy/, which come first, or those of "train"."""
+        from wavflow.data.toy import write_split
 
-        path = self.out / "toy" / "settings.json"
-        if path.is_file() and read_json(path) == self.world:
-            self._keep("toy world")
+        folder, settings = self.out / "toy", self.world(split)
+        path = folder / f"{split}.json"
+        if path.is_file() and read_json(path) == settings:
+            self._keep(f"clips, {split}")
             return
+        if split == "heldout":  # of another world, if there is one
+            shutil.rmtree(folder, ignore_errors=True)
         path.unlink(missing_ok=True)
-        write_toy_world(
-            path.parent,
-            self.clips,
+        write_split(
+            folder,
+            split,
+            settings["clips"],
             self.seed,
-            heldout=self.heldout,
-            seconds=self.world["seconds"],
-            rate=self.world["rate"],
+            seconds=settings["seconds"],
+            rate=settings["rate"],
             progress=console().is_terminal,
         )
-        write_json(path, self.world)
+        write_json(path, settings)
 
     def extract(self, split: str) -> None:
         """Features of the "train" or "heldout" clips."""
@@ -231,7 +237,7 @@ class Demo:
         self, name: str, settings: dict[str, Any], jobs: Callable[[], list[Job]]
     ) -> list[dict[str, Any]]:
         path = self.out / "wav" / f"{name}.json"
-        settings = {"world": self.world, **settings}
+        settings = {"world": self.world("heldout"), **settings}
         if path.is_file() and (found := read_json(path))["settings"] == settings:
             self._keep(f"sounds, {name}")
             return found["entries"]
@@ -259,7 +265,7 @@ class Demo:
             max_seconds=train_seconds if how == QUICK else None,
         )
         text = json.dumps(
-            [dataclasses.replace(self.config, training=settings).to_dict(), self.world],
+            [dataclasses.replace(self.config, training=settings).to_dict(), self.world("train")],
             sort_keys=True,
         )
         return dataclasses.replace(

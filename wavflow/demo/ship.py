@@ -22,8 +22,9 @@ import typer
 from wavflow import __version__
 from wavflow.checkpoint import LATEST, PACKAGED, SAFETENSORS, Weights, read_weights, save_weights
 from wavflow.config import Config, config_from_dict, load_config
-from wavflow.demo.run import CONTROL_CLIPS, HELDOUT_CLIPS, PRESET, TRAIN_CLIPS, Demo
-from wavflow.demo.score import SHIPPED, recompute
+from wavflow.console import counter
+from wavflow.demo.run import CLIPS, CONTROL_CLIPS, HELDOUT_CLIPS, PRESET, Demo
+from wavflow.demo.score import FULL, QUICK, SHIPPED, recompute
 from wavflow.demo.sounds import control_jobs, generate, jobs_of, read_heldout
 from wavflow.errors import InputError
 from wavflow.files import write_json
@@ -58,7 +59,7 @@ def ship(
         "seed": config.training.seed,
         "steps": weights.global_step,
         "commands": [
-            f"wavflow toy --out toy --clips {TRAIN_CLIPS} --heldout {HELDOUT_CLIPS} "
+            f"wavflow toy --out toy --clips {CLIPS[FULL]} --heldout {HELDOUT_CLIPS} "
             f"--seed {config.training.seed}",
             "wavflow extract --csv toy/train.csv --out features",
             f"wavflow train --config {PRESET} data.csv_path=features/train.csv {changed}".strip(),
@@ -76,12 +77,7 @@ def ship(
     made = Weights(out, state, weights.which, here.to_dict(), weights.global_step, about)
     candidate = work / f"candidate{SAFETENSORS}"
     save_weights(candidate, made)
-    figures = [
-        {"world": seed, "dtype": dtype, "clips": HELDOUT_CLIPS}
-        | judge(candidate, work / f"world{seed}", seed, dtype)
-        for seed in seeds
-        for dtype in dtypes
-    ]
+    figures = [found for seed in seeds for found in judge(candidate, work, seed, dtypes)]
     save_weights(candidate, dataclasses.replace(made, provenance=about | {"figures": figures}))
     if (size := candidate.stat().st_size) >= MOST_BYTES:
         raise InputError(f"{candidate}: {size} bytes; wanted less than {MOST_BYTES}")
@@ -89,34 +85,46 @@ def ship(
     return read_weights(out)
 
 
-def judge(checkpoint: Path, folder: Path, seed: int, dtype: str) -> dict[str, Any]:
-    """The demo's figures of a network on the held-out clips of a world; raises where one is missed.
+def judge(checkpoint: Path, work: Path, seed: int, dtypes: list[str]) -> list[dict[str, Any]]:
+    """The demo's figures of a network on the held-out clips of a world, in every dtype.
 
     Args:
         checkpoint: the network.
-        folder: gets the world and the sounds.
+        work: gets the world and the sounds.
         seed: of the world and the noise.
-        dtype: of the network.
+        dtypes: of the network.
+
+    Raises:
+        InputError: a bar that is missed.
     """
-    demo = Demo(folder, seed, TRAIN_CLIPS, HELDOUT_CLIPS, load_config(PRESET), stages=0)
-    demo.make_world()
+    folder = work / f"world{seed}"
+    demo = Demo(folder, seed, CLIPS[QUICK], HELDOUT_CLIPS, load_config(PRESET), stages=0)
+    demo.write_clips("heldout")
+    demo.write_clips("train")
     demo.extract("heldout")
-    sampler = Sampler.load(checkpoint, "cpu", dtype)
-    clips = read_heldout(folder, sampler.config)
-    jobs = jobs_of(sampler, SHIPPED, clips)
-    jobs += control_jobs(sampler, clips.first(CONTROL_CLIPS), seed)
-    entries = generate(folder, jobs, seed=seed, progress=lambda *_: None)
-    write_json(folder / "events.json", entries)
-    found = recompute(folder, demo.heard)
-    missed = [
-        f"{name} {bar['value']:.3f}, wanted {bar['wanted']}"
-        for name, bar in found["bars"].items()
-        if not bar["passed"]
-    ]
-    print(f"world {seed}, {dtype}: {found[SHIPPED]}", file=sys.stderr)
-    if missed:
-        raise InputError(f"{checkpoint}: world {seed}, {dtype}: {'; '.join(missed)}")
-    return found[SHIPPED]
+    rows = []
+    for dtype in dtypes:
+        sampler = Sampler.load(checkpoint, "cpu", dtype)
+        clips = read_heldout(folder, sampler.config)
+        jobs = jobs_of(sampler, SHIPPED, clips)
+        jobs += control_jobs(sampler, clips.first(CONTROL_CLIPS), seed)
+        with counter(f"world {seed}, {dtype}") as show:
+            entries = generate(
+                folder, jobs, seed=seed, progress=lambda _, *at, show=show: show(*at)
+            )
+        write_json(folder / "events.json", entries)
+        found = recompute(folder, demo.heard)
+        missed = [
+            f"{name} {bar['value']:.3f}, wanted {bar['wanted']}"
+            for name, bar in found["bars"].items()
+            if not bar["passed"]
+        ]
+        if missed:
+            raise InputError(f"{checkpoint}: world {seed}, {dtype}: {'; '.join(missed)}")
+        about = {"world": seed, "dtype": dtype, "clips": HELDOUT_CLIPS}
+        rows.append(about | found[SHIPPED])
+        print(rows[-1], file=sys.stderr)
+    return rows
 
 
 def _overrides(config: Config) -> str:
