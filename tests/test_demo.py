@@ -20,16 +20,28 @@ pytest.importorskip("sklearn")
 from tiny import save_tiny
 
 from wavflow import checkpoint
-from wavflow.data.toy import KINDS, make_scene, write_toy_world
+from wavflow.audio import load_audio
+from wavflow.config import load_config
+from wavflow.data.toy import KINDS, make_scene, write_split, write_toy_world
 from wavflow.data.toy_sound import synthesize
-from wavflow.demo import run, score, ship
+from wavflow.demo import score, ship
 from wavflow.demo.page import write_page
 from wavflow.demo.report import draw_pictures, spectrogram
-from wavflow.demo.run import run_demo
+from wavflow.demo.run import HELDOUT_CLIPS, run_demo
 from wavflow.demo.score import CONTROLS, FULL, JUDGED, MODES, QUICK, SHIPPED, recompute
-from wavflow.demo.sounds import BATCH, other_conditions
+from wavflow.demo.sounds import BATCH, generate, jobs_of, other_conditions, read_heldout
 from wavflow.errors import InputError
-from wavflow.evaluation.toy import KindClassifier, Matches, kind_features, match, onsets
+from wavflow.evaluation.toy import (
+    KindClassifier,
+    Matches,
+    kind_features,
+    match,
+    onset_figures,
+    onsets,
+    share,
+)
+from wavflow.features.extract import extract
+from wavflow.sampler import Sampler
 from wavflow_kernels import lift_patchify, unpatchify
 
 RATE = 8000
@@ -376,7 +388,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_tiny_demo_from_nothing_and_again(
+def test_tiny_demo_of_every_training(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import soundfile
@@ -414,15 +426,12 @@ def test_tiny_demo_from_nothing_and_again(
     said = capsys.readouterr().err
     assert "first sounds after" in said and "loss nan" not in said
 
-    second = run_demo(out, **options)
-    assert second["reused"] == [
+    full = run_demo(out, train=FULL, **options)
+    assert full["reused"] == [
         "clips, heldout", "features, heldout", "sounds, shipped", "clips, train",
-        "features, train", "training", "sounds, quick",
+        "features, train",
     ]  # fmt: skip
-    assert {key: second[key] for key in again} == again
-
-    full = run_demo(out, train=FULL, fresh=True, **options)
-    assert full["reused"] == [] and full["training"]["how"] == FULL
+    assert full["training"]["how"] == FULL and full[SHIPPED] == alone[SHIPPED]
     assert QUICK not in full and f"{FULL}.t2a.class_accuracy" in full["bars"]
     assert "10 steps, " in capsys.readouterr().err
     # Both are the same ten steps.
@@ -433,21 +442,22 @@ def test_tiny_demo_from_nothing_and_again(
 # The packaged weights
 
 
-def test_packaged_weights_meet_the_bars_on_unseen_clips(tmp_path: Path) -> None:
-    """A smaller world of another seed than was trained on, from video and caption."""
-    options = {"clips": 160, "heldout": BATCH, "config": run.load_config(run.PRESET), "stages": 0}
-    demo = run.Demo(tmp_path, 7, **options)
-    demo.write_clips("heldout")
-    demo.write_clips("train")
-    demo.extract("heldout")
-    sampler = run.Sampler.load(run.PRESET, "cpu")
+def test_packaged_weights_meet_the_bars_on_unseen_clips(
+    tmp_path: Path, classifier: KindClassifier
+) -> None:
+    """Clips of another world than the training's, from video and caption."""
+    write_split(tmp_path / "toy", "heldout", BATCH, 7, workers=1)
+    assert extract(tmp_path / "toy" / "heldout.csv", tmp_path / "features").done == BATCH
+    sampler = Sampler.load("toy_8k", "cpu")
     assert sampler.dtype in (torch.float32, torch.bfloat16)
-    clips = run.read_heldout(tmp_path, sampler.config)
-    job = run.jobs_of(sampler, SHIPPED, clips)[0]
-    entries = run.generate(tmp_path, [job], seed=7, progress=lambda *_: None)
-    found = demo.heard.figures(
-        entries, [demo.heard.load(tmp_path / e["generated"]) for e in entries]
-    )
+    clips = read_heldout(tmp_path, sampler.config)
+    (job, *_) = jobs_of(sampler, SHIPPED, clips)
+    entries = generate(tmp_path, [job], seed=7, progress=lambda *_: None)
+    assert [entry["mode"] for entry in entries] == ["vt2a"] * BATCH
+    waves = [load_audio(tmp_path / entry["generated"], RATE) for entry in entries]
+    heard = zip((onsets(w, RATE) for w in waves), (e["events"] for e in entries), strict=True)
+    found = onset_figures(heard)
+    found["class_accuracy"] = share(classifier.predict(waves), [e["kind"] for e in entries])
     for name, least in score.WANTED["vt2a"].items():
         assert found[name] >= least, found
 
@@ -459,7 +469,7 @@ def test_packaged_weights_say_where_they_come_from() -> None:
     assert all(tensor.dtype == torch.float16 for tensor in weights.state.values())
     about = weights.provenance
     assert about["licence"] == "Apache-2.0" and re.fullmatch("[0-9a-f]{40}", about["commit"])
-    assert about["steps"] == weights.global_step == run.load_config("toy_8k").training.max_steps
+    assert about["steps"] == weights.global_step == load_config("toy_8k").training.max_steps
     assert [c.split()[:2] for c in about["commands"]][:3] == [
         ["wavflow", "toy"], ["wavflow", "extract"], ["wavflow", "train"]
     ]  # fmt: skip
@@ -467,16 +477,16 @@ def test_packaged_weights_say_where_they_come_from() -> None:
         (seed, dtype) for seed in (0, 1, 2) for dtype in ("float32", "bfloat16")
     }
     for figures in about["figures"]:
-        assert figures["clips"] == run.HELDOUT_CLIPS
+        assert figures["clips"] == HELDOUT_CLIPS
         for mode, wanted in score.WANTED.items():
             assert all(figures[mode][name] >= least for name, least in wanted.items())
     assert weights.config["data"]["csv_path"] is None
 
 
-def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> Path:
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, clips: int) -> Path:
     """Runs `ship` on a training that ended with some weights, in a world of few clips."""
-    monkeypatch.setattr(ship, "CLIPS", {QUICK: 80, FULL: 80})
-    monkeypatch.setattr(ship, "HELDOUT_CLIPS", 16)
+    monkeypatch.setattr(ship, "CLIPS", {QUICK: clips, FULL: clips})
+    monkeypatch.setattr(ship, "HELDOUT_CLIPS", clips // 5)
     monkeypatch.setattr(ship, "CONTROL_CLIPS", 8)
     weights = checkpoint.read_weights(source)
     content = {"model": weights.state, "model_ema1": weights.state, "ema_age": 1500}
@@ -491,15 +501,16 @@ def test_ship_refuses_what_misses_a_bar(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match=r"world 3, float32: .*shipped\.vt2a\.onset_recall 0\."):
-        shipped(tmp_path, monkeypatch, tiny)
+        shipped(tmp_path, monkeypatch, tiny, 40)
     assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_ship_writes_what_meets_the_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = checkpoint.read_weights(shipped(tmp_path, monkeypatch, checkpoint.find("toy_8k")))
+    source = checkpoint.find("toy_8k")
+    weights = checkpoint.read_weights(shipped(tmp_path, monkeypatch, source, 160))
     wanted = checkpoint.read_weights("toy_8k")
     assert all(torch.equal(weights.state[name], wanted.state[name]) for name in wanted.state)
     assert weights.config == wanted.config
     (figures,) = weights.provenance["figures"]
-    assert (figures["world"], figures["dtype"], figures["clips"]) == (3, "float32", 16)
+    assert (figures["world"], figures["dtype"], figures["clips"]) == (3, "float32", 32)
