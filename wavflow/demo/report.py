@@ -65,7 +65,7 @@ def chosen(entries: list[dict[str, Any]], per_kind: int, how: str | None) -> lis
     Args:
         entries: events.json.
         per_kind: how many.
-        how: the series of the training whose sounds are shown too, or None.
+        how: the series of the training whose sounds are shown too, or None; clips without are not.
     """
     by_id: dict[str, Clip] = {}
     for entry in entries:
@@ -85,6 +85,8 @@ def chosen(entries: list[dict[str, Any]], per_kind: int, how: str | None) -> lis
         clip.sounds[sound] = entry["generated"]
     shown: dict[str, list[Clip]] = {}
     for clip in by_id.values():
+        if how is not None and how not in clip.sounds:
+            continue
         shown.setdefault(clip.kind, []).append(clip)
     rows = []
     for group in shown.values():

@@ -37,7 +37,9 @@ from wavflow_kernels import cpu
 PRESET = "toy_8k"
 #: Clips of the world by the training of the demo; those that a minute can use, and the listener.
 CLIPS = {QUICK: CLASSIFIER_CLIPS, FULL: 1200, "none": CLASSIFIER_CLIPS}
-HELDOUT_CLIPS, CONTROL_CLIPS = 64, 32
+HELDOUT_CLIPS = 64
+#: Of them, those that the controls and the training "quick" are heard with.
+CONTROL_CLIPS = QUICK_CLIPS = 16
 #: Of the training "quick".
 TRAIN_SECONDS = 60.0
 _PARTS = ("toy", "features", "run", "wav", "video", "img")
@@ -229,7 +231,8 @@ class Demo:
             sampler = Sampler.load(
                 trained.checkpoint, inference.device, inference.dtype, config.model.ema, config
             )
-            return jobs_of(sampler, how, read_heldout(self.out, config))
+            clips = read_heldout(self.out, config)
+            return jobs_of(sampler, how, clips.first(QUICK_CLIPS) if how == QUICK else clips)
 
         return self._sounds(how, {"run": config.experiment_id, "steps": trained.steps}, jobs)
 
