@@ -104,7 +104,8 @@ def run_demo(
     with demo.stage(f"{demo.clips} clips to learn kinds of sound from", "clips"):
         demo.write_clips("train")
     with demo.stage("figures and report", "report"):
-        metrics = demo.report(entries, sampler, None)
+        metrics = demo.judge(entries, sampler, None)
+    demo.report(metrics)
     if train != "none":
         run = demo.run_config(train, train_seconds)
         told = "at most " if train == QUICK else ""
@@ -116,7 +117,8 @@ def run_demo(
             trained = demo.train(run)
         with demo.stage("its sounds, figures and report", "trained_sounds"):
             entries += demo.sounds_of_training(train, trained, run)
-            metrics = demo.report(entries, sampler, Training(train, trained, run))
+            metrics = demo.judge(entries, sampler, Training(train, trained, run))
+        demo.report(metrics)
     show(out, metrics)
     return metrics
 
@@ -305,17 +307,14 @@ class Demo:
     def heard(self) -> Listener:
         return Listener(self.out / "toy" / "events.json")
 
-    def report(
+    def judge(
         self, entries: list[dict[str, Any]], sampler: Sampler, training: Training | None
     ) -> dict[str, Any]:
-        """Writes events.json, metrics.json and the report; returns the metrics."""
-        from wavflow.demo.page import write_page
+        """Writes events.json and what the report shows; returns the metrics."""
         from wavflow.demo.report import draw_pictures
 
         write_json(self.out / "events.json", entries)
         metrics: dict[str, Any] = {
-            "seconds_total": 0.0,
-            "seconds": self.seconds,
             "seconds_first_sounds": self.first_sounds,
             "reused": self.reused,
             "seed": self.seed,
@@ -341,11 +340,17 @@ class Demo:
             lines = read_metrics(result.out / METRICS)
             losses = [(line["step"], line["loss"]) for line in lines if line.get("loss")]
         draw_pictures(self.out, metrics, losses)
+        return metrics
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Writes metrics.json and report.html, with the seconds that all took up to now."""
+        from wavflow.demo.page import write_page
+
         metrics["seconds_total"] = time.monotonic() - self.started
+        metrics["seconds"] = dict(self.seconds)
         write_json(self.out / "metrics.json", metrics)
         write_page(self.out, metrics)
         _say(f"    look and listen: [bold]{self.out / 'report.html'}[/bold]")
-        return metrics
 
 
 def _machine(sampler: Sampler) -> dict[str, Any]:
