@@ -543,13 +543,18 @@ def demo(
     ] = "quick",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in the folder.")] = False,
 ) -> None:
-    """Toy world, the packaged network's sounds for it, their figures, a training, a report."""
+    """Toy world, the packaged network's sounds for it, their figures, a training, a report.
+
+    Ends with 1 if a bar is missed.
+    """
     from wavflow.demo.run import run_demo
 
     try:
-        run_demo(out, seed=seed, train=train, fresh=fresh)
+        metrics = run_demo(out, seed=seed, train=train, fresh=fresh)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    if not all(bar["passed"] for bar in metrics["bars"].values()):
+        raise typer.Exit(1)
 
 
 @app.command()

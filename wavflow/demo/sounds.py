@@ -56,8 +56,8 @@ class Heldout:
     features: list[dict[str, Tensor]]
     scenes: list[dict[str, Any]]
 
-    def first(self, count: int) -> Heldout:
-        """So many of them."""
+    def first(self, count: int | None) -> Heldout:
+        """So many of them, None for all."""
         return Heldout(self.rows[:count], self.features[:count], self.scenes[:count])
 
 
