@@ -354,8 +354,7 @@ class Demo:
 
 
 def _machine(sampler: Sampler) -> dict[str, Any]:
-    capabilities = torch.cpu.get_capabilities()
-    name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    name = cpu.name()
     if sampler.device.type == "cuda":
         name = torch.cuda.get_device_name(sampler.device)
     return {

@@ -8,7 +8,6 @@ several seeds, and puts it in its place with its provenance if every bar is met.
 from __future__ import annotations
 
 import dataclasses
-import platform
 import shlex
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from wavflow.demo.sounds import control_jobs, generate, jobs_of, read_heldout
 from wavflow.errors import InputError
 from wavflow.files import write_json
 from wavflow.sampler import Sampler
+from wavflow_kernels import cpu
 
 #: Bytes of the file, at most.
 MOST_BYTES = 8_000_000
@@ -65,8 +65,7 @@ def ship(
             f"wavflow train --config {PRESET} data.csv_path=features/train.csv {changed}".strip(),
             f"python -m wavflow.demo.ship {run.name}",
         ],
-        "made_on": f"{platform.machine()}, {torch.cpu.get_capabilities().get('cpu_name', '')}, "
-        f"torch {torch.__version__}",
+        "made_on": f"{cpu.name()}, torch {torch.__version__}",
     }
     here = dataclasses.replace(
         config,
