@@ -1,5 +1,5 @@
 # make demo   set up, then a toy world, sounds of the packaged network, a minute of training, a report
-#             (TRAIN=full: trains until the bars are met, and says before how long; TRAIN=none; SEED=1)
+#             (TRAIN=full: trains as the packaged one was, and says before how long; TRAIN=none; SEED=1)
 # make test   set up for development, then the tests
 # make gpu    on a machine with a GPU, with what $(PYTHON) has: build, test, tune, measure (STAGES=... for some)
 # PYTHON, TORCH, PIP_ARGS and WAVFLOW_BUILD choose interpreter, torch, pip options and kernels.

@@ -247,7 +247,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def metrics(finished: Path) -> dict:
     return {
         "seconds_total": 61.0,
-        "reused": ["toy world"],
+        "reused": ["train clips"],
         "weights": {"file": "<toy>.safetensors", "steps": 1500, "parameters": 3_000_000},
         "training": {
             "how": QUICK,
@@ -402,7 +402,7 @@ def test_tiny_demo_of_every_training(
 
     metrics = run_demo(out, **options)
     assert metrics["reused"] == [
-        "clips, heldout", "features, heldout", "sounds, shipped", "clips, train"
+        "heldout clips", "heldout features", "shipped sounds", "train clips"
     ]  # fmt: skip
     assert (metrics["training"]["how"], metrics["training"]["steps"]) == (QUICK, 10)
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
@@ -428,8 +428,8 @@ def test_tiny_demo_of_every_training(
 
     full = run_demo(out, train=FULL, **options)
     assert full["reused"] == [
-        "clips, heldout", "features, heldout", "sounds, shipped", "clips, train",
-        "features, train",
+        "heldout clips", "heldout features", "shipped sounds", "train clips",
+        "train features",
     ]  # fmt: skip
     assert full["training"]["how"] == FULL and full[SHIPPED] == alone[SHIPPED]
     assert QUICK not in full and f"{FULL}.t2a.class_accuracy" in full["bars"]

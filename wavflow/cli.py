@@ -537,8 +537,8 @@ def demo(
     train: Annotated[
         str,
         typer.Option(
-            help="Of a network from nothing: quick (a minute), full (until it meets the bars of "
-            "the packaged one; says beforehand how long that takes), none."
+            help="Of a network from nothing: quick (a minute), full (as many steps as the packaged "
+            "one took, to the same bars; says beforehand how long that takes), none."
         ),
     ] = "quick",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in the folder.")] = False,

@@ -177,7 +177,7 @@ class Demo:
         folder, settings = self.out / "toy", self.world(split)
         path = folder / f"{split}.json"
         if path.is_file() and read_json(path) == settings:
-            self._keep(f"clips, {split}")
+            self._keep(f"{split} clips")
             return
         if split == "heldout":  # of another world, if there is one
             shutil.rmtree(folder, ignore_errors=True)
@@ -197,7 +197,7 @@ class Demo:
         """Features of the "train" or "heldout" clips."""
         from wavflow.features.extract import extract
 
-        with counter(f"features, {split}") as progress:
+        with counter(f"{split} features") as progress:
             result = extract(
                 self.out / "toy" / f"{split}.csv",
                 self.out / "features",
@@ -208,7 +208,7 @@ class Demo:
         if result.failed:
             raise InputError(f"{result.failed} clips have no features; see {result.report}")
         if not result.done:
-            self._keep(f"features, {split}")
+            self._keep(f"{split} features")
 
     # Sounds
 
@@ -244,7 +244,7 @@ class Demo:
         path = self.out / "wav" / f"{name}.json"
         settings = {"world": self.world("heldout"), **settings}
         if path.is_file() and (found := read_json(path))["settings"] == settings:
-            self._keep(f"sounds, {name}")
+            self._keep(f"{name} sounds")
             return found["entries"]
         path.unlink(missing_ok=True)
         with counter("sounds") as show:
