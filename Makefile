@@ -15,8 +15,8 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 # Kernels for GPUs take minutes to compile: where no GPU is to be seen, they are left out.
-GPU := $(shell nvidia-smi -L 2>/dev/null)$(wildcard /dev/nvidia0)
-COMPILER := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
+GPU = $(shell nvidia-smi -L 2>/dev/null)$(wildcard /dev/nvidia0)
+COMPILER = $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 WAVFLOW_BUILD ?= $(if $(GPU),auto,$(if $(COMPILER),cpu,auto))
 
 .PHONY: setup demo test interpret aot isa slow lint sanitize gpu clean
