@@ -1,5 +1,6 @@
-# make demo   set up, then the whole story on this machine: toy world, training, generation, report
-# make test   set up, then the tests
+# make demo   set up, then a toy world, sounds of the packaged network, a minute of training, a report
+#             (TRAIN=full: trains as the packaged one was, and says before how long; TRAIN=none; SEED=1)
+# make test   set up for development, then the tests
 # make profile   where a training step and a sampling step spend their time (PROFILE="--model medium_16k ...")
 # make wheel   sdist and wheel, tested in a bare environment for each of TORCHES
 # make gpu    on a machine with a GPU, with what $(PYTHON) has: build, test, tune, measure (STAGES=... for some)
@@ -10,11 +11,17 @@ TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 VENV ?= .venv
 SEED ?= 0
+TRAIN ?= quick
 STAGES ?=
 PROFILE ?=
 TORCHES ?= $(TORCH)
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+# Kernels for GPUs take minutes to compile: where no GPU is to be seen, they are left out.
+GPU = $(shell nvidia-smi -L 2>/dev/null)$(wildcard /dev/nvidia0)
+COMPILER = $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
+WAVFLOW_BUILD ?= $(if $(GPU),auto,$(if $(COMPILER),cpu,auto))
 
 .PHONY: setup demo test interpret aot isa slow lint sanitize profile wheel gpu clean
 .DEFAULT_GOAL := help
@@ -22,27 +29,31 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*
 help:
 	@sed -n 's/^# //p' Makefile
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.dev
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "wavflow needs Python 3.10 or newer: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 	  || { echo "this Python lacks venv or pip: install python3-venv and python3-pip"; exit 1; }
-	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
+	@test -n "$(COMPILER)" \
 	  || echo "no C++ compiler found (Debian: build-essential): the kernels will run as plain torch"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# The installed torch is kept if TORCH accepts it; the build itself is isolated and needs none.
+# What `make demo` needs. The installed torch is kept if TORCH accepts it; the build itself is
+# isolated and needs none. Python compiles what is imported, not all that is installed.
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install $(PIP_ARGS) "$(TORCH)"
-	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[dev]"
+	WAVFLOW_BUILD=$(WAVFLOW_BUILD) $(BIN)/python -m pip install --no-compile $(PIP_ARGS) "$(TORCH)" -e ".[demo]"
 	$(BIN)/python -m wavflow_kernels
 	@touch $@
 
-demo: setup
-	$(BIN)/wavflow demo --out out/demo --seed $(SEED)
+# What tests and other work on the project need beside it; wavflow itself is not built again.
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_ARGS) "wavflow[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/wavflow demo --out out/demo --seed $(SEED) --train $(TRAIN)
 
 test: setup
 	$(BIN)/pytest -m "not slow and not gpu"

@@ -28,7 +28,7 @@ from torch import Tensor
 import wavflow_kernels as wk
 from bench.harness import fail, machine
 from wavflow.build import build_model
-from wavflow.checkpoint import LATEST, load_into, read_weights
+from wavflow.checkpoint import load_into, read_weights
 from wavflow.config import config_from_dict
 from wavflow.console import counter
 from wavflow.demo.sounds import BATCH, read_heldout
@@ -92,7 +92,7 @@ def relative_l2(found: Tensor, wanted: Tensor) -> Tensor:  # (clips t) each -> (
 
 
 class Clips:
-    """A demo's held-out clips and its network, ready to generate and to judge.
+    """A demo's held-out clips and a network, ready to generate and to judge.
 
     Raises:
         InputError: a file that is missing or does not fit.
@@ -107,12 +107,11 @@ class Clips:
         self.config = config_from_dict(weights.config, where=str(checkpoint))
         self.model = build_model(self.config)
         load_into(self.model, weights.state, checkpoint)
-        rows, features, world = read_heldout(demo, self.config)
+        clips = read_heldout(demo, self.config).first(count)
         self.model.to(device).eval().requires_grad_(False)
-        self.features = features[:count]
-        self.seeds = [row_seed(self.config.training.seed, row.id) for row in rows[:count]]
-        scenes = [world[row.id] for row in rows[:count]]
-        self._clips = [{"kind": scene["kind"], "events": scene["times"]} for scene in scenes]
+        self.features = clips.features
+        self.seeds = [row_seed(self.config.training.seed, row.id) for row in clips.rows]
+        self._clips = [{"kind": scene["kind"], "events": scene["times"]} for scene in clips.scenes]
         self._heard = Listener(demo / "toy" / "events.json")
 
     def __len__(self) -> int:
@@ -201,25 +200,11 @@ def results(
     return rows
 
 
-def find_checkpoint(demo: Path) -> Path:
-    """The one latest checkpoint below `run/`.
-
-    Raises:
-        InputError: no such folder; no checkpoint, or several.
-    """
-    if not demo.is_dir():
-        raise InputError(f"{demo}: no such folder")
-    found = sorted((demo / "run").glob(f"*/{LATEST}"))
-    if len(found) != 1:
-        raise InputError(
-            f"{demo}: it has {len(found)} files run/*/{LATEST}, wanted one; give --checkpoint"
-        )
-    return found[0]
-
-
 def main(
     demo: Annotated[Path, typer.Option(help="Folder of a finished wavflow demo; is only read.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Default: the demo's.")] = None,
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint or packaged weights.")] = Path(
+        "toy_8k"
+    ),
     ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     clips: Annotated[int | None, typer.Option(help="The first N; default all.", min=1)] = None,
@@ -234,7 +219,6 @@ def main(
         where = resolve_device(device)
         if where.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False
-        checkpoint = checkpoint or find_checkpoint(demo)
         given = Clips(demo, checkpoint, ema, where, clips)
         with counter("clip steps") as progress:
             rows = results(given, CHOICES, batch, progress)

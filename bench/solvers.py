@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 import wavflow_kernels as wk
-from bench.fidelity import Clips, find_checkpoint, relative_l2
+from bench.fidelity import Clips, relative_l2
 from bench.harness import fail, machine
 from bench.plot import INK, RULE
 from wavflow.console import counter
@@ -249,7 +249,9 @@ def evaluations(exact: int, batches: int, studies: int) -> int:
 
 def main(
     demo: Annotated[Path, typer.Option(help="Folder of a finished wavflow demo; is only read.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Default: the demo's.")] = None,
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint or packaged weights.")] = Path(
+        "toy_8k"
+    ),
     ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     guidance: Annotated[tuple[float, float], typer.Option(help="Two weights, 1 for none.")] = (
@@ -271,7 +273,7 @@ def main(
     name = "bench.run solvers"
     try:
         where = resolve_device(device)
-        given = Clips(demo, checkpoint or find_checkpoint(demo), ema, where, max(clips, judged))
+        given = Clips(demo, checkpoint, ema, where, max(clips, judged))
         cases = [(weight, EVERYWHERE) for weight in guidance]
         if guidance_interval is not None:
             cases += [(weight, guidance_interval) for weight in guidance if weight > 1]

@@ -323,7 +323,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             parameter.normal_(std=0.05)
     content = {"model": model.state_dict(), "config": config.to_dict()}
-    checkpoint.save(out / "run" / "toy" / checkpoint.LATEST, content)
+    checkpoint.save(out / checkpoint.LATEST, content)
     return out
 
 
@@ -336,7 +336,9 @@ def test_fidelity_compares_choices_and_scores_them(
     monkeypatch.setattr(fidelity, "CHOICES", [*short, wrong])
     path = tmp_path / "rows.json"
     files = sorted(demo.rglob("*"))
-    fidelity.main(demo, ema="none", device="cpu", clips=2, batch=2, json_path=path)
+    fidelity.main(
+        demo, demo / checkpoint.LATEST, ema="none", device="cpu", clips=2, batch=2, json_path=path
+    )
     assert sorted(demo.rglob("*")) == files
     found = json.loads(path.read_text())
     rows = {row["choice"]: row for row in found["rows"]}
@@ -355,14 +357,11 @@ def test_fidelity_names_what_is_missing(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("sklearn")
+    network = demo / checkpoint.LATEST
     for options, message in (
-        ({"demo": tmp_path / "nix"}, "nix: no such folder"),
-        ({"demo": tmp_path}, "it has 0 files run/*/checkpoint_latest.pth, wanted one; give --che"),
-        ({"demo": demo, "ema": "ema1"}, "it has no model_ema1"),
-        (
-            {"demo": tmp_path, "checkpoint": fidelity.find_checkpoint(demo), "ema": "none"},
-            "heldout.csv",
-        ),
+        ({"demo": demo, "checkpoint": tmp_path / "nix"}, "nix: no such checkpoint"),
+        ({"demo": demo, "checkpoint": network, "ema": "ema1"}, "it has no model_ema1"),
+        ({"demo": tmp_path, "checkpoint": network, "ema": "none"}, "heldout.csv"),
     ):
         with pytest.raises(SystemExit) as error:
             fidelity.main(**options)
@@ -380,6 +379,7 @@ def test_solvers_are_measured_against_an_agreed_reference(
     path, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     solvers.main(
         demo,
+        demo / checkpoint.LATEST,
         ema="none",
         device="cpu",
         guidance=(1.0, 2.0),

@@ -67,7 +67,7 @@ def files(folder: Path) -> set[Path]:
     return {
         path.relative_to(folder)
         for package in ("wavflow", "wavflow_kernels")
-        for pattern in ("*.py", "*.yaml", "*.json")
+        for pattern in ("*.py", "*.yaml", "*.json", "*.safetensors")
         for path in (folder / package).rglob(pattern)
     }
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save, save_file
 from torch import nn
 
 from wavflow import checkpoint
@@ -54,6 +56,60 @@ def test_flat_ema_file_with_public_buffers(tmp_path):
     weights = checkpoint.read_weights(path, "ema2")
     assert weights.which == "flat"
     checkpoint.load_into(tiny(), weights.state, path)
+
+
+def test_safetensors_carry_configuration_and_provenance(tmp_path):
+    path = tmp_path / "w.safetensors"
+    state = {name: tensor.half() for name, tensor in tiny().state_dict().items()}
+    about = {"seed": 3, "commands": ["a", "b"]}
+    made = checkpoint.Weights(path, state, "ema1", {"model": {"depth": 2}}, 700, about)
+    checkpoint.save_weights(path, made)
+    read = checkpoint.read_weights(path, "ema2")
+    assert (read.which, read.config, read.global_step) == ("ema1", {"model": {"depth": 2}}, 700)
+    assert read.provenance == about
+    assert all(torch.equal(read.state[name], state[name]) for name in state)
+    model = tiny()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    checkpoint.load_into(model, read.state, path)
+    assert model[0].weight.dtype == torch.float32
+    torch.testing.assert_close(model[0].weight, state["0.weight"].float())
+    # Of others: one set of weights, and no more is known of it.
+    save_file(state, path)
+    read = checkpoint.read_weights(path)
+    assert (read.which, read.config, read.global_step, read.provenance) == ("flat", *[None] * 3)
+
+
+def test_damaged_safetensors_name_themselves(tmp_path):
+    state = tiny().state_dict()
+    whole = save(state, {"wavflow": "{}"})
+    for name, content in {
+        "cut": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"hello, world\n" * 10,
+        "broken": save(state, {"wavflow": "{no JSON"}),
+        "list": save(state, {"wavflow": "[1]"}),
+    }.items():
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}.safetensors: not a readable") as caught:
+            checkpoint.read_weights(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_packaged_weights_have_names_and_files_win(tmp_path, monkeypatch):
+    named = checkpoint.find("toy_8k")
+    assert named.name == "toy_8k.safetensors" and "toy_8k" in checkpoint.packaged()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy_8k").mkdir()  # a run's folder
+    assert checkpoint.find(Path("toy_8k")) == named
+    (tmp_path / "toy_8k").rmdir()
+    public_file(tmp_path / "toy_8k")
+    assert checkpoint.find("toy_8k") == Path("toy_8k")
+    assert checkpoint.read_weights("toy_8k", "none").which == "model"
+    for unknown in ("toy_9k", "weights/toy_8k", "", "toy_8k.pth"):
+        with pytest.raises(InputError, match="no such checkpoint; packaged ones: .*toy_8k"):
+            checkpoint.find(unknown)
 
 
 def test_writing_is_atomic(tmp_path):

@@ -227,6 +227,20 @@ def test_modules_run(module, tmp_path):
         assert done.stderr.strip().splitlines()[-1].startswith("error: gone.yaml")
 
 
+def test_info_describes_packaged_weights(capsys):
+    assert run("info", "toy_8k") == 0
+    said = capsys.readouterr().out
+    for words in ("licence: Apache-2.0", "global_step: 1500", "commands: wavflow toy", "figures"):
+        assert words in said
+    for command in (
+        ["info", "toy_9k"],
+        ["generate", "--checkpoint", "toy_9k", "--caption", "a", "--out", "a.wav"],
+    ):
+        assert run(*command) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == "error: toy_9k: no such checkpoint; packaged ones: toy_8k"
+
+
 def test_imports_are_lazy():
     heavy = (
         "soundfile soxr pyloudnorm av omegaconf matplotlib sklearn torchaudio torchvision "

@@ -17,16 +17,31 @@ from hypothesis import strategies as st
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from wavflow.data.toy import KINDS, make_scene, write_toy_world
+from tiny import save_tiny
+
+from wavflow import checkpoint
+from wavflow.audio import load_audio
+from wavflow.config import load_config
+from wavflow.data.toy import KINDS, make_scene, write_split, write_toy_world
 from wavflow.data.toy_sound import synthesize
-from wavflow.demo import score
+from wavflow.demo import score, ship
 from wavflow.demo.page import write_page
 from wavflow.demo.report import draw_pictures, spectrogram
-from wavflow.demo.run import run_demo
-from wavflow.demo.score import CONTROLS, MODES, recompute
-from wavflow.demo.sounds import other_conditions, put_to_video
+from wavflow.demo.run import HELDOUT_CLIPS, run_demo
+from wavflow.demo.score import CONTROLS, FULL, JUDGED, MODES, QUICK, SHIPPED, recompute
+from wavflow.demo.sounds import BATCH, generate, jobs_of, other_conditions, read_heldout
 from wavflow.errors import InputError
-from wavflow.evaluation.toy import KindClassifier, Matches, kind_features, match, onsets
+from wavflow.evaluation.toy import (
+    KindClassifier,
+    Matches,
+    kind_features,
+    match,
+    onset_figures,
+    onsets,
+    share,
+)
+from wavflow.features.extract import extract
+from wavflow.sampler import Sampler
 from wavflow_kernels import lift_patchify, unpatchify
 
 RATE = 8000
@@ -202,13 +217,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = [id for id, scene in world.items() if scene["split"] == "heldout"]
     others = other_conditions([world[id]["kind"] for id in ids], 0)
     entries = []
-    for control in (None, *CONTROLS):
+    for series in (SHIPPED, *CONTROLS, QUICK):
         for mode in MODES:
             for index, id in enumerate(ids):
-                source = ids[others[index]] if control == "shuffled" else id
-                path = out / "wav" / (control or "") / mode / f"{id}.wav"
+                source = ids[others[index]] if series == "shuffled" else id
+                path = out / "wav" / series / mode / f"{id}.wav"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if control == "untrained":
+                if series in ("untrained", QUICK):
                     soundfile.write(path, np.zeros(16000), RATE)
                 else:
                     shutil.copy(out / "toy" / "audio" / f"{source}.wav", path)
@@ -216,15 +231,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     {
                         "id": id,
                         "mode": mode,
-                        "control": control,
+                        "series": series,
                         "kind": world[id]["kind"],
                         "events": world[id]["times"],
                         "caption": 'a "bell" <rings> & stops',
                         "generated": path.relative_to(out).as_posix(),
-                        "true": f"wav/true/{id}.wav",
+                        "true": f"toy/audio/{id}.wav",
                     }
                 )
-    shutil.copytree(out / "toy" / "audio", out / "wav" / "true")
     (out / "events.json").write_text(json.dumps(entries))
     return out
 
@@ -233,10 +247,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def metrics(finished: Path) -> dict:
     return {
         "seconds_total": 61.0,
-        "reused": ["toy"],
-        "seconds_train": 30.0,
-        "train_steps": 100,
-        "parameters": 1_000_000,
+        "reused": ["train clips"],
+        "weights": {"file": "<toy>.safetensors", "steps": 1500, "parameters": 3_000_000},
+        "training": {
+            "how": QUICK,
+            "steps": 100,
+            "seconds": 30.0,
+            "loss": 0.5,
+            "parameters": 1_000_000,
+        },
         "dtype": "float32",
         "device_name": "<cpu>",
         "threads": 1,
@@ -247,35 +266,47 @@ def metrics(finished: Path) -> dict:
 
 def test_recompute_scores_the_files(finished: Path, metrics: dict) -> None:
     for mode in ("vt2a", "v2a"):
-        assert metrics[mode] == {"onset_recall": 1.0, "onset_precision": 1.0, "class_accuracy": 1.0}
-        assert metrics["controls"]["untrained"][mode]["onset_recall"] == 0.0
-        assert metrics["controls"]["shuffled"][mode]["onset_recall"] < 0.5
-    assert metrics["t2a"] == {"class_accuracy": 1.0}
-    assert metrics["controls"]["shuffled"]["t2a"] == {"class_accuracy": 0.0}
-    assert metrics["ceiling"] == metrics["vt2a"]
+        assert metrics[SHIPPED][mode] == dict.fromkeys(score.WANTED[mode], 1.0)
+        for silent in ("untrained", QUICK):
+            assert metrics[silent][mode]["onset_recall"] == 0.0
+        assert metrics["shuffled"][mode]["onset_recall"] < 0.5
+    assert metrics[SHIPPED]["t2a"] == {"class_accuracy": 1.0}
+    assert metrics["shuffled"]["t2a"] == {"class_accuracy": 0.0}
+    assert metrics["ceiling"] == metrics[SHIPPED]["vt2a"]
     assert 0.02 < metrics["chance"]["onset_recall"] < 0.35
     assert 0.1 < metrics["chance"]["class_accuracy"] < 0.3
     bars = metrics["bars"]
-    assert set(bars) >= {"vt2a.onset_recall", "t2a.class_accuracy", "shuffled.v2a.onset_precision"}
+    assert {name.partition(".")[0] for name in bars} == {SHIPPED, *CONTROLS}
+    assert {"shipped.t2a.class_accuracy", "shuffled.v2a.onset_precision"} <= set(bars)
     assert all(type(bar["passed"]) is bool for bar in bars.values())
-    assert bars["vt2a.onset_recall"] == {"value": 1.0, "wanted": ">= 0.9", "passed": True}
+    found = {"value": 1.0, "wanted": ">= 0.9", "passed": True}
+    assert bars["shipped.vt2a.onset_recall"] == found
+
+
+def test_a_full_training_has_the_bars_of_the_packaged_network(metrics: dict) -> None:
+    judged = score.bars({**metrics, FULL: metrics[QUICK]})
+    assert QUICK not in JUDGED
+    for mode, wanted in score.WANTED.items():
+        for name, least in wanted.items():
+            assert judged[f"full.{mode}.{name}"]["wanted"] == f">= {least:g}"
+    assert not judged["full.vt2a.onset_recall"]["passed"]
 
 
 def test_a_changed_wav_changes_the_figures(finished: Path, metrics: dict, tmp_path: Path) -> None:
     import soundfile
 
     copy = shutil.copytree(finished, tmp_path / "copy")
-    for path in sorted((copy / "wav" / "v2a").iterdir())[:8]:
+    for path in sorted((copy / "wav" / SHIPPED / "v2a").iterdir())[:8]:
         soundfile.write(path, np.zeros(16000), RATE)
     changed = recompute(copy)
-    assert changed["v2a"]["onset_recall"] < 0.8
-    assert changed["vt2a"] == metrics["vt2a"]
-    assert not changed["bars"]["v2a.onset_recall"]["passed"]
+    assert changed[SHIPPED]["v2a"]["onset_recall"] < 0.8
+    assert changed[SHIPPED]["vt2a"] == metrics[SHIPPED]["vt2a"]
+    assert not changed["bars"]["shipped.v2a.onset_recall"]["passed"]
 
 
 def test_a_missing_wav_is_named(finished: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
-    gone = next((copy / "wav" / "t2a").iterdir())
+    gone = next((copy / "wav" / SHIPPED / "t2a").iterdir())
     gone.unlink()
     with pytest.raises(InputError, match=gone.name):
         recompute(copy)
@@ -303,29 +334,18 @@ def test_report_links_resolve_and_text_is_escaped(finished: Path, metrics: dict)
     assert {Path(link).suffix for link in found} == {".wav", ".mp4", ".png", ".json"}
     for kind in KINDS:
         assert f"<p>{kind}, " in page
+    assert "&lt;toy&gt;.safetensors" in page
+    assert page.count("trained here, briefly</h3>") == 12
+    assert "100 steps in 30 s on this machine" in page
 
 
-def test_video_keeps_its_pictures_and_gets_the_sound(finished: Path, tmp_path: Path) -> None:
-    import av
-
-    from wavflow.audio import load_audio
-
-    source = next((finished / "toy" / "videos").glob("heldout_*.mp4"))
-    wave = torch.sin(2 * torch.pi * 440 * torch.arange(16000) / RATE) * 0.5
-    put_to_video(source, wave, RATE, tmp_path / "film.mp4")
-
-    def packets(path: Path) -> list[bytes]:
-        with av.open(str(path)) as file:
-            return [bytes(packet) for packet in file.demux(video=0) if packet.size]
-
-    assert packets(tmp_path / "film.mp4") == packets(source)
-    heard = load_audio(tmp_path / "film.mp4", RATE, 2.0)[4000:12000]
-    spectrum = torch.fft.rfft(heard).abs()
-    assert abs(int(spectrum.argmax()) - 440) <= 1
-    (tmp_path / "broken.mp4").write_bytes(b"no video")
-    with pytest.raises(InputError, match="broken.mp4"):
-        put_to_video(tmp_path / "broken.mp4", wave, RATE, tmp_path / "none.mp4")
-    assert not (tmp_path / "none.mp4").exists()
+def test_report_without_a_training_names_none(finished: Path, metrics: dict) -> None:
+    alone = {key: value for key, value in metrics.items() if key != QUICK} | {"training": None}
+    draw_pictures(finished, alone, [])
+    write_page(finished, alone)
+    assert (finished / "report.png").stat().st_size > 50_000
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "trained here" not in page and "from nothing" not in page
 
 
 def test_spectrogram_is_aligned_and_blank_in_silence() -> None:
@@ -342,12 +362,16 @@ def test_demo_refuses_a_world_without_clips(tmp_path: Path) -> None:
         run_demo(tmp_path, heldout=2)
 
 
+def test_demo_refuses_an_unknown_training(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="train is 'long'; wanted one of quick, full, none"):
+        run_demo(tmp_path, train="long")
+
+
 TINY = (
     "training.max_steps=10",
     "training.batch_size=4",
-    "training.log_freq=1",
+    "training.log_freq=4",
     "training.compile=false",
-    "sampling.num_steps=2",
     "model.hidden_dim=64",
     "model.num_heads=1",
     "model.depth=2",
@@ -355,53 +379,138 @@ TINY = (
 )
 
 
-@pytest.mark.slow
-def test_tiny_demo_from_nothing_and_again(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to hear first, in the place of the packaged one."""
+    path = save_tiny(tmp_path_factory.mktemp("weights") / "tiny.pth")
+    content = checkpoint.load(path)
+    checkpoint.save(path, {**content, "model_ema1": content["model"], "ema_age": 900})
+    return path
+
+
+def test_tiny_demo_of_every_training(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import soundfile
 
     out = tmp_path / "out put"
-    options = {"clips": 16, "heldout": 8, "train_seconds": 60, "overrides": TINY}
-    metrics = run_demo(out, min_steps=1, **options)
-    assert metrics["reused"] == [] and metrics["train_steps"] == 10
+    options = {"clips": 16, "heldout": 8, "overrides": TINY, "weights": tiny}
+    options["train_seconds"] = 1e6  # the steps end it
+    alone = run_demo(out, train="none", **options)
+    assert alone["training"] is None and alone["reused"] == []
+    assert alone["weights"]["file"] == "tiny.pth" and alone["seconds_first_sounds"] > 0
+
+    metrics = run_demo(out, **options)
+    assert metrics["reused"] == [
+        "heldout clips", "heldout features", "shipped sounds", "train clips"
+    ]  # fmt: skip
+    assert (metrics["training"]["how"], metrics["training"]["steps"]) == (QUICK, 10)
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     again = recompute(out)
     assert again == {key: metrics[key] for key in again}
+    assert again[SHIPPED] == alone[SHIPPED] and QUICK not in alone
     entries = json.loads((out / "events.json").read_text())
-    assert len(entries) == 8 * 9
-    assert {(e["mode"], e["control"]) for e in entries} == {
-        (mode, control) for mode in MODES for control in (None, *CONTROLS)
+    assert len(entries) == 8 * 3 * 4
+    assert {(e["mode"], e["series"]) for e in entries} == {
+        (mode, series) for mode in MODES for series in (SHIPPED, QUICK, *CONTROLS)
     }
     for entry in entries:
         for key in ("generated", "true"):
             info = soundfile.info(out / entry[key])
             assert (info.samplerate, info.frames) == (RATE, 16000)
-        assert (entry["condition"] != entry["id"]) == (entry["control"] == "shuffled")
+        assert (entry["condition"] != entry["id"]) == (entry["series"] == "shuffled")
     for link in links((out / "report.html").read_text(encoding="utf-8")):
         assert (out / link).stat().st_size > 0
-    trained = (out / entries[0]["generated"]).read_bytes()
+    trained = (out / entries[-1]["generated"]).read_bytes()
+    assert "/quick/" in entries[-1]["generated"]
+    said = capsys.readouterr().err
+    assert "first sounds after" in said and "loss nan" not in said
 
-    second = run_demo(out, min_steps=1, **options)
-    assert second["reused"] == ["toy", "features", "training", "sounds"]
-    assert {key: second[key] for key in again} == again
+    full = run_demo(out, train=FULL, **options)
+    assert full["reused"] == [
+        "heldout clips", "heldout features", "shipped sounds", "train clips",
+        "train features",
+    ]  # fmt: skip
+    assert full["training"]["how"] == FULL and full[SHIPPED] == alone[SHIPPED]
+    assert QUICK not in full and f"{FULL}.t2a.class_accuracy" in full["bars"]
+    assert "10 steps, " in capsys.readouterr().err
+    # Both are the same ten steps.
+    entries = json.loads((out / "events.json").read_text())
+    assert (out / entries[-1]["generated"]).read_bytes() == trained
 
-    third = run_demo(out, min_steps=1, fresh=True, **options)
-    assert third["reused"] == []
-    assert (out / entries[0]["generated"]).read_bytes() == trained
+
+# The packaged weights
+
+
+def test_packaged_weights_meet_the_bars_on_unseen_clips(
+    tmp_path: Path, classifier: KindClassifier
+) -> None:
+    """Clips of another world than the training's, from video and caption."""
+    write_split(tmp_path / "toy", "heldout", BATCH, 7, workers=1)
+    assert extract(tmp_path / "toy" / "heldout.csv", tmp_path / "features").done == BATCH
+    sampler = Sampler.load("toy_8k", "cpu")
+    assert sampler.dtype in (torch.float32, torch.bfloat16)
+    clips = read_heldout(tmp_path, sampler.config)
+    (job, *_) = jobs_of(sampler, SHIPPED, clips)
+    entries = generate(tmp_path, [job], seed=7, progress=lambda *_: None)
+    assert [entry["mode"] for entry in entries] == ["vt2a"] * BATCH
+    waves = [load_audio(tmp_path / entry["generated"], RATE) for entry in entries]
+    heard = zip((onsets(w, RATE) for w in waves), (e["events"] for e in entries), strict=True)
+    found = onset_figures(heard)
+    found["class_accuracy"] = share(classifier.predict(waves), [e["kind"] for e in entries])
+    for name, least in score.WANTED["vt2a"].items():
+        assert found[name] >= least, found
+
+
+def test_packaged_weights_say_where_they_come_from() -> None:
+    path = checkpoint.find("toy_8k")
+    assert path.stat().st_size < ship.MOST_BYTES
+    weights = checkpoint.read_weights("toy_8k")
+    assert all(tensor.dtype == torch.float16 for tensor in weights.state.values())
+    about = weights.provenance
+    assert about["licence"] == "Apache-2.0" and re.fullmatch("[0-9a-f]{40}", about["commit"])
+    assert about["steps"] == weights.global_step == load_config("toy_8k").training.max_steps
+    assert [c.split()[:2] for c in about["commands"]][:3] == [
+        ["wavflow", "toy"], ["wavflow", "extract"], ["wavflow", "train"]
+    ]  # fmt: skip
+    assert {(f["world"], f["dtype"]) for f in about["figures"]} >= {
+        (seed, dtype) for seed in (0, 1, 2) for dtype in ("float32", "bfloat16")
+    }
+    for figures in about["figures"]:
+        assert figures["clips"] == HELDOUT_CLIPS
+        for mode, wanted in score.WANTED.items():
+            assert all(figures[mode][name] >= least for name, least in wanted.items())
+    assert weights.config["data"]["csv_path"] is None
+
+
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, clips: int) -> Path:
+    """Runs `ship` on a training that ended with some weights, in a world of few clips."""
+    monkeypatch.setattr(ship, "CLIPS", {QUICK: clips, FULL: clips})
+    monkeypatch.setattr(ship, "HELDOUT_CLIPS", clips // 5)
+    monkeypatch.setattr(ship, "CONTROL_CLIPS", 8)
+    weights = checkpoint.read_weights(source)
+    content = {"model": weights.state, "model_ema1": weights.state, "ema_age": 1500}
+    path = tmp_path / "run" / checkpoint.LATEST
+    checkpoint.save(path, {**content, "config": weights.config, "global_step": 1500})
+    out = tmp_path / "out.safetensors"
+    ship.ship(path.parent, out, tmp_path, seeds=[3], dtypes=["float32"], commit="0" * 40)
+    return out
+
+
+def test_ship_refuses_what_misses_a_bar(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"world 3, float32: .*shipped\.vt2a\.onset_recall 0\."):
+        shipped(tmp_path, monkeypatch, tiny, 40)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.slow
-def test_slow_machine_takes_the_smaller_network(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    wide = [*(o for o in TINY if not o.startswith("model.")), "training.max_steps=2"]
-    options = {"clips": 8, "heldout": 8, "train_seconds": 60, "overrides": wide}
-    metrics = run_demo(tmp_path, min_steps=10**9, **options)
-    assert metrics["parameters"] < 3_000_000
-    # What was begun goes on, however fast the machine is now.
-    assert run_demo(tmp_path, min_steps=1, **options)["parameters"] == metrics["parameters"]
-    assert "smaller network" in capsys.readouterr().err
-
-
-def test_wanted_figures_are_those_of_the_modes() -> None:
-    assert set(score.WANTED) == {"vt2a", "v2a", "t2a"}
-    assert "onset_recall" not in score.WANTED["t2a"]
+def test_ship_writes_what_meets_the_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = checkpoint.find("toy_8k")
+    weights = checkpoint.read_weights(shipped(tmp_path, monkeypatch, source, 160))
+    wanted = checkpoint.read_weights("toy_8k")
+    assert all(torch.equal(weights.state[name], wanted.state[name]) for name in wanted.state)
+    assert weights.config == wanted.config
+    (figures,) = weights.provenance["figures"]
+    assert (figures["world"], figures["dtype"], figures["clips"]) == (3, "float32", 32)

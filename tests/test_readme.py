@@ -24,6 +24,7 @@ def examples() -> list[str]:
 
 def test_the_first_example_fits_in_twelve_lines() -> None:
     assert len(examples()[0].strip().splitlines()) <= 12
+    assert examples()[0].index("pipe(") < examples()[0].index("train(")
 
 
 def test_the_examples_run(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from toy_task import SETTINGS, Fit, Points, make_trainer
 
-from wavflow import checkpoint
+from wavflow import checkpoint, runlog
 from wavflow.draw import Draw
 from wavflow.dry_run import dry_run
 from wavflow.ema import Ema
 from wavflow.errors import InputError
 from wavflow.runlog import read_metrics
-from wavflow.trainer import Trainer, make_optimizer
+from wavflow.trainer import Trainer, loss_text, make_optimizer
 from wavflow.window import Pace
 
 
@@ -275,6 +275,20 @@ def test_lengths_of_a_run(tmp_path: Path) -> None:
     assert run.learning_rate() == pytest.approx(1e-5)
     rates = [x["lr"] for x in all_metrics(tmp_path / "b")]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.3 * SETTINGS.lr
+
+
+def test_lines_hold_a_loss_once_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = []
+    monkeypatch.setattr(runlog.RunLog, "progress", lambda self, *at: lines.append(at[-1]))
+    caplog.set_level("INFO", "wavflow")
+    result = make_trainer(tmp_path, replace(SETTINGS, max_steps=7)).run()
+    known = ["loss" in line for line in lines]
+    assert known == [False] * 2 + [True] * 5  # the first are told with step 3
+    assert lines[0].startswith("step 1, ") and f"loss {result.loss:.4f}" in lines[-1]
+    assert "nan" not in " ".join(lines) + caplog.text
+    assert loss_text(float("nan")) == "" and loss_text(0.25) == ", loss 0.2500"
 
 
 def test_learning_rate_schedules(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from wavflow.config import Config, load_config
 from wavflow.draw import Draw
 from wavflow.errors import InputError
 from wavflow.runlog import read_metrics
+from wavflow.sampler import Sampler
+from wavflow.solvers import BEST
 from wavflow.training import try_out
 
 TINY = [
@@ -53,12 +55,21 @@ def test_wavflow_loss_falls_and_averages_are_usable(table, tmp_path):
     assert load_config(result.out / "config.yaml").experiment_id == "toy_8k"
 
 
-def test_wavflow_leaves_samples(table, tmp_path):
+def test_wavflow_leaves_samples(table, tmp_path, monkeypatch):
     import wavflow
     from wavflow.audio import load_audio
 
-    more = ("training.epochs=2", "training.gen_train_freq=2", "eval.num_sampling_steps=2")
-    result = wavflow.train("toy_8k", options(table, tmp_path, *more))
+    more = ("training.epochs=2", "training.gen_train_freq=2")
+    # A public file's way to sample has no part in it: the library's own is taken.
+    public = ("eval.cfg=2.0", "sampling.num_steps=3", "sampling.method=heun")
+    plans = []
+    plan = Sampler.plan
+    monkeypatch.setattr(
+        Sampler, "plan", lambda self, **given: plans.append(plan(self, **given)) or plans[-1]
+    )
+    result = wavflow.train("toy_8k", options(table, tmp_path, *more, *public))
+    assert [(p.solver, p.steps, p.times, p.guidance_interval) for p in plans] == [BEST]
+    assert plans[0].guidance == 2.0
     folder = result.out / "samples/epoch_2"
     made = sorted(folder.glob("gen_rank0_id_*.wav"))
     assert len(made) == 4 and len(list(folder.glob("*.wav"))) == 8
@@ -66,7 +77,9 @@ def test_wavflow_leaves_samples(table, tmp_path):
         true = load_audio(folder / path.name.replace("gen_", "gt_"), 8000)
         assert load_audio(path, 8000).shape == true.shape == (16000,)
     # Sampling in between leaves the training as it is.
-    plain = wavflow.train("toy_8k", options(table, tmp_path / "plain", "training.epochs=2"))
+    plain = wavflow.train(
+        "toy_8k", options(table, tmp_path / "plain", "training.epochs=2", *public)
+    )
     one, two = (checkpoint.load(r.checkpoint)["model"] for r in (result, plain))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

@@ -8,6 +8,7 @@ dict. All are zip files with a CRC-32 of every tensor.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from wavflow.ema import initial_share
@@ -28,6 +31,9 @@ from wavflow.model.networks import IGNORED_KEYS
 log = logging.getLogger("wavflow")
 
 LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
+SAFETENSORS = ".safetensors"
+#: Where the weights are that come with the package.
+PACKAGED = Path(__file__).parent / "weights"
 
 # Decays of files that record none.
 PUBLIC_EMA_DECAY = {"ema1": 0.9999, "ema2": 0.9996}
@@ -46,6 +52,7 @@ class Weights:
         which: `ema1`, `ema2`, `model`, or `flat` for a file that holds one set only.
         config: the run's configuration as plain dicts, or None where the file has none.
         global_step: optimiser steps behind the weights, or None.
+        provenance: how the weights were made, and their figures, or None.
     """
 
     path: Path
@@ -53,6 +60,29 @@ class Weights:
     which: str
     config: dict[str, Any] | None
     global_step: int | None
+    provenance: dict[str, Any] | None = None
+
+
+def packaged() -> list[str]:
+    """Names of the weights that come with the package."""
+    return sorted(path.stem for path in PACKAGED.glob(f"*{SAFETENSORS}"))
+
+
+def find(checkpoint: str | os.PathLike[str]) -> Path:
+    """The file of a checkpoint: a path, or a name out of `packaged()`. A file of that name wins.
+
+    Raises:
+        InputError: neither; it names the packaged ones.
+    """
+    path = Path(checkpoint)
+    named = PACKAGED / f"{path}{SAFETENSORS}"
+    if not path.is_file() and path.name == str(path) and named.is_file():
+        return named
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such checkpoint; packaged ones: {', '.join(packaged()) or 'none'}"
+        )
+    return path
 
 
 def save(
@@ -132,12 +162,12 @@ def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_weights(path: str | os.PathLike[str], ema: str = "ema1") -> Weights:
-    """Reads one set of weights from a training checkpoint or a flat EMA file.
+    """Reads one set of weights from a training checkpoint, a flat EMA file or a safetensors file.
 
     A young average is warned about with the share of the initialisation left in it.
 
     Args:
-        path: the file.
+        path: the file, or the name of packaged weights (`find`).
         ema: `ema1`, `ema2`, or `none` for the weights as trained.
 
     Raises:
@@ -145,7 +175,9 @@ def read_weights(path: str | os.PathLike[str], ema: str = "ema1") -> Weights:
     """
     if ema not in ("ema1", "ema2", "none"):
         raise InputError(f"ema is {ema!r}; wanted ema1, ema2 or none")
-    path = Path(path)
+    path = find(path)
+    if path.suffix == SAFETENSORS:
+        return _read_safetensors(path)
     content = load(path)
     if "model" not in content:
         if not content or not all(isinstance(v, Tensor) for v in content.values()):
@@ -161,6 +193,33 @@ def read_weights(path: str | os.PathLike[str], ema: str = "ema1") -> Weights:
         raise InputError(f"{path}: it has no model_{ema}; ask for ema=none")
     _warn_if_young(path, ema, content)
     return Weights(path, {**state, **average}, ema, config, step)
+
+
+def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
+    """Writes `weights` as a safetensors file that `read_weights` reads back; atomically."""
+    about = {
+        "config": weights.config,
+        "which": weights.which,
+        "global_step": weights.global_step,
+        "provenance": weights.provenance,
+    }
+    state = {name: tensor.contiguous() for name, tensor in weights.state.items()}
+    metadata = {"format": "pt", "wavflow": json.dumps(about, allow_nan=False)}
+    with atomic_write(path) as file:
+        file.write(safetensors_bytes(state, metadata))
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {}).get("wavflow", "{}"))
+        found = [about.get(key) for key in ("config", "global_step", "provenance")]
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{path}: not a readable safetensors file ({reason})") from None
+    config, step, provenance = found
+    return Weights(path, state, about.get("which", "flat"), config, step, provenance)
 
 
 def _warn_if_young(path: Path, ema: str, content: Mapping[str, Any]) -> None:

@@ -27,6 +27,9 @@ app = typer.Typer(
 Seed = Annotated[int, typer.Option(help="Base seed.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; default one per core.")]
 ConfigFile = Annotated[str, typer.Option(help="A YAML file, or a packaged configuration's name.")]
+Checkpoint = Annotated[
+    Path, typer.Option(help="A checkpoint or EMA file, or packaged weights: toy_8k.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
 
 
@@ -154,6 +157,7 @@ def train(
     ] = None,
 ) -> None:
     """Train, or go on with the run that the configuration describes."""
+    from wavflow.trainer import loss_text
     from wavflow.training import train, try_out
 
     overrides = list(overrides or ())
@@ -172,7 +176,7 @@ def train(
     if is_main:
         _say(
             f"{result.checkpoint}: {result.steps} steps, {result.parameters / 1e6:.1f} M "
-            f"parameters, loss {result.loss:.4f}, {result.seconds:.0f} s"
+            f"parameters{loss_text(result.loss)}, {result.seconds:.0f} s"
         )
 
 
@@ -201,7 +205,7 @@ def plot(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint or EMA file.")],
+    checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="A .wav or .flac file; with --csv a folder.")],
     caption: Annotated[str | None, typer.Option(help="What is heard.")] = None,
     video: Annotated[Path | None, typer.Option(help="What is seen.")] = None,
@@ -398,7 +402,7 @@ def generate(
 
 @app.command()
 def serve(
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint or EMA file.")],
+    checkpoint: Checkpoint,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
@@ -530,21 +534,34 @@ def demo(
         "out/demo"
     ),
     seed: Seed = 0,
-    preset: ConfigFile = "toy_8k",
+    train: Annotated[
+        str,
+        typer.Option(
+            help="Of a network from nothing: quick (a minute), full (as many steps as the packaged "
+            "one took, to the same bars; says beforehand how long that takes), none."
+        ),
+    ] = "quick",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in the folder.")] = False,
 ) -> None:
-    """Toy world, extraction, training and generation in a few minutes, with a report."""
+    """Toy world, the packaged network's sounds for it, their figures, a training, a report.
+
+    Ends with 1 if a bar is missed.
+    """
     from wavflow.demo.run import run_demo
 
     try:
-        run_demo(out, seed=seed, preset=preset, fresh=fresh)
+        metrics = run_demo(out, seed=seed, train=train, fresh=fresh)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    if not all(bar["passed"] for bar in metrics["bars"].values()):
+        raise typer.Exit(1)
 
 
 @app.command()
 def info(
-    checkpoint: Annotated[Path | None, typer.Argument(help="A checkpoint to describe.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A checkpoint or packaged weights to describe.")
+    ] = None,
 ) -> None:
     """Print versions, what runs here, and what a checkpoint holds."""
     import platform
@@ -565,16 +582,25 @@ def info(
 
 
 def _describe_checkpoint(path: Path) -> list[str]:
-    from wavflow.checkpoint import load
+    from wavflow.checkpoint import SAFETENSORS, find, load, read_weights
 
-    content = load(path)
-    state = content.get("model", content)
+    path = find(path)
+    if path.suffix == SAFETENSORS:
+        weights = read_weights(path)
+        state, config = weights.state, weights.config
+        content = {"which": weights.which, "global_step": weights.global_step}
+        content |= weights.provenance or {}
+    else:
+        content = load(path)
+        state, config = content.get("model", content), content.get("config")
     numbers = sum(t.numel() for t in state.values() if hasattr(t, "numel"))
     lines = [f"{path}: {len(state)} tensors, {numbers:,} numbers"]
-    for key in ("epoch", "global_step", "loss", "elapsed", "ema_age", "ema_decay"):
+    for key in (
+        "which", "epoch", "global_step", "loss", "elapsed", "ema_age", "ema_decay",
+        "licence", "seed", "commit", "commands", "made_on", "figures",
+    ):  # fmt: skip
         if key in content:
-            lines.append(f"  {key}: {content[key]}")
-    config = content.get("config")
+            lines += [f"  {key}: {line}" for line in _lines(content[key])]
     if config:
         data = config["data"]
         lines.append(
@@ -582,6 +608,10 @@ def _describe_checkpoint(path: Path) -> list[str]:
             f"{data['audio_duration']} s at {data['target_sample_rate']} Hz"
         )
     return lines
+
+
+def _lines(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 def _say(text: str) -> None:

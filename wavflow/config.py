@@ -163,7 +163,11 @@ class DecodingConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The flow: path, prediction, law of t in training (mean, scale), solver and steps."""
+    """The flow: path, prediction, law of t in training (mean, scale), solver and steps.
+
+    `method` is that of `wavflow infer`, `num_steps` the steps of a solver that is named; without
+    one sounds are generated as `wavflow.solvers.BEST` says.
+    """
 
     prediction_type: str = _one_of("x", "v")
     noise_shift: float = _over(1.0, 0)
@@ -260,10 +264,8 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Sampling during training."""
+    """Sampling during training: the guidance, in the default way (`wavflow.solvers.BEST`)."""
 
-    sampling_method: str = _one_of(*SOLVERS)
-    num_sampling_steps: int = _over(50, 0)
     cfg: float = 4.5
 
 

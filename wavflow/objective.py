@@ -88,7 +88,10 @@ class WavflowObjective:
         return LossTerms(values, t)
 
     def samples(self, model: nn.Module, dataset: Clips) -> list[Sample]:
-        """What the model makes of the first clips' video and captions, and their own sound."""
+        """What the model makes of the first clips' video and captions, and their own sound.
+
+        Generated as `wavflow.solvers.BEST` says, guided by `eval.cfg`.
+        """
         config, device = self.config, next(model.parameters()).device
         dtype = precision.resolve_dtype(config.training.dtype, device)
         clips = [dataset[i] for i in range(min(SAMPLE_CLIPS, len(dataset)))]
@@ -97,8 +100,6 @@ class WavflowObjective:
             [clip.features for clip in clips],
             list(range(len(clips))),
             guidance=config.eval.cfg,
-            steps=config.eval.num_sampling_steps,
-            solver=config.eval.sampling_method,
         )
         return [
             Sample(clip.id, sound.sample_rate, sound.audio, clip.wave)

@@ -55,7 +55,8 @@ class Sampler(Generator):
         """Reads a checkpoint.
 
         Args:
-            checkpoint: a training checkpoint, or a flat EMA file.
+            checkpoint: a training checkpoint, a flat EMA file, a safetensors file, or the name of
+                weights that come with the package (`wavflow.checkpoint.packaged`).
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
             ema: `ema1`, `ema2` or `none`; of no effect on a flat file.
@@ -83,13 +84,13 @@ class Sampler(Generator):
         kind = precision.resolve_dtype(dtype, where)
         sampler = cls(model, config, where, kind, engine, world)
         sampler.weights = {
-            "file": str(checkpoint),
+            "file": str(weights.path),
             "which": weights.which,
             "global_step": weights.global_step,
         }
         log.info(
             "%s: %s weights, %s, engine %s",
-            checkpoint,
+            weights.path,
             weights.which,
             precision.describe(where, kind),
             sampler.engine.kind,
@@ -554,8 +555,8 @@ def _settle(
 
 
 def load(checkpoint: str | os.PathLike[str], **options: Any) -> Sampler:
-    """`wavflow.load("checkpoint.pth")("a dog barks", seconds=8).save("dog.wav")`.
+    """`wavflow.load("toy_8k")("a small bell rings twice").save("bell.wav")`.
 
-    All options of :meth:`Sampler.load`.
+    Arguments and options of :meth:`Sampler.load`.
     """
     return Sampler.load(checkpoint, **options)

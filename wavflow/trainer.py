@@ -194,7 +194,7 @@ class Trainer:
             finally:
                 batches.close()
             self.save(checkpoint.LATEST)
-            log.info("done: %d steps in %.0f s, loss %.4f", self.step, self.elapsed, self.loss)
+            log.info("done: %d steps in %.0f s%s", self.step, self.elapsed, loss_text(self.loss))
         return TrainResult(
             out=self.out,
             checkpoint=self.out / self.state.latest,
@@ -335,7 +335,7 @@ class Trainer:
             self._write_samples(epoch)
         if self.shown is not None:
             rate = self.pace.clips_per_second
-            text = f"step {self.step}  loss {self.loss:.3f}  {rate:.1f} clips/s"
+            text = f"step {self.step}{loss_text(self.loss)}, {rate:.1f} clips/s"
             self.shown.progress(done, self.elapsed, text)
 
     def _absorb(self) -> None:
@@ -500,6 +500,11 @@ def make_optimizer(
     ]
     rate = settings.peak_lr(processes)
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+
+
+def loss_text(loss: float) -> str:
+    """How a line on a run goes on: with the loss, or with nothing where none is known yet."""
+    return f", loss {loss:.4f}" if math.isfinite(loss) else ""
 
 
 def _changes(before: Any, now: Any, key: str = "") -> list[str]:

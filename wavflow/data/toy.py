@@ -24,13 +24,14 @@ from wavflow.data.manifest import write_csv
 from wavflow.data.toy_look import draw
 from wavflow.data.toy_sound import synthesize
 from wavflow.data.toy_words import describe
-from wavflow.files import atomic_write, write_json
+from wavflow.files import atomic_write, read_json, write_json
 
 KINDS = ("bell", "drum", "steam", "bird")
 FPS = 25
 SIDE = 96
 #: Impacts are never closer than this, nor nearer to the clip's ends, in frames.
 GAP, LEAD, TAIL = 7, 3, 7
+EVENTS = "events.json"
 COLUMNS = ("id", "audio_path", "video_path", "caption", "video_exist", "text_exist")
 
 
@@ -120,6 +121,8 @@ def write_video(path: Path, frames: np.ndarray, pcm: np.ndarray, rate: int) -> N
         video.options = {"preset": "ultrafast", "crf": "20"}
         audio = mp4.add_stream("aac", rate=audio_rate, layout="mono")
         audio.bit_rate = 4 * audio_rate
+        # The default search takes as long as drawing and coding the pictures together.
+        audio.codec_context.options = {"aac_coder": "fast"}
         for picture in frames:
             mp4.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         mp4.mux(video.encode(None))
@@ -177,6 +180,35 @@ def write_toy_world(
     """
     if clips < 1 or heldout < 0:
         raise ValueError(f"toy world: {clips} clips, {heldout} held out, wanted >= 1 and >= 0")
+    (Path(out) / EVENTS).unlink(missing_ok=True)
+    for split, count in (("train", clips), ("heldout", heldout)):
+        write_split(
+            out,
+            split,
+            count,
+            seed,
+            seconds=seconds,
+            rate=rate,
+            workers=workers,
+            progress=progress,
+        )
+
+
+def write_split(
+    out: str | os.PathLike[str],
+    split: str,
+    clips: int,
+    seed: int,
+    *,
+    seconds: float = 2.0,
+    rate: int = 8000,
+    workers: int | None = None,
+    progress: bool = False,
+) -> None:
+    """Write one part of a world, "train" or "heldout": its files, its table, its events.
+
+    events.json keeps those of the other part, which must be of the same seed, seconds and rate.
+    """
     if not 1.0 <= seconds <= 60.0:
         raise ValueError(f"toy world: clips of {seconds} s, wanted 1 to 60")
     if not 8000 <= rate <= 48000:
@@ -189,26 +221,24 @@ def write_toy_world(
     out = Path(out)
     for name in ("videos", "audio"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    scenes = [make_scene(seed, "train", i, seconds) for i in range(clips)]
-    scenes += [make_scene(seed, "heldout", i, seconds) for i in range(heldout)]
+    scenes = [make_scene(seed, split, i, seconds) for i in range(clips)]
     write = partial(_write_clip, out=out, seconds=seconds, rate=rate)
     with _mapper(workers) as mapper:
         done = mapper(write, scenes)
         if progress:
             from rich.progress import track
 
-            done = track(done, description="toy world", total=len(scenes))
+            done = track(done, description=f"toy world, {split}", total=len(scenes))
         for _ in done:
             pass
     # The lists come last: where they are, every clip they name is.
-    for split in ("train", "heldout"):
-        rows = [_row(scene) for scene in scenes if scene.split == split]
-        write_csv(out / f"{split}.csv", rows, COLUMNS)
-    events = {
-        scene.id: {"kind": scene.kind, "times": scene.times, "split": scene.split}
-        for scene in scenes
+    write_csv(out / f"{split}.csv", [_row(scene) for scene in scenes], COLUMNS)
+    events = read_json(out / EVENTS) if (out / EVENTS).exists() else {}
+    events = {id: scene for id, scene in events.items() if scene["split"] != split}
+    events |= {
+        scene.id: {"kind": scene.kind, "times": scene.times, "split": split} for scene in scenes
     }
-    write_json(out / "events.json", events)
+    write_json(out / EVENTS, events)
 
 
 def _row(scene: Scene) -> dict[str, object]:

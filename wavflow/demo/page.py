@@ -6,9 +6,20 @@ import html
 from pathlib import Path
 from typing import Any
 
-from wavflow.demo.report import FIGURES, ON_PAGE, TITLES, chosen, film, image, read, sounds
-from wavflow.demo.score import CONTROLS, MODES
-from wavflow.demo.sounds import FILMED
+from wavflow.demo.report import (
+    FIGURES,
+    FILMED,
+    ON_PAGE,
+    TITLES,
+    Clip,
+    chosen,
+    describe_training,
+    film,
+    image,
+    read,
+    trained_how,
+)
+from wavflow.demo.score import FULL, MODES, NAMES, QUICK, SERIES
 from wavflow.files import atomic_write, read_json
 
 
@@ -19,11 +30,12 @@ def write_page(out: Path, metrics: dict[str, Any]) -> None:
         out: the demo's folder.
         metrics: what metrics.json holds.
     """
-    rows = chosen(read_json(out / "events.json"), ON_PAGE)
+    clips = chosen(read_json(out / "events.json"), ON_PAGE, trained_how(metrics))
     page = _PAGE.format(
         summary=_summary(metrics),
+        training=_training(metrics["training"]),
         tables=_tables(metrics),
-        clips="\n".join(_card(out, modes) for modes in rows),
+        clips="\n".join(_card(out, clip) for clip in clips),
     )
     with atomic_write(out / "report.html", "w") as file:
         file.write(page)
@@ -31,13 +43,26 @@ def write_page(out: Path, metrics: dict[str, Any]) -> None:
 
 def _summary(metrics: dict[str, Any]) -> str:
     minutes, seconds = divmod(round(metrics["seconds_total"]), 60)
-    kept = ", ".join(metrics["reused"])
+    weights, kept = metrics["weights"], ", ".join(metrics["reused"])
     return html.escape(
-        f"A network of {metrics['parameters'] / 1e6:.1f} M parameters, trained for "
-        f"{metrics['train_steps']} steps in {metrics['seconds_train']:.0f} s "
-        f"({metrics['dtype']}, {metrics['device_name']}, {metrics['threads']} threads), "
-        f"seed {metrics['seed']}. This run of the demo took {minutes} min {seconds:02d} s"
-        + (f"; kept from an earlier one: {kept}." if kept else ".")
+        f"The network that comes with the package ({weights['file']}, "
+        f"{weights['parameters'] / 1e6:.1f} M parameters, {weights['steps']} steps of training), "
+        f"run on this machine: {metrics['dtype']}, {metrics['device_name']}, "
+        f"{metrics['threads']} threads, seed {metrics['seed']}. The demo took {minutes} min "
+        f"{seconds:02d} s up to this report" + (f"; {kept} from an earlier run." if kept else ".")
+    )
+
+
+def _training(training: dict[str, Any] | None) -> str:
+    if training is None:
+        return ""
+    end = {
+        QUICK: "too short a training to be judged: it is here to be heard and compared.",
+        FULL: "judged as the packaged network is.",
+    }[training["how"]]
+    return html.escape(
+        f"“{TITLES[training['how']]}” is another network of the same kind, trained from nothing "
+        f"while this report was made: {describe_training(training)}; {end}"
     )
 
 
@@ -54,12 +79,12 @@ def _tables(metrics: dict[str, Any]) -> str:
         cells = "".join(cell(values, name, bar) for name in FIGURES)
         return f"<tr><th>{html.escape(title)}</th>{cells}</tr>"
 
-    lines = [row(f"{mode.upper()}, {TITLES[mode]}", metrics[mode], mode) for mode in MODES]
-    for control in CONTROLS:
-        lines += [
-            row(f"{control} {mode.upper()}", values, f"{control}.{mode}")
-            for mode, values in metrics["controls"][control].items()
-        ]
+    lines = [
+        row(f"{NAMES[series]}, {TITLES[mode]}", metrics[series][mode], f"{series}.{mode}")
+        for series in SERIES
+        if series in metrics
+        for mode in MODES
+    ]
     lines.append(row("chance: true sounds, other clips’ events", metrics["chance"]))
     lines.append(row("ceiling: true sounds, their own events", metrics["ceiling"]))
     head = "".join(f"<th>{title}</th>" for title in FIGURES.values())
@@ -70,30 +95,29 @@ def _sign(wanted: str) -> str:
     return wanted.replace(">=", "≥").replace("<=", "≤")
 
 
-def _card(out: Path, modes: dict[str, dict[str, Any]]) -> str:
-    clip = modes["vt2a"]
+def _card(out: Path, clip: Clip) -> str:
     films = "".join(
-        f"<figure><video controls preload=metadata src='{_link(out, film(out, modes, mode))}'>"
-        f"</video><figcaption>sound {html.escape(TITLES[mode])}</figcaption></figure>"
-        for mode in FILMED
+        f"<figure><video controls preload=metadata src='{_link(out, film(out, clip, sound))}'>"
+        f"</video><figcaption>sound {html.escape(TITLES[sound])}</figcaption></figure>"
+        for sound in FILMED
     )
     heard = []
-    for mode, path in sounds(modes).items():
+    for sound, path in clip.sounds.items():
         wave, rate = read(out / path)
-        events = [] if mode == "t2a" else clip["events"]
         marks = "".join(
-            f"<i style='left:{100 * time * rate / len(wave):.2f}%'></i>" for time in events
+            f"<i style='left:{100 * time * rate / len(wave):.2f}%'></i>"
+            for time in clip.marks(sound)
         )
-        picture = _link(out, image(out, modes, mode))
+        picture = _link(out, image(out, clip, sound))
         heard.append(
-            f"<div class='sound {mode}'><h3>{html.escape(TITLES[mode])}</h3>"
+            f"<div class='sound {sound}'><h3>{html.escape(TITLES[sound])}</h3>"
             f"<div class=picture><img alt='spectrogram' src='{picture}'>"
             f"{marks}<b></b></div>"
             f"<audio controls preload=metadata src='{_link(out, out / path)}'></audio></div>"
         )
-    about = html.escape(f"{clip['kind']}, {len(clip['events'])} events, {clip['id']}")
+    about = html.escape(f"{clip.kind}, {len(clip.events)} events, {clip.id}")
     return (
-        f"<section><header><h2>“{html.escape(clip['caption'])}”</h2><p>{about}</p></header>"
+        f"<section><header><h2>“{html.escape(clip.caption)}”</h2><p>{about}</p></header>"
         f"<div class=films>{films}</div><div class=sounds>{''.join(heard)}</div></section>"
     )
 
@@ -136,6 +160,7 @@ header {{ grid-column: 1 / -1; display: flex; gap: 1rem; align-items: baseline; 
 h2 {{ font-size: 1.1rem; margin: 0; font-style: italic; font-weight: 600; }}
 h3 {{ font-size: .85rem; margin: 0 0 .3rem; font-weight: 600; }}
 .vt2a h3 {{ color: #3b6fb6; }} .v2a h3 {{ color: #1f8175; }} .t2a h3 {{ color: #b87a17; }}
+.quick h3, .full h3 {{ color: #7d5aa6; }}
 figure {{ margin: 0 0 .6rem; }}
 figcaption {{ font-size: .78rem; color: var(--soft); }}
 video {{ width: 200px; aspect-ratio: 1; border-radius: 6px; background: #000; display: block; }}
@@ -155,6 +180,7 @@ audio {{ width: 100%; height: 34px; margin-top: .35rem; }}
 <body>
 <h1>wavflow demo</h1>
 <p>{summary}</p>
+<p>{training}</p>
 <p>Every clip below is unseen: its timing and its wording occur in no training clip. Dashed lines
 mark the moments at which something is struck in the video; the caption alone does not tell when
 these are. An onset counts when it lies within 50 ms of such a moment; the kind of
@@ -162,8 +188,8 @@ sound is judged by a classifier fitted on true training audio.</p>
 {tables}
 <p>Everything here can be recomputed from <a href="events.json">events.json</a> and the wavs it
 names; the figures are in <a href="metrics.json">metrics.json</a>.</p>
-<details><summary>all in one picture</summary><img src="report.png" alt="spectrograms of true and
-generated sounds, loss curve, figures"></details>
+<details open><summary>all in one picture</summary><img src="report.png" alt="spectrograms of true
+and generated sounds, loss curve, figures"></details>
 {clips}
 <script>
 for (const audio of document.querySelectorAll("audio")) {{

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from wavflow.audio import load_audio
-from wavflow.demo.score import CONTROLS, MODES, WANTED
-from wavflow.demo.sounds import FILMED, put_to_video
+from wavflow.audio import load_audio, mux
+from wavflow.demo.score import CONTROLS, FULL, MODES, QUICK, SHIPPED, WANTED
 from wavflow.files import atomic_write, read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+#: What is heard of a clip, in order, and how it is called: the true sound, the packaged network's
+#: by what it was given, and that of a network trained in the demo, from video and caption.
 TITLES = {
     "true": "true sound",
     "vt2a": "from video and caption",
     "v2a": "from the video alone",
     "t2a": "from the caption alone",
+    QUICK: "trained here, briefly",
+    FULL: "trained here",
 }
+#: Sounds that are also put to their videos.
+FILMED = ("vt2a", "v2a")
 FIGURES = {
     "onset_recall": "onset recall",
     "onset_precision": "onset precision",
@@ -34,21 +40,57 @@ ON_PAGE, IN_PICTURE = 3, 1
 _RANGE = 60.0  # dB
 _INK, _PAPER, _MARK = "#1c2430", "#ffffff", "#7df9ff"
 _COLOURS = {"vt2a": "#3b6fb6", "v2a": "#2a9d8f", "t2a": "#e9a23b"}
+_COLOURS |= {QUICK: "#8d6bb5", FULL: "#8d6bb5"}
+_GREYS = dict(zip(CONTROLS, ("#c9d0d8", "#98a2ae"), strict=True))
 
 
-def chosen(clips: list[dict[str, Any]], per_kind: int) -> list[dict[str, dict[str, Any]]]:
-    """Clips to show, `per_kind` of each kind, as {mode: entry}: the first with most events."""
-    by_id: dict[str, dict[str, dict[str, Any]]] = {}
-    for clip in clips:
-        if clip["control"] is None:
-            by_id.setdefault(clip["id"], {})[clip["mode"]] = clip
-    shown: dict[str, list[dict[str, dict[str, Any]]]] = {}
-    for modes in by_id.values():
-        shown.setdefault(next(iter(modes.values()))["kind"], []).append(modes)
+@dataclass(frozen=True)
+class Clip:
+    """A held-out clip as it is shown: what it is, and its sounds {a key of TITLES: path}."""
+
+    id: str
+    kind: str
+    caption: str
+    events: list[float]
+    sounds: dict[str, str]
+
+    def marks(self, sound: str) -> list[float]:
+        """Seconds of the impacts that a sound could follow: none where it was made without them."""
+        return [] if sound == "t2a" else self.events
+
+
+def chosen(entries: list[dict[str, Any]], per_kind: int, how: str | None) -> list[Clip]:
+    """Clips to show, `per_kind` of each kind: the first with most events.
+
+    Args:
+        entries: events.json.
+        per_kind: how many.
+        how: the series of the training whose sounds are shown too, or None; clips without are not.
+    """
+    by_id: dict[str, Clip] = {}
+    for entry in entries:
+        sound = entry["mode"] if entry["series"] == SHIPPED else entry["series"]
+        if sound not in (*MODES, how) or (sound == how and entry["mode"] != "vt2a"):
+            continue
+        clip = by_id.setdefault(
+            entry["id"],
+            Clip(
+                entry["id"],
+                entry["kind"],
+                entry["caption"],
+                entry["events"],
+                {"true": entry["true"]},
+            ),
+        )
+        clip.sounds[sound] = entry["generated"]
+    shown: dict[str, list[Clip]] = {}
+    for clip in by_id.values():
+        if how is not None and how not in clip.sounds:
+            continue
+        shown.setdefault(clip.kind, []).append(clip)
     rows = []
     for group in shown.values():
-        group = sorted(group, key=lambda modes: -min(len(modes["vt2a"]["events"]), 2))
-        rows += group[:per_kind]
+        rows += sorted(group, key=lambda clip: -min(len(clip.events), 2))[:per_kind]
     return rows
 
 
@@ -70,44 +112,48 @@ def draw_pictures(out: Path, metrics: dict[str, Any], losses: Sequence[tuple[int
 
     Args:
         out: the demo's folder, with events.json and wav/.
-        metrics: what metrics.json holds; the figures and `train_steps` are drawn.
-        losses: (step, loss) pairs of the training.
+        metrics: what metrics.json holds.
+        losses: (step, loss) pairs of the training, if there was one.
     """
     from matplotlib.image import imsave
 
-    clips = read_json(out / "events.json")
-    _draw_report(out, chosen(clips, IN_PICTURE), metrics, losses)
-    for modes in chosen(clips, ON_PAGE):
-        for mode, path in sounds(modes).items():
+    entries = read_json(out / "events.json")
+    how = trained_how(metrics)
+    _draw_report(out, chosen(entries, IN_PICTURE, how), metrics, losses)
+    for clip in chosen(entries, ON_PAGE, how):
+        for sound, path in clip.sounds.items():
             wave, rate = read(out / path)
-            with atomic_write(image(out, modes, mode), durable=False) as file:
-                picture: Any = file
+            with atomic_write(image(out, clip, sound), durable=False) as file:
                 imsave(
-                    picture,
-                    spectrogram(wave, rate)[::-1],
-                    cmap="magma",
-                    format="png",
-                    vmin=0,
-                    vmax=1,
+                    file, spectrogram(wave, rate)[::-1], cmap="magma", format="png", vmin=0, vmax=1
                 )
-            video = out / "toy" / "videos" / f"{modes['vt2a']['id']}.mp4"
-            if mode in FILMED:
-                put_to_video(video, torch.from_numpy(wave), rate, film(out, modes, mode))
+            if sound in FILMED:
+                target = film(out, clip, sound)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                mux(out / "toy" / "videos" / f"{clip.id}.mp4", torch.from_numpy(wave), rate, target)
 
 
-def sounds(modes: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """What is heard of a clip, {"true" or mode: path}."""
-    return {"true": modes["vt2a"]["true"]} | {mode: modes[mode]["generated"] for mode in MODES}
+def trained_how(metrics: dict[str, Any]) -> str | None:
+    """The series of the demo's training, if there was one."""
+    return metrics["training"] and metrics["training"]["how"]
 
 
-def image(out: Path, modes: dict[str, dict[str, Any]], mode: str) -> Path:
+def describe_training(training: dict[str, Any]) -> str:
+    """A training of the demo in words."""
+    return (
+        f"{training['steps']} steps in {training['seconds']:.0f} s on this machine, "
+        f"{training['parameters'] / 1e6:.1f} M parameters"
+    )
+
+
+def image(out: Path, clip: Clip, sound: str) -> Path:
     """The spectrogram of one sound of a clip."""
-    return out / "img" / f"{modes['vt2a']['id']}.{mode}.png"
+    return out / "img" / f"{clip.id}.{sound}.png"
 
 
-def film(out: Path, modes: dict[str, dict[str, Any]], mode: str) -> Path:
-    """The clip's video with the sound of one mode."""
-    return out / "video" / f"{modes['vt2a']['id']}.{mode}.mp4"
+def film(out: Path, clip: Clip, sound: str) -> Path:
+    """The clip's video with one of its sounds."""
+    return out / "video" / f"{clip.id}.{sound}.mp4"
 
 
 def read(path: Path) -> tuple[np.ndarray, int]:
@@ -120,13 +166,11 @@ def read(path: Path) -> tuple[np.ndarray, int]:
 
 
 def _draw_report(
-    out: Path,
-    rows: list[dict[str, dict[str, Any]]],
-    metrics: dict[str, Any],
-    losses: Sequence[tuple[int, float]],
+    out: Path, clips: list[Clip], metrics: dict[str, Any], losses: Sequence[tuple[int, float]]
 ) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     style = {
         "font.size": 9,
@@ -138,40 +182,59 @@ def _draw_report(
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
+    training = metrics["training"]
     with rc_context(style):
-        tall = 1.75 * len(rows) + 4.6
-        figure = Figure(figsize=(13, tall), facecolor=_PAPER)
+        shown = list(clips[0].sounds)
+        wide, tall = 2.9 * len(shown) + 0.6, 1.75 * len(clips) + 5.0
+        left, right = 0.5 / wide, 1 - 0.15 / wide
+        figure = Figure(figsize=(wide, tall), facecolor=_PAPER)
         figure.text(
-            0.035, 1 - 0.3 / tall, "Sounds for videos and captions the model has never met",
+            left, 1 - 0.3 / tall, "Sounds for videos and captions that no network here has met",
             fontsize=14, fontweight="bold", va="center",
         )  # fmt: skip
         grid = figure.add_gridspec(
-            len(rows), 4, left=0.035, right=0.99, top=1 - 1.0 / tall, bottom=3.75 / tall,
-            wspace=0.06, hspace=0.3,
+            len(clips), len(shown), left=left, right=right, top=1 - 1.4 / tall,
+            bottom=3.75 / tall, wspace=0.06, hspace=0.3,
         ).subplots(sharex=True, sharey=True, squeeze=False)  # fmt: skip
-        for row, (line, modes) in enumerate(zip(grid, rows, strict=True)):
-            for axes, (mode, path) in zip(line, sounds(modes).items(), strict=True):
-                events = [] if mode == "t2a" else modes[mode if mode in modes else "vt2a"]["events"]
-                _draw_spectrogram(axes, *read(out / path), events)
+        for row, (line, clip) in enumerate(zip(grid, clips, strict=True)):
+            for axes, sound in zip(line, shown, strict=True):
+                _draw_spectrogram(axes, *read(out / clip.sounds[sound]), clip.marks(sound))
                 if row == 0:
                     axes.annotate(
-                        TITLES[mode], (0.5, 1), (0, 20), xycoords="axes fraction",
-                        textcoords="offset points", ha="center", fontsize=10.5,
-                        color=_COLOURS.get(mode, _INK), fontweight="bold",
+                        "from video and caption" if sound in (QUICK, FULL) else TITLES[sound],
+                        (0.5, 1), (0, 20), xycoords="axes fraction", textcoords="offset points",
+                        ha="center", fontsize=10.5, color=_COLOURS.get(sound, _INK),
+                        fontweight="bold",
                     )  # fmt: skip
-            line[0].set_title(
-                f"“{modes['vt2a']['caption']}”", fontsize=9.5, loc="left", style="italic"
-            )
+            line[0].set_title(f"“{clip.caption}”", fontsize=9.5, loc="left", style="italic")
             line[0].set_ylabel("kHz")
         for axes in grid[-1]:
             axes.set_xlabel("seconds")
-        below: Any = figure.add_gridspec(
-            1, 2, left=0.035, right=0.99, top=2.95 / tall, bottom=0.62 / tall, wspace=0.09,
-            width_ratios=[1, 1.9],
-        ).subplots()  # fmt: skip
-        left, right = below
-        _draw_losses(left, losses, metrics)
-        _draw_figures(right, metrics)
+        weights = metrics["weights"]
+        heads = [(1, 3, f"packaged network ({weights['file']}, {weights['steps']} steps)", _INK)]
+        if training is not None:
+            short = f"trained here: {training['steps']} steps, {training['seconds']:.0f} s"
+            heads.append((4, 4, short, _COLOURS[QUICK]))
+        for first, last, text, colour in heads:
+            begin = grid[0][first].get_position().x0
+            end = grid[0][last].get_position().x1
+            figure.text(
+                (begin + end) / 2, 1 - 0.78 / tall, text, ha="center", va="center", fontsize=10.5,
+                color=colour,
+            )  # fmt: skip
+            figure.add_artist(
+                Line2D(
+                    [begin, end], [1 - 0.92 / tall] * 2, color=colour, lw=1,
+                    transform=figure.transFigure,
+                )
+            )  # fmt: skip
+        below = figure.add_gridspec(
+            1, 2, left=left, right=right, top=2.95 / tall, bottom=0.62 / tall, wspace=0.09,
+            width_ratios=[1, 2.4] if training else [0.001, 1],
+        )  # fmt: skip
+        if training is not None:
+            _draw_losses(figure.add_subplot(below[0]), losses, training)
+        _draw_figures(figure.add_subplot(below[1]), metrics)
         with atomic_write(out / "report.png") as file:
             figure.savefig(file, dpi=120, format="png")
 
@@ -192,17 +255,16 @@ def _draw_spectrogram(axes: Axes, wave: np.ndarray, rate: int, events: Sequence[
     axes.spines[:].set_visible(False)
 
 
-def _draw_losses(axes: Axes, losses: Sequence[tuple[int, float]], metrics: dict[str, Any]) -> None:
+def _draw_losses(axes: Axes, losses: Sequence[tuple[int, float]], training: dict[str, Any]) -> None:
     steps, values = np.array(losses, dtype=float).reshape(-1, 2).T
     axes.plot(steps, values, color="#b9c4d0", lw=1)
     if len(values) > 4:
         width = min(max(len(values) // 8, 3), len(values))
         smooth = np.convolve(values, np.full(width, 1 / width), "valid")
-        axes.plot(steps[width - 1 :], smooth, color=_COLOURS["vt2a"], lw=2)
+        axes.plot(steps[width - 1 :], smooth, color=_COLOURS[QUICK], lw=2)
     axes.set_title(
-        f"training loss: {metrics['train_steps']} steps, {metrics['parameters'] / 1e6:.1f} M "
-        f"parameters, {metrics['seconds_train']:.0f} s",
-        fontsize=10, loc="left",
+        f"training loss: {describe_training(training)}",
+        fontsize=10, loc="left", color=_COLOURS[QUICK],
     )  # fmt: skip
     if len(values) and values.min() > 0:
         axes.set_yscale("log")
@@ -215,24 +277,28 @@ def _draw_losses(axes: Axes, losses: Sequence[tuple[int, float]], metrics: dict[
 
 def _draw_figures(axes: Axes, metrics: dict[str, Any]) -> None:
     labels, at = [], 0.0
+    how = trained_how(metrics)
     for name, title in FIGURES.items():
         modes = [mode for mode in MODES if name in WANTED[mode]]
         begun = at
-        for mode in modes:
-            value = metrics[mode][name]
-            axes.bar(at, value, 0.8, color=_COLOURS[mode])
-            axes.text(at, value + 0.015, f"{value:.2f}", ha="center", fontsize=8.5)
-            axes.plot([at - 0.4, at + 0.4], [WANTED[mode][name]] * 2, color=_INK, lw=1.6)
-            labels.append((at, mode.upper(), _COLOURS[mode]))
-            at += 1
-        for control, colour in zip(CONTROLS, ("#c9d0d8", "#98a2ae"), strict=True):
-            value = np.mean([metrics["controls"][control][mode][name] for mode in modes])
+
+        def bar(value: float, label: str, colour: str, wanted: float | None = None) -> None:
+            nonlocal at
             axes.bar(at, value, 0.8, color=colour)
             axes.text(at, value + 0.015, f"{value:.2f}", ha="center", fontsize=8.5)
-            labels.append(
-                (at, control.replace("un", "un-\n").replace("shuf", "shuf-\n"), "#5b6570")
-            )
+            if wanted is not None:
+                axes.plot([at - 0.4, at + 0.4], [wanted] * 2, color=_INK, lw=1.6)
+            labels.append((at, label, colour))
             at += 1
+
+        for mode in modes:
+            bar(metrics[SHIPPED][mode][name], mode.upper(), _COLOURS[mode], WANTED[mode][name])
+        if how is not None:
+            wanted = WANTED["vt2a"][name] if how == FULL else None
+            bar(metrics[how]["vt2a"][name], "trained\nhere", _COLOURS[how], wanted)
+        for control, colour in _GREYS.items():
+            value = float(np.mean([metrics[control][mode][name] for mode in modes]))
+            bar(value, control.replace("un", "un-\n").replace("shuf", "shuf-\n"), colour)
         axes.text((begun + at - 1) / 2, 1.13, title, ha="center", fontsize=10.5, fontweight="bold")
         axes.plot(
             [begun - 0.45, at - 0.55],
@@ -249,7 +315,7 @@ def _draw_figures(axes: Axes, metrics: dict[str, Any]) -> None:
     )
     axes.set_xticks([x for x, _, _ in labels], [label for _, label, _ in labels], fontsize=8)
     for tick, (_, _, colour) in zip(axes.get_xticklabels(), labels, strict=True):
-        tick.set_color(colour)
+        tick.set_color("#5b6570" if colour in _GREYS.values() else colour)
     axes.tick_params(axis="x", length=0)
     axes.set_ylim(0, 1.22)
     axes.set_yticks([0, 0.5, 1])

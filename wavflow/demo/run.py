@@ -1,44 +1,47 @@
-"""The demo from nothing to a report: toy world, extraction, training, generation, figures."""
+"""The demo: a toy world, sounds of the packaged network for it, figures, a training, a report."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from wavflow import __version__
-from wavflow.build import build_model, empty_caption
+from wavflow.build import build_model
 from wavflow.checkpoint import LATEST
 from wavflow.config import Config, load_config
-from wavflow.console import console, counter, progress_bar
-from wavflow.data.dataset import ClipDataset
-from wavflow.demo.score import CONTROLS, MODES, recompute
-from wavflow.demo.sounds import BATCH, generate_all
+from wavflow.console import console, counter
+from wavflow.demo.score import FULL, MODES, NAMES, QUICK, SERIES, SHIPPED, recompute
+from wavflow.demo.sounds import Job, control_jobs, generate, jobs_of, read_heldout
 from wavflow.errors import InputError
-from wavflow.files import read_json, write_json
-from wavflow.precision import resolve_device, resolve_dtype
+from wavflow.evaluation.toy import CLASSIFIER_CLIPS, Listener
+from wavflow.files import read_json, sha256, write_json
+from wavflow.runlog import METRICS, read_metrics
+from wavflow.sampler import Sampler
 from wavflow.trainer import TrainResult
 from wavflow_kernels import cpu
 
-#: Seconds of training, at most, and the steps that a machine must manage in them.
-TRAIN_SECONDS = 225.0
-MIN_STEPS = 800
-#: What a machine gets that is too slow for the preset as it is.
-SMALLER = ("model.hidden_dim=64", "model.num_heads=1", "model.depth=3", "model.fused_depth=1")
-TRAIN_CLIPS, HELDOUT_CLIPS = 1200, 64
-#: Seconds that scoring and the report take, for the forecast.
-_REST_SECONDS = 25.0
+#: The packaged network, and the configuration it was trained by.
+PRESET = "toy_8k"
+#: Clips of the world by the training of the demo; those that a minute can use, and the listener.
+CLIPS = {QUICK: CLASSIFIER_CLIPS, FULL: 1200, "none": CLASSIFIER_CLIPS}
+HELDOUT_CLIPS = 64
+#: Of them, those that the controls and the training "quick" are heard with.
+CONTROL_CLIPS = QUICK_CLIPS = 16
+#: Of the training "quick".
+TRAIN_SECONDS = 60.0
 _PARTS = ("toy", "features", "run", "wav", "video", "img")
 
 
@@ -46,28 +49,30 @@ def run_demo(
     out: str | os.PathLike[str],
     *,
     seed: int = 0,
-    preset: str = "toy_8k",
+    train: str = QUICK,
+    weights: str | os.PathLike[str] = PRESET,
     overrides: Sequence[str] = (),
     train_seconds: float = TRAIN_SECONDS,
-    min_steps: int = MIN_STEPS,
-    clips: int = TRAIN_CLIPS,
+    clips: int | None = None,
     heldout: int = HELDOUT_CLIPS,
     fresh: bool = False,
 ) -> dict[str, Any]:
     """Runs the demo in the folder `out` and returns what it writes to metrics.json.
 
-    What an earlier run with the same settings left is used again: the world, the features, a
-    training run (which goes on where it stopped) and the sounds.
+    The report is there as soon as the packaged network is judged, and is written anew after the
+    training. What an earlier run with the same settings left is used again: the world, the
+    features, a training run (which goes on where it stopped) and the sounds.
 
     Args:
         out: gets report.html, report.png, events.json, metrics.json, wav/ and video/, and the
             material they are made from in toy/, features/ and run/.
         seed: of the world, the training and the noise.
-        preset: a packaged configuration or YAML file.
-        overrides: `key=value` on top of it.
-        train_seconds: wall-clock seconds of training, at most.
-        min_steps: a machine that cannot do as many in that time trains a smaller network.
-        clips, heldout: sizes of the world.
+        train: of a network from nothing: "quick", for `train_seconds`, "full", for the steps of the
+            configuration, or "none".
+        weights: the checkpoint that is heard first.
+        overrides: `key=value` on top of the configuration of the training.
+        train_seconds: wall-clock seconds of the training "quick".
+        clips, heldout: sizes of the world; `CLIPS` by default.
         fresh: delete what an earlier run left in `out` first.
 
     Raises:
@@ -76,266 +81,287 @@ def run_demo(
     for module, package in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
         if importlib.util.find_spec(module) is None:
             raise InputError(f"the demo needs {package}: pip install 'wavflow[demo]'")
-    if clips < 8 or heldout < 8:
+    if train not in CLIPS:
+        raise InputError(f"train is {train!r}; wanted one of {', '.join(CLIPS)}")
+    if (clips is not None and clips < 8) or heldout < 8:
         raise InputError(f"clips is {clips}, heldout is {heldout}; the demo wants at least 8")
-    started = time.monotonic()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if fresh:
         for part in _PARTS:
             shutil.rmtree(out / part, ignore_errors=True)
-    demo = _Demo(out, seed, clips, heldout)
-    config = _config(demo, preset, overrides, train_seconds)
+    config = load_config(PRESET, overrides)
+    demo = Demo(
+        out, seed, clips or CLIPS[train], heldout, config, stages=4 if train == "none" else 6
+    )
 
-    with demo.stage("1/5", "toy world", "toy"):
-        demo.make_world(config)
-    with demo.stage("2/5", "features of videos and captions", "extract"):
-        demo.extract(config)
-    with demo.stage("3/5", f"training for at most {train_seconds:.0f} s", "train"):
-        smaller = _config(demo, preset, [*overrides, *SMALLER], train_seconds)
-        if not _is_begun(config):
-            demo.small = _is_begun(smaller) or demo.is_slow(config, smaller, min_steps, started)
-        config = smaller if demo.small else config
-        trained = demo.train(config)
-    with demo.stage("4/5", f"sounds for {heldout} unseen clips", "generate"):
-        demo.generate(trained, config)
-    with demo.stage("5/5", "figures and report", "report"):
-        figures = recompute(out)
-        metrics = {
-            "seconds_total": 0.0,
-            "seconds_train": trained.seconds,
-            "seconds": demo.seconds,
-            "reused": demo.reused,
-            "train_steps": trained.steps,
-            "train_loss": trained.loss,
-            "parameters": trained.parameters,
-            "preset": config.model.name,
-            "overrides": [*overrides, *(SMALLER if demo.small else ())],
-            **_machine(config),
-            "seed": seed,
-            **figures,
-        }
-        from wavflow.demo.page import write_page
-        from wavflow.demo.report import draw_pictures
-
-        draw_pictures(out, metrics, demo.losses(config))
-    metrics["seconds_total"] = time.monotonic() - started
-    write_json(out / "metrics.json", metrics)
-    write_page(out, metrics)
+    with demo.stage(f"{heldout} videos and captions that no network has met", "heldout"):
+        demo.write_clips("heldout")
+        demo.extract("heldout")
+    with demo.stage("sounds of the packaged network", "sounds"):
+        sampler = Sampler.load(weights)
+        entries = demo.sounds_of_weights(sampler)
+    with demo.stage(f"{demo.clips} clips to learn kinds of sound from", "clips"):
+        demo.write_clips("train")
+    with demo.stage("figures and report", "report"):
+        metrics = demo.judge(entries, sampler, None)
+    demo.report(metrics)
+    if train != "none":
+        run = demo.run_config(train, train_seconds)
+        told = "at most " if train == QUICK else ""
+        length = _minutes(train_seconds) if train == QUICK else f"{run.training.max_steps} steps"
+        with demo.stage(f"training from nothing: {told}{length}", "train"):
+            demo.extract("train")
+            if train == FULL:
+                demo.forecast(run)
+            trained = demo.train(run)
+        with demo.stage("its sounds, figures and report", "trained_sounds"):
+            entries += demo.sounds_of_training(train, trained, run)
+            metrics = demo.judge(entries, sampler, Training(train, trained, run))
+        demo.report(metrics)
     show(out, metrics)
     return metrics
 
 
+@dataclass(frozen=True)
+class Training:
+    """A training of the demo: "quick" or "full", what it came to, its configuration."""
+
+    how: str
+    result: TrainResult
+    config: Config
+
+
 @dataclass
-class _Demo:
+class Demo:
     """One run of the demo: its settings, and what it took."""
 
     out: Path
     seed: int
     clips: int
     heldout: int
-
-    def __post_init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.reused: list[str] = []
-        self.small = False
+    config: Config
+    stages: int
+    started: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused: list[str] = field(default_factory=list)
+    first_sounds: float | None = None
 
     @contextmanager
-    def stage(self, number: str, what: str, name: str) -> Iterator[None]:
-        _say(f"[bold]{number}[/bold] {what}")
+    def stage(self, what: str, name: str) -> Iterator[None]:
+        """Says what begins, and how long it took."""
+        _say(f"[bold]{len(self.seconds) + 1}/{self.stages}[/bold] {what}")
         begun = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - begun
         _say(f"    {self.seconds[name]:.0f} s")
 
-    def _is_kept(self, path: Path, settings: Any, what: str) -> bool:
-        """Whether `path` says that its folder was finished with these settings."""
-        if path.is_file() and read_json(path) == settings:
-            self.reused.append(what)
-            _say("    kept from an earlier run with the same settings")
-            return True
-        path.unlink(missing_ok=True)
-        return False
+    def _keep(self, what: str) -> None:
+        self.reused.append(what)
+        _say(f"    {what} kept from an earlier run with the same settings")
 
-    def world(self, config: Config) -> dict[str, Any]:
-        data = config.data
+    def world(self, split: str) -> dict[str, Any]:
+        """What the clips of "train" or "heldout" depend on."""
         return {
             "wavflow": __version__,
             "seed": self.seed,
-            "clips": self.clips,
-            "heldout": self.heldout,
-            "seconds": data.audio_duration,
-            "rate": data.target_sample_rate,
+            "clips": self.clips if split == "train" else self.heldout,
+            "seconds": self.config.data.audio_duration,
+            "rate": self.config.data.target_sample_rate,
         }
 
-    def make_world(self, config: Config) -> None:
-        from wavflow.data.toy import write_toy_world
+    def write_clips(self, split: str) -> None:
+        """Writes the "heldout" clips of toy/, which come first, or those of "train"."""
+        from wavflow.data.toy import write_split
 
-        settings = self.world(config)
-        folder = self.out / "toy"
-        if self._is_kept(folder / "settings.json", settings, "toy"):
+        folder, settings = self.out / "toy", self.world(split)
+        path = folder / f"{split}.json"
+        if path.is_file() and read_json(path) == settings:
+            self._keep(f"{split} clips")
             return
-        write_toy_world(
+        if split == "heldout":  # of another world, if there is one
+            shutil.rmtree(folder, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        write_split(
             folder,
-            self.clips,
+            split,
+            settings["clips"],
             self.seed,
-            heldout=self.heldout,
             seconds=settings["seconds"],
             rate=settings["rate"],
             progress=console().is_terminal,
         )
-        write_json(folder / "settings.json", settings)
-
-    def extract(self, config: Config) -> None:
-        from wavflow.features.extract import extract
-
-        kept = 0
-        for split in ("train", "heldout"):
-            with counter(f"extract {split}") as progress:
-                result = extract(
-                    self.out / "toy" / f"{split}.csv",
-                    self.out / "features",
-                    config=config,
-                    overwrite=True,
-                    progress=progress,
-                )
-            if result.failed:
-                raise InputError(f"{result.failed} clips have no features; see {result.report}")
-            kept += result.kept
-        if kept == self.clips + self.heldout:
-            self.reused.append("features")
-
-    def is_slow(self, config: Config, smaller: Config, min_steps: int, started: float) -> bool:
-        """Whether this machine needs the smaller network; says what to expect."""
-        csv = self.out / "features" / "heldout.csv"
-        limit = config.training.max_seconds
-        assert limit is not None
-        step, sound = measure(config, csv)
-        slow = limit / step < min_steps
-        if slow:
-            _say(
-                f"    a step takes {step:.2f} s here: {limit / step:.0f} steps in {limit:.0f} s, "
-                f"{min_steps} are needed. [bold]Taking a smaller network:[/bold] "
-                f"{' '.join(SMALLER)}"
-            )
-            step, sound = measure(smaller, csv)
-            if limit / step < min_steps:
-                _say("    that is too slow as well: expect figures below the bars")
-        sounds = sound * self.heldout * len(MODES) * (1 + len(CONTROLS))
-        spent = time.monotonic() - started
-        minutes, seconds = divmod(int(spent + limit + sounds + _REST_SECONDS), 60)
-        _say(
-            f"    {step * 1000:.0f} ms a step, about {limit / step:.0f} steps; {sounds:.0f} s for "
-            f"the sounds; expected in all: [bold]{minutes} min {seconds:02d} s[/bold]"
-        )
-        return slow
-
-    def train(self, config: Config) -> TrainResult:
-        from wavflow.training import train
-
-        if _is_begun(config):
-            self.reused.append("training")
-        return train(config)
-
-    def generate(self, trained: TrainResult, config: Config) -> None:
-        from wavflow.sampler import Sampler
-
-        settings = {
-            "run": config.experiment_id,
-            "steps": trained.steps,
-            "ema": config.model.ema,
-            "sampling": dataclasses.asdict(config.sampling),
-            "inference": dataclasses.asdict(config.inference),
-        }
-        path = self.out / "wav" / "settings.json"
-        if not (self.out / "events.json").is_file():
-            path.unlink(missing_ok=True)
-        if self._is_kept(path, settings, "sounds"):
-            return
-        inference = config.inference
-        sampler = Sampler.load(
-            trained.checkpoint, inference.device, inference.dtype, config.model.ema, config
-        )
-        begun = time.monotonic()
-        with progress_bar("{task.completed}/{task.total}  {task.fields[left]}") as bar:
-            task = bar.add_task("generate", total=None, left="")
-
-            def progress(what: str, done: int, total: int) -> None:
-                left = int((time.monotonic() - begun) * (total - done) / done)
-                text = f"{left // 60}:{left % 60:02d} left"
-                name = f"generate {what}"
-                bar.update(task, description=name, completed=done, total=total, left=text)
-
-            generate_all(self.out, sampler, seed=self.seed, progress=progress)
         write_json(path, settings)
 
-    def losses(self, config: Config) -> list[tuple[int, float]]:
-        """Step and loss of every line of the training's metrics.jsonl."""
-        text = (_run_folder(config) / "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
-        return [(line["step"], line["loss"]) for line in lines]
+    def extract(self, split: str) -> None:
+        """Features of the "train" or "heldout" clips."""
+        from wavflow.features.extract import extract
+
+        with counter(f"{split} features") as progress:
+            result = extract(
+                self.out / "toy" / f"{split}.csv",
+                self.out / "features",
+                config=self.config,
+                overwrite=True,
+                progress=progress,
+            )
+        if result.failed:
+            raise InputError(f"{result.failed} clips have no features; see {result.report}")
+        if not result.done:
+            self._keep(f"{split} features")
+
+    # Sounds
+
+    def sounds_of_weights(self, sampler: Sampler) -> list[dict[str, Any]]:
+        """Entries of events.json for the packaged network's sounds and the controls'."""
+        clips = read_heldout(self.out, sampler.config)
+
+        def jobs() -> list[Job]:
+            controls = control_jobs(sampler, clips.first(CONTROL_CLIPS), self.seed)
+            return [*jobs_of(sampler, SHIPPED, clips), *controls]
+
+        settings = {"sha256": sha256(sampler.weights["file"]), "controls": CONTROL_CLIPS}
+        return self._sounds(SHIPPED, settings, jobs)
+
+    def sounds_of_training(
+        self, how: str, trained: TrainResult, config: Config
+    ) -> list[dict[str, Any]]:
+        """Entries of events.json for the sounds of a network that was trained here."""
+
+        def jobs() -> list[Job]:
+            inference = config.inference
+            sampler = Sampler.load(
+                trained.checkpoint, inference.device, inference.dtype, config.model.ema, config
+            )
+            clips = read_heldout(self.out, config)
+            return jobs_of(sampler, how, clips.first(QUICK_CLIPS) if how == QUICK else clips)
+
+        return self._sounds(how, {"run": config.experiment_id, "steps": trained.steps}, jobs)
+
+    def _sounds(
+        self, name: str, settings: dict[str, Any], jobs: Callable[[], list[Job]]
+    ) -> list[dict[str, Any]]:
+        path = self.out / "wav" / f"{name}.json"
+        settings = {"world": self.world("heldout"), **settings}
+        if path.is_file() and (found := read_json(path))["settings"] == settings:
+            self._keep(f"{name} sounds")
+            return found["entries"]
+        path.unlink(missing_ok=True)
+        with counter("sounds") as show:
+
+            def progress(what: str, done: int, total: int) -> None:
+                if self.first_sounds is None:
+                    self.first_sounds = time.monotonic() - self.started
+                    _say(f"    first sounds after {self.first_sounds:.0f} s: {path.parent / name}")
+                show(done, total)
+
+            entries = generate(self.out, jobs(), seed=self.seed, progress=progress)
+        write_json(path, {"settings": settings, "entries": entries})
+        return entries
+
+    # Training
+
+    def run_config(self, how: str, train_seconds: float) -> Config:
+        """The training's configuration; its folder's name says what the result depends on."""
+        settings = dataclasses.replace(
+            self.config.training,
+            seed=self.seed,
+            tensorboard=False,
+            max_seconds=train_seconds if how == QUICK else None,
+        )
+        text = json.dumps(
+            [dataclasses.replace(self.config, training=settings).to_dict(), self.world("train")],
+            sort_keys=True,
+        )
+        return dataclasses.replace(
+            self.config,
+            data=dataclasses.replace(
+                self.config.data, csv_path=str(self.out / "features" / "train.csv")
+            ),
+            training=dataclasses.replace(settings, output_dir=str(self.out / "run")),
+            experiment_id=f"{how}-{hashlib.sha256(text.encode()).hexdigest()[:10]}",
+        )
+
+    def forecast(self, config: Config) -> None:
+        """Says how long the training takes here, by a few of its steps."""
+        from wavflow.training import try_out
+
+        found = try_out(config, seconds=4)
+        steps = found.total_steps - found.first_step
+        _say(
+            f"    {steps} steps, {found.seconds:.2f} s each here: the training takes about "
+            f"[bold]{_minutes(found.run_seconds)}[/bold]"
+        )
+
+    def train(self, config: Config) -> TrainResult:
+        """Trains, or goes on where an earlier run of the demo stopped."""
+        from wavflow.training import train
+
+        if (Path(config.training.output_dir) / config.experiment_id / LATEST).exists():
+            self._keep("training")
+        return train(config)
+
+    # The report
+
+    @functools.cached_property
+    def heard(self) -> Listener:
+        return Listener(self.out / "toy" / "events.json")
+
+    def judge(
+        self, entries: list[dict[str, Any]], sampler: Sampler, training: Training | None
+    ) -> dict[str, Any]:
+        """Writes events.json and what the report shows; returns the metrics."""
+        from wavflow.demo.report import draw_pictures
+
+        write_json(self.out / "events.json", entries)
+        metrics: dict[str, Any] = {
+            "seconds_first_sounds": self.first_sounds,
+            "reused": self.reused,
+            "seed": self.seed,
+            "weights": {
+                "file": Path(sampler.weights["file"]).name,
+                "steps": sampler.weights["global_step"],
+                "parameters": sum(p.numel() for p in build_model(sampler.config).parameters()),
+            },
+            "training": None,
+            **_machine(sampler),
+            **recompute(self.out, self.heard),
+        }
+        losses: list[tuple[int, float]] = []
+        if training is not None:
+            result = training.result
+            metrics["training"] = {
+                "how": training.how,
+                "steps": result.steps,
+                "seconds": result.seconds,
+                "loss": result.loss,
+                "parameters": result.parameters,
+            }
+            lines = read_metrics(result.out / METRICS)
+            losses = [(line["step"], line["loss"]) for line in lines if line.get("loss")]
+        draw_pictures(self.out, metrics, losses)
+        return metrics
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Writes metrics.json and report.html, with the seconds that all took up to now."""
+        from wavflow.demo.page import write_page
+
+        metrics["seconds_total"] = time.monotonic() - self.started
+        metrics["seconds"] = dict(self.seconds)
+        write_json(self.out / "metrics.json", metrics)
+        write_page(self.out, metrics)
+        _say(f"    look and listen: [bold]{self.out / 'report.html'}[/bold]")
 
 
-def _config(demo: _Demo, preset: str, overrides: Sequence[str], train_seconds: float) -> Config:
-    """The run's configuration; its folder's name says what the result depends on."""
-    told = [
-        f"data.csv_path={json.dumps(str(demo.out / 'features' / 'train.csv'))}",
-        f"training.output_dir={json.dumps(str(demo.out / 'run'))}",
-        f"training.seed={demo.seed}",
-        f"training.max_seconds={train_seconds}",
-        "training.epochs=1000000",
-    ]
-    config = load_config(preset, [*overrides, *told])
-    content = config.to_dict()
-    del content["data"]["csv_path"], content["training"]["output_dir"]
-    text = json.dumps([content, demo.world(config)], sort_keys=True)
-    name = f"{config.model.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-    return dataclasses.replace(config, experiment_id=name)
-
-
-def _run_folder(config: Config) -> Path:
-    return Path(config.training.output_dir) / config.experiment_id
-
-
-def _is_begun(config: Config) -> bool:
-    return (_run_folder(config) / LATEST).exists()
-
-
-def measure(config: Config, csv: Path, seconds: float = 3.0) -> tuple[float, float]:
-    """Seconds that a training step takes, and the generation of one sound.
-
-    Takes real steps for so many seconds, on a network that is thrown away.
-    """
-    from wavflow.sampler import Sampler
-    from wavflow.training import try_out
-
-    data = dataclasses.replace(config.data, csv_path=str(csv))
-    per_step = try_out(dataclasses.replace(config, data=data), seconds=seconds).seconds
-    device = resolve_device(config.training.device)
-    dtype = resolve_dtype(config.training.dtype, device)
-    dataset = ClipDataset(csv, config.data)
-    model = build_model(config, empty_caption(config)).to(device)
-    sampler = Sampler(model, config, device, dtype)
-    features = [dataset[i % len(dataset)].features for i in range(BATCH)]
-    begun = time.monotonic()
-    probe = 2
-    sampler.generate_features(
-        features, list(range(BATCH)), guidance=config.inference.cfg, steps=probe, batch_size=BATCH
-    )
-    per_sound = (time.monotonic() - begun) / probe / BATCH * config.sampling.num_steps
-    return per_step, per_sound
-
-
-def _machine(config: Config) -> dict[str, Any]:
-    device = resolve_device(config.training.device)
+def _machine(sampler: Sampler) -> dict[str, Any]:
     name = cpu.name()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if sampler.device.type == "cuda":
+        name = torch.cuda.get_device_name(sampler.device)
     return {
-        "device": device.type,
+        "device": sampler.device.type,
         "device_name": name,
         "threads": torch.get_num_threads(),
-        "dtype": str(resolve_dtype(config.training.dtype, device)).removeprefix("torch."),
+        "dtype": str(sampler.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "wavflow": __version__,
     }
@@ -360,24 +386,30 @@ def show(out: Path, metrics: dict[str, Any]) -> None:
             cells.append(text)
         table.add_row(title, *cells, end_section=end_section)
 
-    for mode in MODES:
-        row(mode, metrics[mode], mode, mode == MODES[-1])
-    for control in CONTROLS:
-        for mode in MODES:
-            values = metrics["controls"][control][mode]
-            row(f"{control} {mode}", values, f"{control}.{mode}", mode == MODES[-1])
+    for series in SERIES:
+        for mode in MODES if series in metrics else ():
+            title = f"{NAMES[series]}, {mode}"
+            row(title, metrics[series][mode], f"{series}.{mode}", mode == MODES[-1])
     row("chance", metrics["chance"])
     row("ceiling", metrics["ceiling"])
     console().print(table)
     missed = sum(not bar["passed"] for bar in checked.values())
-    minutes, seconds = divmod(int(metrics["seconds_total"]), 60)
+    training = metrics["training"]
+    trained = (
+        f", of which training {_minutes(training['seconds'])} ({training['steps']} steps)"
+        if training
+        else ""
+    )
     _say(
         f"{'all bars passed' if not missed else f'{missed} bars missed'}; "
-        f"{minutes} min {seconds:02d} s in all, of which training "
-        f"{metrics['seconds_train']:.0f} s ({metrics['train_steps']} steps, "
-        f"{metrics['parameters'] / 1e6:.1f} M parameters)"
+        f"{_minutes(metrics['seconds_total'])} in all{trained}"
     )
     _say(f"look and listen: [bold]{out / 'report.html'}[/bold]")
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _say(text: str) -> None:

@@ -1,10 +1,9 @@
-"""The demo's sounds: every held-out clip in every mode, the controls, and videos with sound."""
+"""The demo's sounds: every held-out clip in every mode, and the controls."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from wavflow.build import build_model, empty_caption
 from wavflow.config import Config
-from wavflow.data.manifest import Row, needed, read_manifest
+from wavflow.data.manifest import Row, read_manifest
 from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
 from wavflow.demo.score import CONTROLS, MODES
 from wavflow.errors import InputError
-from wavflow.files import atomic_write, read_json, write_json
+from wavflow.files import read_json
 from wavflow.infer import row_seed
 from wavflow.precision import resolve_device, resolve_dtype
 from wavflow.sampler import Sampler
@@ -49,132 +48,125 @@ def other_conditions(kinds: list[str], seed: int) -> list[int]:
     return [others[i] for i in range(len(kinds))]
 
 
-def read_heldout(
-    out: Path, config: Config
-) -> tuple[list[Row], list[dict[str, Tensor]], dict[str, dict[str, Any]]]:
-    """The held-out clips of the world in `out/toy`: rows, all their features, scenes by id.
+@dataclass(frozen=True)
+class Heldout:
+    """The held-out clips of a demo's world, in order: rows, all their features, their scenes."""
+
+    rows: list[Row]
+    features: list[dict[str, Tensor]]
+    scenes: list[dict[str, Any]]
+
+    def first(self, count: int | None) -> Heldout:
+        """So many of them, None for all."""
+        return Heldout(self.rows[:count], self.features[:count], self.scenes[:count])
+
+
+def read_heldout(out: Path, config: Config) -> Heldout:
+    """The held-out clips of the world in `out/toy`, with the features in `out/features`.
 
     Raises:
         InputError: a clip that cannot be read.
     """
     rows = read_manifest(out / "toy" / "heldout.csv", ("id", "audio_path", "video_path"))
     table = read_manifest(out / "features" / "heldout.csv", ("id", "features_path"))
-    features = {row.id: needed(row.features_path) for row in table}
+    paths = {row.id: row.features_path for row in table}
     for row in rows:
-        if row.id not in features:
+        if row.id not in paths:
             raise InputError(f"{table.path}: no row {row.id}")
     shapes = config.data.feature_shapes
-    given = [read_features(features[row.id], shapes, shapes) for row in rows]
-    return rows, given, read_json(out / "toy" / "events.json")
+    features = [read_features(paths[row.id], shapes, shapes) for row in rows]
+    scenes = read_json(out / "toy" / "events.json")
+    return Heldout(list(rows), features, [scenes[row.id] for row in rows])
 
 
-def generate_all(
+@dataclass(frozen=True)
+class Job:
+    """A network's sounds for some clips in one mode.
+
+    Attributes:
+        series: whose sounds they are (`wavflow.demo.score.SERIES`), a folder in wav/.
+        mode: what is given (`GIVEN`).
+        sampler: the network.
+        clips: whose events and kinds the sounds are judged by.
+        others: for each clip the one whose video and caption are given instead of its own.
+    """
+
+    series: str
+    mode: str
+    sampler: Sampler
+    clips: Heldout
+    others: list[int] | None = None
+
+
+def jobs_of(sampler: Sampler, series: str, clips: Heldout) -> list[Job]:
+    """All modes."""
+    return [Job(series, mode, sampler, clips) for mode in MODES]
+
+
+def control_jobs(sampler: Sampler, clips: Heldout, seed: int) -> list[Job]:
+    """The controls: a network without training, and the trained one given other clips' inputs."""
+    others = other_conditions([scene["kind"] for scene in clips.scenes], seed)
+    start = untrained(sampler.config)
+    networks = {"untrained": (start, None), "shuffled": (sampler, others)}
+    return [
+        Job(control, mode, networks[control][0], clips, networks[control][1])
+        for control in CONTROLS
+        for mode in MODES
+    ]
+
+
+def generate(
     out: Path,
-    sampler: Sampler,
+    jobs: Sequence[Job],
     *,
     seed: int,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
-    """Generates every held-out clip of the world in `out/toy` in every mode, then the controls.
+    """Makes the sounds of all jobs, wav/<series>/<mode>/<id>.wav, each batch as it is done.
 
-    Writes wav/<mode>/<id>.wav, wav/<control>/<mode>/<id>.wav, wav/true/<id>.wav and events.json,
-    whose content it returns.
+    They are generated in the library's default way (`wavflow.solvers.BEST`), with the guidance of
+    the network's configuration.
 
     Args:
-        out: the demo's folder, with toy/ and features/.
-        sampler: the trained model.
+        out: the demo's folder.
+        jobs: what is generated.
         seed: base seed; the noise of a clip depends on it and on the clip's id.
         progress: called with (what is generated, sounds done, sounds in all).
 
-    Raises:
-        InputError: a clip that cannot be read.
+    Returns:
+        An entry of events.json for every sound.
     """
-    rows, given, world = read_heldout(out, sampler.config)
-    other = other_conditions([world[row.id]["kind"] for row in rows], seed)
-    shuffled = [given[i] for i in other]
-
-    entries = []
-    done, total = 0, len(rows) * len(MODES) * (1 + len(CONTROLS))
-    inits = untrained(sampler.config)
-    for control, model, conditions in (
-        (None, sampler, given),
-        ("untrained", inits, given),
-        ("shuffled", sampler, shuffled),
-    ):
-        for mode in MODES:
-            sounds = model.generate_features(
-                [{key: clip[key] for key in GIVEN[mode]} for clip in conditions],
-                [row_seed(seed, row.id) for row in rows],
-                guidance=model.config.inference.cfg,
-                steps=model.config.sampling.num_steps,
-                solver=model.config.sampling.method,
+    entries: list[dict[str, Any]] = []
+    total = sum(len(job.clips.rows) for job in jobs)
+    for job in jobs:
+        rows = job.clips.rows
+        given = range(len(rows)) if job.others is None else job.others
+        for at in range(0, len(rows), BATCH):
+            places = range(at, min(at + BATCH, len(rows)))
+            sounds = job.sampler.generate_features(
+                [
+                    {key: job.clips.features[given[i]][key] for key in GIVEN[job.mode]}
+                    for i in places
+                ],
+                [row_seed(seed, rows[i].id) for i in places],
                 batch_size=BATCH,
-                progress=progress and partial(_advance, progress, control or mode, done, total),
             )
-            done += len(rows)
-            for index, (row, sound) in enumerate(zip(rows, sounds, strict=True)):
-                path = Path("wav", *([control] if control else []), mode, f"{row.id}.wav")
+            for i, sound in zip(places, sounds, strict=True):
+                row, scene = rows[i], job.clips.scenes[i]
+                path = Path("wav", job.series, job.mode, f"{row.id}.wav")
                 sound.loud().save(out / path)
-                source = rows[other[index]] if control == "shuffled" else row
-                entries.append(_entry(row, source.id, mode, control, world[row.id], path))
-    for row in rows:
-        with atomic_write(out / "wav" / "true" / f"{row.id}.wav", durable=False) as file:
-            with open(needed(row.audio_path), "rb") as true:
-                shutil.copyfileobj(true, file)
-    write_json(out / "events.json", entries)
+                entries.append(
+                    {
+                        "id": row.id,
+                        "series": job.series,
+                        "mode": job.mode,
+                        "kind": scene["kind"],
+                        "events": scene["times"],
+                        "caption": row.caption,
+                        "condition": rows[given[i]].id,
+                        "generated": path.as_posix(),
+                        "true": f"toy/audio/{row.id}.wav",
+                    }
+                )
+            progress(f"{job.series} {job.mode}", len(entries), total)
     return entries
-
-
-def _entry(
-    row: Row, condition: str, mode: str, control: str | None, scene: dict[str, Any], path: Path
-) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "mode": mode,
-        "control": control,
-        "kind": scene["kind"],
-        "events": scene["times"],
-        "caption": row.caption,
-        "condition": condition,
-        "generated": path.as_posix(),
-        "true": f"wav/true/{row.id}.wav",
-    }
-
-
-def _advance(
-    progress: Callable[[str, int, int], None], what: str, before: int, total: int, done: int, _: int
-) -> None:
-    progress(what, before + done, total)
-
-
-def put_to_video(video: Path, wave: Tensor, rate: int, out: Path) -> None:
-    """Writes an mp4 with the pictures of `video`, copied as they are, and `wave` (t,) as AAC.
-
-    Raises:
-        InputError: `video` cannot be read.
-    """
-    import av
-
-    aac = av.Codec("aac", "w")
-    audio_rate = min((r for r in aac.audio_rates or () if r >= rate), default=48000)
-    pcm = (wave.clamp(-1, 1) * 32767).round().to(torch.int16).numpy()
-    try:
-        with (
-            atomic_write(out, durable=False) as file,
-            av.open(str(video)) as source,
-            av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as target,
-        ):
-            seen = source.streams.video[0]
-            pictures = target.add_stream_from_template(seen)
-            sound = target.add_stream("aac", rate=audio_rate, layout="mono")
-            sound.bit_rate = 8 * audio_rate
-            for packet in source.demux(seen):
-                if packet.dts is not None:
-                    packet.stream = pictures
-                    target.mux(packet)
-            frame = av.AudioFrame.from_ndarray(pcm[None], format="s16", layout="mono")
-            frame.sample_rate, frame.pts = rate, 0
-            target.mux(sound.encode(frame))
-            target.mux(sound.encode(None))
-    except (av.FFmpegError, IndexError) as error:
-        raise InputError(f"{video}: its pictures cannot be copied ({error})") from None
