@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+
+# One thread a process, before torch is imported: pytest-xdist keeps the cores busy, and two
+# processes of two threads each wait for one another. Tests of threads set their own number; a
+# waiting thread then sleeps.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Iterator
 
 import hypothesis
