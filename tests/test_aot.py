@@ -73,7 +73,9 @@ FAULTS = {
 
 @needs_triton
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_found_on_each_architecture_it_depends_on(toys: dict[str, Any], fault: str) -> None:
+def test_each_fault_is_found_on_each_architecture_it_depends_on(
+    toys: dict[str, Any], fault: str
+) -> None:
     begin, end, architectures = FAULTS[fault]
     found = [problem for problem in problems(toys, fault) if end in problem]
     assert len(found) == architectures

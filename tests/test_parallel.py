@@ -62,7 +62,9 @@ OF_TWO = [
     *(
         {"name": name, "strategy": strategy, **STOPPED}
         for name, strategy in (
-            ("fsdp to ddp", "fsdp"), ("ddp to fsdp", "ddp"), ("fsdp to fsdp", "fsdp")
+            ("fsdp to ddp", "fsdp"),
+            ("ddp to fsdp", "ddp"),
+            ("fsdp to fsdp", "fsdp"),
         )
     ),
 ]
