@@ -105,12 +105,12 @@ def with_modes(cases: list[Any]) -> list[Any]:
 
 
 def structure(sample: Sample) -> Any:
-    """What a trace of the call depends on, but for sizes and strides."""
+    """What a trace of the call depends on, but for sizes and strides: opcheck traces those too."""
 
     def kind(value: Any) -> Any:
         if isinstance(value, list):
             return [kind(v) for v in value]
-        return value if isinstance(value, (bool, type(None))) else type(value)
+        return value if isinstance(value, (int, type(None))) else type(value)
 
     return [kind(value) for value in sample.args], sample.differentiable
 
