@@ -1,6 +1,7 @@
 # make demo   set up, then a toy world, sounds of the packaged network, a minute of training, a report
 #             (TRAIN=full: trains as the packaged one was, and says before how long; TRAIN=none; SEED=1)
-# make test   set up for development, then the tests
+# make test   set up for development, then the tests, on every core
+# make quick  likewise, then the tests of a first look: two minutes on two cores
 # make profile   where a training step and a sampling step spend their time (PROFILE="--model medium_16k ...")
 # make wheel   sdist and wheel, tested in a bare environment for each of TORCHES
 # make gpu    on a machine with a GPU, with what $(PYTHON) has: build, test, tune, measure (STAGES=... for some)
@@ -15,6 +16,7 @@ TRAIN ?= quick
 STAGES ?=
 PROFILE ?=
 TORCHES ?= $(TORCH)
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
@@ -23,7 +25,7 @@ GPU = $(shell nvidia-smi -L 2>/dev/null)$(wildcard /dev/nvidia0)
 COMPILER = $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 WAVFLOW_BUILD ?= $(if $(GPU),auto,$(if $(COMPILER),cpu,auto))
 
-.PHONY: setup demo test interpret aot isa slow lint sanitize profile wheel gpu clean
+.PHONY: setup demo test quick interpret aot isa avx2 slow lint sanitize profile wheel gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -55,42 +57,70 @@ $(VENV)/.dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/wavflow demo --out out/demo --seed $(SEED) --train $(TRAIN)
 
+# Files go to JOBS processes of one thread each, the longest first; single tests where one file is
+# all there is.
+PYTEST := $(BIN)/pytest -q -n $(JOBS) --no-loadscope-reorder --dist
+FILES := $(PYTEST) loadfile
+TESTS := $(PYTEST) worksteal
+
 test: setup
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(FILES) -m "not slow and not gpu"
 	$(MAKE) interpret
+
+# Everything but the files that take long: they start processes, train or trace.
+quick: setup
+	$(FILES) -m "not slow and not gpu and not long"
 
 # The op tests of the Triton kernels, in Triton's interpreter.
 interpret: setup
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
-	  TRITON_INTERPRET=1 $(BIN)/pytest tests/test_ops.py -q -m "not slow and not gpu"; \
+	  TRITON_INTERPRET=1 $(TESTS) tests/test_ops.py -m "not slow and not gpu"; \
 	else \
 	  echo "triton is not installed: its kernels are not tested ($(BIN)/pip install 'triton>=3.6')"; \
 	fi
 
 slow: setup
-	$(BIN)/pytest -m "slow and not gpu"
+	$(FILES) -m "slow and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every Triton kernel compiled without a GPU, by the installed triton and by the oldest supported.
+# Every Triton kernel compiled without a GPU: by the installed triton for every architecture, by the
+# oldest supported for one. What was compiled is kept in build/aot.
 OLD_TRITON := build/triton36
 aot: setup
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLD_TRITON) $(PIP_ARGS) \
-	  triton==3.6.0
-	$(BIN)/python -m wavflow_kernels.aot --json build/aot.json
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m wavflow_kernels.aot --json build/aot36.json
+	@test -e $(OLD_TRITON)/triton || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(OLD_TRITON) $(PIP_ARGS) triton==3.6.0
+	$(BIN)/python -m wavflow_kernels.aot --cache build/aot --json build/aot.json
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m wavflow_kernels.aot --cache build/aot --arch 90 \
+	  --json build/aot36.json
 
 # What only exercises the compiled kernels: the matrix in eager mode, and their laws.
 KERNEL_TESTS := $(addprefix tests/test_,ops.py properties.py adaln.py conv1d.py qkv_rope.py \
   rope_attention.py swiglu.py) -k "cpp and eager or property"
 
-# The compiled kernels in the instruction sets that are not this processor's best.
+# The kernels whose bits depend on the instruction set, in the baseline: of the others
+# test_every_instruction_set_gives_the_same_bits shows that they do not.
 isa: setup
-	WAVFLOW_CPU_ISA=avx2 $(BIN)/pytest -q $(KERNEL_TESTS)
-	WAVFLOW_CPU_ISA=default $(BIN)/pytest -q $(KERNEL_TESTS)
+	WAVFLOW_CPU_ISA=default $(TESTS) tests/test_ops.py tests/test_conv1d.py \
+	  tests/test_rope_attention.py tests/test_swiglu.py \
+	  -k "cpp and eager and (attention or conv or swiglu) or property or threads"
+
+# What chooses by the processor, on one that knows no more than AVX2.
+AVX2_TESTS := $(addprefix tests/test_,ops.py conv1d.py rope_attention.py swiglu.py model.py \
+  inference.py flow_matching.py sampler.py engine.py long.py local.py trainer.py training.py \
+  flops.py)
+avx2: setup
+	@if $(BIN)/python -c 'import sys, torch; \
+	    sys.exit("avx512" in torch.backends.cpu.get_cpu_capability().lower())'; then \
+	  echo "avx2: this processor has no AVX-512: make test has tested that way"; \
+	else \
+	  WAVFLOW_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(TESTS) $(AVX2_TESTS) \
+	    -m "not slow and not gpu" \
+	    -k "not aot_eager and not inductor and not -reference- and not processes and not killed"; \
+	fi
 
 # The compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize
@@ -99,7 +129,7 @@ SANITIZER := LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:
 sanitize: setup
 	WAVFLOW_BUILD=cpu WAVFLOW_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --upgrade \
 	  --target $(SANITIZED) $(PIP_ARGS) .
-	$(SANITIZER) $(BIN)/pytest -o pythonpath=$(SANITIZED) $(KERNEL_TESTS) -p no:cacheprovider
+	$(SANITIZER) $(TESTS) -o pythonpath=$(SANITIZED) $(KERNEL_TESTS) -p no:cacheprovider
 
 profile: setup
 	$(BIN)/python -m bench.run profile $(PROFILE)

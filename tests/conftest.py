@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+
+# One thread a process, before torch is imported: pytest-xdist keeps the cores busy, and two
+# processes of two threads each wait for one another. Tests of threads set their own number; a
+# waiting thread then sleeps.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Iterator
 
 import hypothesis
@@ -28,7 +35,37 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"the kernels under test are not those in {folder}", returncode=3)
 
 
+# The files that take longest, in that order: they come first, so that the last process to end waits
+# for a short one. The tests in them are marked "long".
+LONG = (
+    "ops",
+    "parallel",
+    "resume",
+    "scale",
+    "long",
+    "aot",
+    "serve",
+    "readme",
+    "bench_length",
+    "sampler",
+    "engine",
+    "training",
+    "collect_gpu",
+    "hostile",
+    "synchformer",
+    "registry",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONG.index(name) if name in LONG else len(LONG)
+
+    items.sort(key=place)
+    for item in items:
+        if place(item) < len(LONG):
+            item.add_marker("long")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

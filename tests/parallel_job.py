@@ -1,10 +1,13 @@
-"""What test_parallel.py starts under torchrun: `parallel_job.py OUT JOB [key=value ...]`.
+"""What test_parallel.py starts under torchrun: `parallel_job.py OUT JOBS`.
 
-Jobs train the toy task; the first process leaves its weights, whole, in OUT/<JOB>.pth.
+JOBS is a JSON list of {"kind": ..., "name": ..., setting: value, ...}, done one after the other.
+They train the toy task in OUT/<name>; the first process leaves its weights there, whole, in
+weights.pth.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -12,12 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 from toy_task import SETTINGS, Fit, Points, make_trainer
 
 from wavflow.console import show_log
 from wavflow.errors import InputError
-from wavflow.parallel import join, whole
+from wavflow.parallel import World, join, whole
 
 
 class Dying(Points):
@@ -39,37 +41,40 @@ class FallsOnce(Points):
         return super().load(indices, draw)
 
 
-def main(out: Path, job: str, **options) -> None:
-    dtype = getattr(torch, options.pop("dtype", "float64"))
-    kind = {"dies": Dying, "falls once": FallsOnce}.get(job, Points)
-    dataset = kind(missing=options.pop("missing", ()), dtype=dtype)
+KINDS = {"gradients": Points, "train": Points, "dies": Dying, "falls once": FallsOnce}
+
+
+def work(
+    world: World, out: Path, kind: str, dtype: str = "float64", missing: tuple = (), **options
+) -> None:
+    """One job."""
+    dataset = KINDS[kind](missing=missing, dtype=getattr(torch, dtype))
     dataset.mark = out / "fell"
-    settings = replace(SETTINGS, **options)
-    with join("cpu", group=settings.strategy == "fsdp") as world:
-        trainer = make_trainer(
-            out / "run",
-            settings,
-            Fit(dtype=dtype),
-            dataset,
-            world,
-            validation=Points(5, dtype=dtype),
-        )
-        trainer.resume()
-        if job == "gradients":
-            trainer.train_step(trainer.batches())
-            left = {n: whole(p.grad) for n, p in trainer.model.named_parameters()}
-        else:
-            trainer.run()
-            left = {n: whole(p.detach()) for n, p in trainer.model.named_parameters()}
-        if world.is_main:
-            torch.save(left, out / f"{job}.pth")
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = make_trainer(
+        out / "run",
+        replace(SETTINGS, **options),
+        Fit(dtype=dataset.x.dtype),
+        dataset,
+        world,
+        validation=Points(5, dtype=dataset.x.dtype),
+    )
+    trainer.resume()
+    if kind == "gradients":
+        trainer.train_step(trainer.batches())
+        left = {n: whole(p.grad) for n, p in trainer.model.named_parameters()}
+    else:
+        trainer.run()
+        left = {n: whole(p.detach()) for n, p in trainer.model.named_parameters()}
+    if world.is_main:
+        torch.save(left, out / "weights.pth")
 
 
 if __name__ == "__main__":
     show_log()
-
     try:
-        given = dict(option.split("=", 1) for option in sys.argv[3:])
-        main(Path(sys.argv[1]), sys.argv[2], **{k: yaml.safe_load(v) for k, v in given.items()})
+        with join("cpu") as world:
+            for job in json.loads(sys.argv[2]):
+                work(world, Path(sys.argv[1]) / job.pop("name"), **job)
     except InputError as error:
         sys.exit(f"job: {error}")

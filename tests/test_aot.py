@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from wavflow_kernels import _sass
+from wavflow_kernels import REGISTRY, _sass
+from wavflow_kernels._offline import collect
+from wavflow_kernels.aot import main
 
 TOYS = Path(__file__).with_name("aot_toys.py")
 needs_triton = pytest.mark.skipif(
@@ -34,10 +37,13 @@ def aot(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("aot") / "toys.json"
-    done = aot(str(TOYS), "--json", str(path))
+    """Rows and problems of both reports."""
+    folder = tmp_path_factory.mktemp("aot")
+    paths = [folder / "sm_90.json", folder / "others.json"]
+    done = aot(str(TOYS), *map(str, paths))
     assert done.returncode == 1, done.stderr
-    report = json.loads(path.read_text())
+    reports = [json.loads(path.read_text()) for path in paths]
+    report = {key: reports[0][key] + reports[1][key] for key in ("kernels", "problems")}
     assert all(f"problem: {problem}" in done.stdout for problem in report["problems"])
     return report
 
@@ -48,26 +54,28 @@ def problems(toys: dict[str, Any], op: str) -> list[str]:
 
 FAULTS = {
     "spill": ("product [N=128 ROWS=128 STEP=32 ", "instructions on local memory", 3),
-    "float64": ("in_float64 [BLOCK=1024 ", "float64 instructions: ", 3),
+    "float64": ("in_float64 [BLOCK=1024 ", "float64 instructions: ", 1),
     "small_tile": ("product [N=128 ROWS=16", "(found: HMMA)", 2),
-    "by_sums": ("toy_by_sums (large, float16", "no kernel multiplies matrices (tl.dot)", 3),
-    "narrow": ("toy_narrow (large, float16", "shifted loads x 2 bytes at a time", 3),
-    "copied": ("toy_copied (large, float16", "no kernel loads x: copied first?", 3),
+    "by_sums": ("toy_by_sums (large, bfloat16", "no kernel multiplies matrices (tl.dot)", 1),
+    "narrow": ("toy_narrow (large, bfloat16", "shifted loads x 2 bytes at a time", 1),
+    "copied": ("toy_copied (large, bfloat16", "no kernel loads x: copied first?", 1),
     "narrow_copy": (
-        "toy_narrow_copy (large, float16",
+        "toy_narrow_copy (large, bfloat16",
         "shifted loads a tensor made by the launcher 2 bytes at a time",
-        3,
+        1,
     ),
     "shared_memory": ("product [N=128 ROWS=128 STEP=64 ", "bytes of shared memory, a block has", 3),
-    "grid": ("toy_grid (large, float16", "grid (1, 131072) of centre is beyond", 3),
-    "broken": ("broken [BLOCK=1024 ", "Error: ", 3),
-    "raises": ("toy_raises (large, float16", "ValueError: no configuration", 3),
+    "grid": ("toy_grid (large, bfloat16", "grid (1, 131072) of centre is beyond", 1),
+    "broken": ("broken [BLOCK=1024 ", "Error: ", 1),
+    "raises": ("toy_raises (large, bfloat16", "ValueError: no configuration", 1),
 }
 
 
 @needs_triton
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_found_on_each_architecture(toys: dict[str, Any], fault: str) -> None:
+def test_each_fault_is_found_on_each_architecture_it_depends_on(
+    toys: dict[str, Any], fault: str
+) -> None:
     begin, end, architectures = FAULTS[fault]
     found = [problem for problem in problems(toys, fault) if end in problem]
     assert len(found) == architectures
@@ -97,19 +105,35 @@ def test_rows_say_what_a_kernel_is(toys: dict[str, Any], architecture: str, tens
     assert set(row["loads"]) == {"16"}
 
 
-def test_command_line() -> None:
-    module = ("-m", "wavflow_kernels.aot")
-    assert "wanted some of 80,90,100" in aot(*module, "--arch", "75").stderr
-    assert "is no op with a Triton kernel" in aot(*module, "--op", "flow_mix").stderr
-    hidden = "import sys; sys.modules['triton'] = None; from wavflow_kernels.aot import main; "
-    done = aot("-c", hidden + "main([])")
-    assert done.returncode == 2 and "(pip install 'triton>=3.6')" in done.stderr.splitlines()[-1]
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_command_line(capsys, monkeypatch) -> None:
+    assert "wanted some of 80,90,100" in refused(capsys, "--arch", "75")
+    assert "is no op with a Triton kernel" in refused(capsys, "--op", "flow_mix")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "(pip install 'triton>=3.6')" in refused(capsys)
 
 
 @needs_triton
 def test_the_interpreter_is_refused() -> None:
     done = aot("-m", "wavflow_kernels.aot", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET=1 is set" in done.stderr
+
+
+@needs_triton
+def test_float16_is_compiled_where_bfloat16_stands_for_it_not() -> None:
+    found = {
+        number: {call.dtype for call in collect(REGISTRY["swiglu"], number, {})}
+        for number in (80, 90, 100)
+    }
+    float16 = {number for number, dtypes in found.items() if torch.float16 in dtypes}
+    assert float16 == {90}
+    assert all({torch.float32, torch.bfloat16} <= dtypes for dtypes in found.values())
 
 
 PTX = """

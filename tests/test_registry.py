@@ -417,12 +417,14 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
         "digest = hashlib.sha256()\n"
         "for op in wk.REGISTRY.values():\n"
         "    if op.tolerance == 'matrix' or 'swiglu' in op.name: continue\n"
-        "    for sample in op.samples(torch.device('cpu'), torch.float32, 3):\n"
+        "    kinds = 'float32 float64 bfloat16 float16'.split()\n"
+        "    every = [op.samples(torch.device('cpu'), getattr(torch, k), 3) for k in kinds]\n"
+        "    for sample in sum(map(list, every), []):\n"
         "        args = [a.clone() if isinstance(a, torch.Tensor) else a for a in sample.args]\n"
         "        out = op(*args)\n"
         "        out = op.mutated(args) if op.mutates else out\n"
         "        for x in out if isinstance(out, (tuple, list)) else [out]:\n"
-        "            digest.update(x.float().numpy().tobytes())\n"
+        "            digest.update(x.double().numpy().tobytes())\n"
         "print(digest.hexdigest())"
     )
     best = cpu.current().level

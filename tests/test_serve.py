@@ -276,7 +276,9 @@ def test_nothing_outside_the_folder_can_be_had(server, video) -> None:
     fetch = f"{server.url}/gradio_api/file="
     for path in (secret, "/etc/passwd", f"{server.folder}/../log", Path(__file__), "."):
         answer = httpx.get(fetch + str(path))
-        assert answer.status_code == 403 and b"wavflow" not in answer.content, path
+        # It says no more of this machine than was asked.
+        said = answer.text.replace(str(path), "")
+        assert answer.status_code == 403 and "wavflow" not in said and "/" not in said, said
     for path in ("file=http://127.0.0.1:1/", "proxy=http://127.0.0.1:1/"):
         assert httpx.get(f"{server.url}/gradio_api/{path}").status_code == 403
     for path in (str(secret), str(video), "http://127.0.0.1:1/a.mp4", f"{server.folder}/../log"):

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import re
-import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,17 +25,19 @@ COPY = "a tensor made by the launcher"
 
 @dataclass(frozen=True)
 class Architecture:
-    """capability, the mnemonic of its matrix instruction, bytes of shared memory of a block."""
+    """Its name as a target, the mnemonic of its matrix instruction, bytes of shared memory of a
+    block."""
 
+    name: str
     capability: tuple[int, int]
     tensor: str
     shared: int
 
 
 ARCHITECTURES = {
-    80: Architecture((8, 0), "HMMA", 163 << 10),
-    90: Architecture((9, 0), "HGMMA", 227 << 10),
-    100: Architecture((10, 0), "UTCHMMA", 227 << 10),
+    80: Architecture("sm_80", (8, 0), "HMMA", 163 << 10),
+    90: Architecture("sm_90a", (9, 0), "HGMMA", 227 << 10),
+    100: Architecture("sm_100a", (10, 0), "UTCHMMA", 227 << 10),
 }
 
 
@@ -82,6 +83,7 @@ class Call:
 class Examined:
     """What a compiled Triton kernel is, as far as the rules look."""
 
+    cubin: bytes
     code: _sass.Code
     shared: int  # bytes of a block, static and dynamic
     tensor_memory: int  # columns
@@ -107,10 +109,15 @@ def _brief(error: BaseException) -> str:
 def collect(op: Op, number: int, builds: dict[str, Build]) -> Iterator[Call | str]:
     """Run the op's launcher as on sm_`number`: its calls, and problems; fills `builds`.
 
-    Each call is made as on a GPU that was never tuned, then as on each of the tuning tables.
+    Each call is made as on a GPU that was never tuned, then as on each of the tuning tables. Where
+    bfloat16 runs, float16 is called for sm_90 alone: the two have the same instructions, registers
+    and tiles but for the format's name.
     """
     capability = ARCHITECTURES[number].capability
-    for dtype in sorted(op.supported["triton"]["cuda"], key=str):
+    dtypes = op.supported["triton"]["cuda"]
+    if number != 90 and torch.bfloat16 in dtypes:
+        dtypes -= {torch.float16}
+    for dtype in sorted(dtypes, key=str):
         for name, args in _arguments(op, dtype):
             for table in [{}, *_tuned.tables(capability)]:
                 call = Call(op, name, dtype, number, {})
@@ -234,7 +241,17 @@ def compile_all(builds: Sequence[Build]) -> list[Examined | str]:
     """Compile in two processes. A kernel that does not compile is the text of its error."""
     _queue[:] = builds
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        return pool.map(_compile, range(len(builds)), chunksize=1)
+        results = pool.map(_compile, range(len(builds)), chunksize=1)
+        examined = [result for result in results if isinstance(result, Examined)]
+        parts = []
+        for architecture in ARCHITECTURES.values():
+            its = [e for e in examined if e.code.architecture == architecture.name]
+            parts += [part for part in (its[::2], its[1::2]) if part]
+        jobs = [(part[0].code.architecture, [e.cubin for e in part]) for part in parts]
+        for part, found in zip(parts, pool.map(_disassemble, jobs, chunksize=1), strict=True):
+            for each, opcodes in zip(part, found, strict=True):
+                each.code.opcodes = opcodes
+    return results
 
 
 def _compile(index: int) -> Examined | str:
@@ -245,19 +262,24 @@ def _compile(index: int) -> Examined | str:
     try:
         target = GPUTarget("cuda", build.number, 32)
         compiled = triton.compile(build.source, target=target, options=build.options.__dict__)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            code = _sass.read(cuobjdump(), Path(file.name))[0]
+        cubin = compiled.asm["cubin"]
+        code = _sass.usage(cuobjdump(), cubin, ARCHITECTURES[build.number].name)
     except Exception as error:
         return _brief(error)
     return Examined(
+        cubin,
         code,
         code.shared + compiled.metadata.shared,
         getattr(compiled.metadata, "tmem_size", None) or 0,
         re.search(r"\btt\.dot", compiled.asm["ttir"]) is not None,
         _sass.global_loads(compiled.asm["ptx"]),
     )
+
+
+def _disassemble(job: tuple[str, list[bytes]]) -> list[Counter[str]]:
+    from triton import knobs
+
+    return _sass.disassemble(knobs.nvidia.nvdisasm.path, *job)
 
 
 def cuobjdump() -> str:

@@ -1,12 +1,15 @@
-"""What compiled GPU code does: SASS through cuobjdump, and the global loads of a kernel's PTX."""
+"""What compiled GPU code does: SASS by CUDA's disassemblers, and the loads of a kernel's PTX."""
 
 from __future__ import annotations
 
 import ctypes
 import re
+import struct
 import subprocess
+import tempfile
+from bisect import bisect
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +20,7 @@ _CODE = re.compile(r"code for (sm_\w+)")
 _FUNCTION = re.compile(r"\s*Function : (\S+)")
 _USED = re.compile(r"\s*Function (\S+):$")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]\s+)?([A-Z][\w.]*)")
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]\s+)?([A-Z][\w.]*)")
 _FP64 = re.compile(r"D(ADD|FMA|MUL|SETP|MNMX|MMA)\b|\w+\.([\w.]*\.)?F64\b|MUFU\.\w+64H")
 
 
@@ -75,11 +78,57 @@ def read(cuobjdump: str, path: Path) -> list[Code]:
 
     Raises RuntimeError with cuobjdump's message where it fails.
     """
-    command = [cuobjdump, "-res-usage", "-sass", str(path)]
+    return parse(_said(cuobjdump, "-res-usage", "-sass", str(path)))
+
+
+def _said(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
-    return parse(done.stdout)
+    return done.stdout
+
+
+def usage(cuobjdump: str, cubin: bytes, architecture: str) -> Code:
+    """The kernel of a cubin that holds one, without its instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = _said(cuobjdump, "-res-usage", file.name)
+    (name,) = (match[1] for line in text.splitlines() if (match := _USED.match(line)))
+    return Code(name, architecture, *map(int, _USAGE.search(text).groups()))
+
+
+def disassemble(nvdisasm: str, architecture: str, cubins: Sequence[bytes]) -> list[Counter[str]]:
+    """The opcodes of every cubin, all of one architecture.
+
+    They go through nvdisasm as one stretch of instructions: it takes half a second to start and a
+    tenth for a kernel.
+    """
+    parts = [machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(parts))
+        file.flush()
+        name = architecture.replace("sm_", "SM")
+        text = _said(nvdisasm, "--binary", name, file.name)
+    ends = [sum(map(len, parts[: i + 1])) for i in range(len(parts))]
+    found: list[Counter[str]] = [Counter() for _ in parts]
+    for line in text.splitlines():
+        if match := _INSTRUCTION.match(line):
+            found[bisect(ends, int(match[1], 16))][match[2]] += 1
+    return found
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions in a cubin: what its ELF sections `.text.<kernel>` hold."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<I20xQQ", cubin, table + i * size) for i in range(count)]
+    strings = sections[names][1]
+    return b"".join(
+        cubin[offset : offset + length]
+        for name, offset, length in sections
+        if cubin.startswith(b".text.", strings + name)
+    )
 
 
 def parse(text: str) -> list[Code]:
@@ -89,7 +138,7 @@ def parse(text: str) -> list[Code]:
     usage: dict[str, list[int]] = {}
     for line in text.splitlines():
         if match := _INSTRUCTION.match(line):
-            codes[-1].opcodes[match[1]] += 1
+            codes[-1].opcodes[match[2]] += 1
         elif match := _CODE.search(line):
             architecture = match[1]
         elif match := _USED.match(line):
