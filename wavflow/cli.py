@@ -587,8 +587,9 @@ def _describe_checkpoint(path: Path) -> list[str]:
     path = find(path)
     if path.suffix == SAFETENSORS:
         weights = read_weights(path)
-        state, config = weights.state, weights.config
-        content = {"which": weights.which, "global_step": weights.global_step}
+        state: dict[str, Any] = weights.state
+        config = weights.config
+        content: dict[str, Any] = {"which": weights.which, "global_step": weights.global_step}
         content |= weights.provenance or {}
     else:
         content = load(path)

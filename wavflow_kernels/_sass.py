@@ -95,7 +95,10 @@ def usage(cuobjdump: str, cubin: bytes, architecture: str) -> Code:
         file.flush()
         text = _said(cuobjdump, "-res-usage", file.name)
     (name,) = (match[1] for line in text.splitlines() if (match := _USED.match(line)))
-    return Code(name, architecture, *map(int, _USAGE.search(text).groups()))
+    used = _USAGE.search(text)
+    assert used is not None, text
+    registers, stack, shared = map(int, used.groups())
+    return Code(name, architecture, registers, stack, shared)
 
 
 def disassemble(nvdisasm: str, architecture: str, cubins: Sequence[bytes]) -> list[Counter[str]]:

@@ -123,10 +123,10 @@ def draw_pictures(out: Path, metrics: dict[str, Any], losses: Sequence[tuple[int
     for clip in chosen(entries, ON_PAGE, how):
         for sound, path in clip.sounds.items():
             wave, rate = read(out / path)
+            lit = spectrogram(wave, rate)[::-1]
             with atomic_write(image(out, clip, sound), durable=False) as file:
-                imsave(
-                    file, spectrogram(wave, rate)[::-1], cmap="magma", format="png", vmin=0, vmax=1
-                )
+                picture: Any = file
+                imsave(picture, lit, cmap="magma", format="png", vmin=0, vmax=1)
             if sound in FILMED:
                 target = film(out, clip, sound)
                 target.parent.mkdir(parents=True, exist_ok=True)

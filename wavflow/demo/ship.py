@@ -49,6 +49,8 @@ def ship(
         commit: of the source that trained it.
     """
     weights = read_weights(run / LATEST, "ema1")
+    if weights.config is None:
+        raise InputError(f"{run}: its checkpoint carries no configuration")
     config = config_from_dict(weights.config, where=str(run))
     changed = _overrides(config)
     state = {name: tensor.half() for name, tensor in weights.state.items()}

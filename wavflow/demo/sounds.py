@@ -69,7 +69,7 @@ def read_heldout(out: Path, config: Config) -> Heldout:
     """
     rows = read_manifest(out / "toy" / "heldout.csv", ("id", "audio_path", "video_path"))
     table = read_manifest(out / "features" / "heldout.csv", ("id", "features_path"))
-    paths = {row.id: row.features_path for row in table}
+    paths = {row.id: str(row.features_path) for row in table}
     for row in rows:
         if row.id not in paths:
             raise InputError(f"{table.path}: no row {row.id}")
