@@ -172,11 +172,10 @@ static void fill(Module& m) {
 }  // namespace wavflow
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {};
-  definition.m_base = PyModuleDef_HEAD_INIT;
-  definition.m_name = "_C";
-  definition.m_doc = "Compiled kernels of wavflow_kernels: raw pointers and sizes in, nothing of torch.";
-  definition.m_size = -1;
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C",
+      "Compiled kernels of wavflow_kernels: raw pointers and sizes in, nothing of torch.", -1,
+      nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (!module) return nullptr;
 #if defined(__unix__) || defined(__APPLE__)

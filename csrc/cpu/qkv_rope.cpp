@@ -128,16 +128,20 @@ struct QkvRopeHead {
 
 constexpr int kRows = 5;  // of d values that a block works in: q, k, gradient, cosine, sine
 
-template <class T, int D>
+// J is a template argument so that every row of `fixed` has a known place: the backward took up to
+// twice as long where one copy of this served both.
+template <class T, int D, int J>
 WF_HD void run_block(const QkvRopeArgs& a, const QkvRopeBlock& block, int64_t queries, int64_t tokens,
                      compute_t<T>* scratch, compute_t<T>* partial) {
   using A = compute_t<T>;
   const QkvRopeStream& s = a.streams[block.stream];
   const QkvRopeHead<T, D> head{a.d};
-  const int64_t d = D ? D : a.d, row = a.heads * d * s.parts;
-  const int first = s.parts == 3 ? 0 : 1;  // of q and k
+  const int64_t d = D ? D : a.d, row = a.heads * d * J;
+  const A* q_weight = static_cast<const A*>(s.q_weight);
+  const A* k_weight = static_cast<const A*>(s.k_weight);
   A fixed[D ? kRows * D : 1];
   A* parts = D ? fixed : scratch;
+  A* k_part = parts + (J - 2) * d;
   A* g = parts + 2 * d;
   A* cosine = parts + 3 * d;
   A* sine = parts + 4 * d;
@@ -146,23 +150,20 @@ WF_HD void run_block(const QkvRopeArgs& a, const QkvRopeBlock& block, int64_t qu
     const T* x = static_cast<const T*>(s.x) + block.item * s.batch_stride + n * s.token_stride;
     head.turn(static_cast<const A*>(a.rope) + at * d, a.backward ? A(-1) : A(1), cosine, sine);
     for (int64_t h = 0; h < a.heads; ++h) {
-      const int64_t group = block.item * a.heads + h, begin = h * d * s.parts;
+      const int64_t group = block.item * a.heads + h;
+      T* q = static_cast<T*>(a.q) + (group * queries + at) * d;
+      T* k = static_cast<T*>(a.k) + (group * tokens + at) * d;
       T* v = static_cast<T*>(a.v) + (group * tokens + at) * d;
-      if (first == 0) head.template split<3>(x + begin, parts, a.backward ? nullptr : v);
-      else head.template split<2>(x + begin, parts + d, a.backward ? nullptr : v);
-      // One copy of the code for q and k: it takes long to compile.
-      for (int i = first; i < 2; ++i) {
-        A* part = parts + i * d;
-        T* joint = i == 0 ? static_cast<T*>(a.q) + (group * queries + at) * d
-                          : static_cast<T*>(a.k) + (group * tokens + at) * d;
-        const A* weight = static_cast<const A*>(i == 0 ? s.q_weight : s.k_weight);
-        if (!a.backward) head.forward(part, weight, cosine, sine, joint);
-        else head.backward(joint, part, weight, cosine, sine, partial + i * d, g);
+      head.template split<J>(x + h * d * J, parts, a.backward ? nullptr : v);
+      if (!a.backward) {
+        if (J == 3) head.forward(parts, q_weight, cosine, sine, q);
+        head.forward(k_part, k_weight, cosine, sine, k);
+      } else {
+        if (J == 3) head.backward(q, parts, q_weight, cosine, sine, partial, g);
+        head.backward(k, k_part, k_weight, cosine, sine, partial + d, g);
+        const int64_t out = (block.item * s.tokens + n) * row + h * d * J;
+        head.template merge<J>(parts, v, static_cast<T*>(s.d_x) + out);
       }
-      if (!a.backward) continue;
-      T* d_x = static_cast<T*>(s.d_x) + (block.item * s.tokens + n) * row + begin;
-      if (first == 0) head.template merge<3>(parts, v, d_x);
-      else head.template merge<2>(parts + d, v, d_x);
     }
   }
 }
@@ -190,7 +191,10 @@ static void run(const QkvRopeArgs& a) {
   parallel_for<T>(count, a.target.threads, [=](int64_t i) WF_BODY {
     A* scratch = D ? nullptr : room + i * kRows * d;
     A* sums = args->backward ? partial + i * 2 * d : nullptr;
-    run_block<T, D>(*args, blocks[i], queries, tokens, scratch, sums);
+    if (args->streams[blocks[i].stream].parts == 3)
+      run_block<T, D, 3>(*args, blocks[i], queries, tokens, scratch, sums);
+    else
+      run_block<T, D, 2>(*args, blocks[i], queries, tokens, scratch, sums);
   });
   if (!a.backward) return;
   // Weight gradients: the blocks' partial sums in their order.

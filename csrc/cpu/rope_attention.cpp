@@ -36,10 +36,51 @@ struct Cut {
       : blocks((n + most - 1) / most), size(round_up((n + blocks - 1) / blocks, kRows)) {}
 };
 
-// What elements T are multiplied as in instruction set I.
-template <class T, class I>
-using factor_t =
-    std::conditional_t<std::is_same_v<T, BFloat16> && I::bf16, BFloat16, compute_t<T>>;
+// Elements of q, k, v, their gradients and the output: their type is known at run time alone, and one
+// attention in float32 serves float32, bfloat16 and float16.
+class Elements {
+ public:
+  explicit Elements(DType dtype) : dtype_(dtype) {}
+  WF_HD bool is(DType dtype) const { return dtype_ == dtype; }
+  WF_HD const char* at(const void* data, int64_t i) const {
+    return static_cast<const char*>(data) + i * size();
+  }
+
+  // Elements [0, d) as A.
+  template <class A> WF_HD void load(const void* from, int64_t d, A* __restrict to) const {
+    visit<A>([=](auto type) WF_BODY {
+      const auto* x = static_cast<const typename decltype(type)::type*>(from);
+      for (int64_t c = 0; c < d; ++c) to[c] = A(wavflow::load(x[c]));
+    });
+  }
+  // Elements [first, first + d) of `to`: from * factor.
+  template <class A>
+  WF_HD void store(const A* __restrict from, A factor, int64_t d, void* to, int64_t first) const {
+    visit<A>([=](auto type) WF_BODY {
+      using T = typename decltype(type)::type;
+      T* x = static_cast<T*>(to) + first;
+      for (int64_t c = 0; c < d; ++c) x[c] = wavflow::store<T>(from[c] * factor);
+    });
+  }
+  // x as it would be read where it had been written.
+  template <class A> WF_HD void round(A* x, int64_t d) const {
+    visit<A>([=](auto type) WF_BODY {
+      using T = typename decltype(type)::type;
+      for (int64_t c = 0; c < d; ++c) x[c] = A(wavflow::load(wavflow::store<T>(x[c])));
+    });
+  }
+
+ private:
+  WF_HD int64_t size() const { return is(DType::f64) ? 8 : is(DType::f32) ? 4 : 2; }
+  template <class A, class F> WF_HD void visit(const F& f) const {
+    if constexpr (std::is_same_v<A, double>) return f(Type<double>{});
+    else if (is(DType::f32)) f(Type<float>{});
+    else if (is(DType::bf16)) f(Type<BFloat16>{});
+    else f(Type<Half>{});
+  }
+
+  DType dtype_;
+};
 
 // Memory handed out in aligned pieces: first counted, then allocated, then handed out again.
 class Arena {
@@ -115,10 +156,9 @@ WF_HD void hide(A* scores, int64_t i, int64_t begin, int64_t end, AttentionMask 
   }
 }
 
-// Attention of elements T in instruction set I.
-template <class T, class I>
+// Attention by products of factors F in instruction set I.
+template <class F, class I>
 struct Attention {
-  using F = factor_t<T, I>;
   using S = Simd<I, F>;
   using A = typename S::A;
   using U = typename S::U;
@@ -128,6 +168,11 @@ struct Attention {
   static constexpr int64_t kTile = kVectors * lanes;
   static_assert(kKeys % kTile == 0 && kBackQueries % kTile == 0 && kBackQueries % kRows == 0 &&
                 kQueries % kRows == 0 && kBackKeys % kRows == 0 && kRows % 2 == 0);
+
+  // Runs code that many places call: inlined, each of them would be a copy to compile.
+  template <class Body> static WF_HD void apart(const Body& body) {
+    I::run([&](int64_t) WF_BODY { body(); }, 0);
+  }
 
   struct Norm {
     const A *weight, *rope;  // null: none
@@ -139,27 +184,30 @@ struct Attention {
   }
 
   // Row n of a tensor as factors: in place where that is possible, else in `row` (d).
-  static WF_HD const F* read(const T* x, int64_t n, int64_t d, Norm norm, A* wide, F* row) {
-    if constexpr (std::is_same_v<T, F>)
-      if (!norm.weight) return x;
-    if (!norm.weight) {
-      for (int64_t c = 0; c < d; ++c) row[c] = factor(A(wavflow::load(x[c])));
-      return row;
-    }
-    for (int64_t c = 0; c < d; ++c) wide[c] = A(wavflow::load(x[c]));
-    const A square = lane_sum<A>(d, [=](int64_t c) WF_BODY { return wide[c] * wide[c]; });
-    const A inverse = A(1) / square_root(square / A(d) + A(kRmsNormEps));
-    for (int64_t c = 0; c < d; ++c) wide[c] = wide[c] * inverse * norm.weight[c];
-    if (norm.rope) {
-      const A* turn = norm.rope + n * d;
-      for (int64_t c = 0; c < d; c += 2) {
-        const A even = wide[c], odd = wide[c + 1];
-        wide[c] = even * turn[c] - odd * turn[c + 1];
-        wide[c + 1] = even * turn[c + 1] + odd * turn[c];
+  static WF_HD const F* read(Elements elements, const void* x, int64_t n, int64_t d, Norm norm,
+                             A* wide, F* row) {
+    constexpr DType own = std::is_same_v<F, double>  ? DType::f64
+                          : std::is_same_v<F, float> ? DType::f32
+                                                     : DType::bf16;
+    if (!norm.weight && elements.is(own)) return static_cast<const F*>(x);
+    apart([&]() WF_BODY {
+      elements.load(x, d, wide);
+      if (norm.weight) {
+        const A square = lane_sum<A>(d, [=](int64_t c) WF_BODY { return wide[c] * wide[c]; });
+        const A inverse = A(1) / square_root(square / A(d) + A(kRmsNormEps));
+        for (int64_t c = 0; c < d; ++c) wide[c] = wide[c] * inverse * norm.weight[c];
+        if (norm.rope) {
+          const A* turn = norm.rope + n * d;
+          for (int64_t c = 0; c < d; c += 2) {
+            const A even = wide[c], odd = wide[c + 1];
+            wide[c] = even * turn[c] - odd * turn[c + 1];
+            wide[c + 1] = even * turn[c + 1] + odd * turn[c];
+          }
+        }
+        elements.round(wide, d);  // as if it had been written out
       }
-    }
-    for (int64_t c = 0; c < d; ++c)
-      row[c] = factor(A(wavflow::load(wavflow::store<T>(wide[c]))));  // rounded as if written out
+      for (int64_t c = 0; c < d; ++c) row[c] = factor(wide[c]);
+    });
     return row;
   }
 
@@ -168,18 +216,19 @@ struct Attention {
   }
 
   // Rows [begin, begin + count) of x (n, d) to `to` (count rounded up to kRows, d / pair).
-  static WF_HD void pack_rows(const T* x, int64_t stride, int64_t begin, int64_t end, int64_t d,
-                              Norm norm, A* wide, F* row, U* to) {
+  static WF_HD void pack_rows(Elements elements, const void* x, int64_t stride, int64_t begin,
+                              int64_t end, int64_t d, Norm norm, A* wide, F* row, U* to) {
     for (int64_t n = begin; n < end; ++n, to += d / pair)
-      std::memcpy(to, read(x + n * stride, n, d, norm, wide, row), size_t(d) * sizeof(F));
+      std::memcpy(to, read(elements, elements.at(x, n * stride), n, d, norm, wide, row),
+                  size_t(d) * sizeof(F));
     std::memset(to, 0, size_t(round_up(end - begin, kRows) - (end - begin)) * size_t(d) * sizeof(F));
   }
 
   // Rows [begin, end), at most kTile of them, to one tile (d / pair, kTile).
-  static WF_HD void pack_columns(const T* x, int64_t stride, int64_t begin, int64_t end, int64_t d,
-                                 Norm norm, A* wide, F* row, U* to) {
+  static WF_HD void pack_columns(Elements elements, const void* x, int64_t stride, int64_t begin,
+                                 int64_t end, int64_t d, Norm norm, A* wide, F* row, U* to) {
     for (int64_t n = begin; n < end; ++n) {
-      const F* from = read(x + n * stride, n, d, norm, wide, row);
+      const F* from = read(elements, elements.at(x, n * stride), n, d, norm, wide, row);
       for (int64_t p = 0; p < d / pair; ++p) std::memcpy(to + p * kTile + n - begin, from + p * pair, sizeof(U));
     }
     for (int64_t p = 0; p < d / pair; ++p)
@@ -187,18 +236,20 @@ struct Attention {
   }
 
   // Rows [begin, end), then rows of zeros up to `padded`, to (padded / pair, width) units.
-  static WF_HD void pack_depth(const T* x, int64_t stride, int64_t begin, int64_t end,
-                               int64_t padded, int64_t d, int64_t width, A* wide, F* row, U* to) {
+  static WF_HD void pack_depth(Elements elements, const void* x, int64_t stride, int64_t begin,
+                               int64_t end, int64_t padded, int64_t d, int64_t width, A* wide,
+                               F* row, U* to) {
     for (int64_t n = begin; n < begin + padded; n += pair, to += width) {
       if (n >= end) {
         std::memset(to, 0, size_t(width) * sizeof(U));
         continue;
       }
       if constexpr (pair == 2) {
-        const F *first = x + n * stride, *second = n + 1 < end ? first + stride : nullptr;
+        const F *first = static_cast<const F*>(x) + n * stride, *second = n + 1 < end ? first + stride : nullptr;
         for (int64_t c = 0; c < d; ++c) to[c] = unit(first[c], second ? second[c] : F{});
       } else {
-        std::memcpy(to, read(x + n * stride, n, d, {}, wide, row), size_t(d) * sizeof(F));
+        std::memcpy(to, read(elements, elements.at(x, n * stride), n, d, {}, wide, row),
+                    size_t(d) * sizeof(F));
       }
       std::memset(to + d, 0, size_t(width - d) * sizeof(U));
     }
@@ -222,29 +273,43 @@ struct Attention {
   }
   static WF_HD void add(A* out, int64_t width, const A* factor, const U* a, int64_t row,
                         int64_t step, const U* b, int64_t depth) {
-    int64_t c = 0;
-    for (; c + kTile <= width; c += kTile)
-      add_block<kVectors>(out + c, width, factor, a, row, step, b + c, depth);
-    const int64_t rest = (width - c) / lanes;
-    if constexpr (kVectors == 4) {
-      if (rest == 3) add_block<3>(out + c, width, factor, a, row, step, b + c, depth);
-      if (rest == 2) add_block<2>(out + c, width, factor, a, row, step, b + c, depth);
-    }
-    if (rest == 1) add_block<1>(out + c, width, factor, a, row, step, b + c, depth);
+    apart([&]() WF_BODY {
+      int64_t c = 0;
+      for (; c + kTile <= width; c += kTile)
+        add_block<kVectors>(out + c, width, factor, a, row, step, b + c, depth);
+      const int64_t rest = (width - c) / lanes;
+      if constexpr (kVectors == 4) {
+        if (rest == 3) add_block<3>(out + c, width, factor, a, row, step, b + c, depth);
+        if (rest == 2) add_block<2>(out + c, width, factor, a, row, step, b + c, depth);
+      }
+      if (rest == 1) add_block<1>(out + c, width, factor, a, row, step, b + c, depth);
+    });
   }
 
   // scores (kRows, columns), rows `stride` apart, = rows a times the tiles b.
   static WF_HD void score(A* scores, int64_t stride, const U* a, const U* b, int64_t columns,
                           int64_t depth) {
-    for (int64_t j = 0; j < columns; j += kTile, b += depth * kTile) {
-      V acc[kRows][kVectors] = {};
-      S::template multiply<kRows, kVectors>(acc, a, depth, 1, b, kTile, depth);
+    apart([&]() WF_BODY {
+      for (int64_t j = 0; j < columns; j += kTile) {
+        V acc[kRows][kVectors] = {};
+        S::template multiply<kRows, kVectors>(acc, a, depth, 1, b + j * depth, kTile, depth);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r)
+        for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-        for (int c = 0; c < kVectors; ++c)
-          S::store(scores + r * stride + j + c * lanes, acc[r][c]);
-    }
+          for (int c = 0; c < kVectors; ++c)
+            S::store(scores + r * stride + j + c * lanes, acc[r][c]);
+      }
+    });
+  }
+
+  static WF_HD const void* head_of(Elements elements, const Heads& x, int64_t b, int64_t h) {
+    return elements.at(x.data, b * x.b + h * x.h);
+  }
+
+  // Elements [first, first + d) of `to`: from * factor.
+  static WF_HD void write(Elements elements, const A* from, A factor, int64_t d, void* to,
+                          int64_t first) {
+    apart([&]() WF_BODY { elements.store(from, factor, d, to, first); });
   }
 
   // Scratch of one worker in the forward.
@@ -299,8 +364,8 @@ struct Attention {
                            int64_t end, const U* keys, const U* values, int64_t width,
                            const Forward& at) {
     const int64_t d = a.d, depth = d / pair;
-    const T* q = static_cast<const T*>(a.q.data) + b * a.q.b + h * a.q.h;
-    pack_rows(q, a.q.n, begin, end, d,
+    const Elements elements(a.dtype);
+    pack_rows(elements, head_of(elements, a.q, b, h), a.q.n, begin, end, d,
               {static_cast<const A*>(a.q_weight), static_cast<const A*>(a.rope)}, at.wide, at.row,
               at.queries);
     const int64_t rows = round_up(end - begin, kRows);
@@ -327,8 +392,7 @@ struct Attention {
     for (int64_t i = begin, r = 0; i < end; ++i, ++r) {
       const A sum = S::sum(S::template load<V>(at.sums + r * lanes));
       const A inverse = A(1) / sum;
-      T* out = static_cast<T*>(a.out) + ((b * a.nq + i) * a.h + h) * d;
-      for (int64_t c = 0; c < d; ++c) out[c] = wavflow::store<T>(at.out[r * width + c] * inverse);
+      write(elements, at.out + r * width, inverse, d, a.out, ((b * a.nq + i) * a.h + h) * d);
       static_cast<A*>(a.lse)[(b * a.h + h) * a.nq + i] = at.top[r] * root + std::log(sum);
     }
   }
@@ -339,6 +403,7 @@ struct Attention {
     const int64_t width = round_up(a.d, lanes), keys = round_up(a.n, kTile), tiles = keys / kTile;
     const Cut cut(a.nq, kQueries);
     const int64_t together = std::min(4 * threads, heads), workers = threads;
+    const Elements elements(a.dtype);
     auto layout = [=](Arena& arena, int64_t worker) {
       struct Layout { U *keys, *values; Forward scratch; };
       U* packed_keys = arena.take<U>(together * keys * a.d / pair);
@@ -359,13 +424,11 @@ struct Attention {
           const int64_t head = i / tiles, tile = i % tiles, begin = tile * kTile;
           const int64_t b = (first + head) / a.h, h = (first + head) % a.h;
           const int64_t end = std::min(begin + kTile, a.n);
-          const T* k = static_cast<const T*>(a.k.data) + b * a.k.b + h * a.k.h;
-          const T* v = static_cast<const T*>(a.v.data) + b * a.v.b + h * a.v.h;
-          pack_columns(k, a.k.n, begin, end, a.d,
+          pack_columns(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, a.d,
                        {static_cast<const A*>(a.k_weight), static_cast<const A*>(a.rope)},
                        at.scratch.wide, at.scratch.row, at.keys + (head * keys + begin) * a.d / pair);
-          pack_depth(v, a.v.n, begin, end, kTile, a.d, width, at.scratch.wide, at.scratch.row,
-                     at.values + (head * keys + begin) * width / pair);
+          pack_depth(elements, head_of(elements, a.v, b, h), a.v.n, begin, end, kTile, a.d, width,
+                     at.scratch.wide, at.scratch.row, at.values + (head * keys + begin) * width / pair);
         }
       });
       parallel_for(I{}, workers, a.target.threads, [=](int64_t w) WF_BODY {
@@ -387,7 +450,7 @@ struct Attention {
     F* row;
     U *keys, *values, *key_depth, *weights, *d_scores, *crossed;
     Backward(Arena& arena, int64_t d, int64_t width)
-        : wide(arena.take<A>(d)), d_k(arena.take<A>(kBackKeys * width)),
+        : wide(arena.take<A>(2 * d)), d_k(arena.take<A>(kBackKeys * width)),
           d_v(arena.take<A>(kBackKeys * width)), scores(arena.take<A>(kRows * kBackQueries)),
           d_weights(arena.take<A>(kRows * kBackQueries)), row(arena.take<F>(d)),
           keys(arena.take<U>(kBackKeys * d / pair)), values(arena.take<U>(kBackKeys * d / pair)),
@@ -408,28 +471,31 @@ struct Attention {
           delta(arena.take<A>(nq)), d_q(arena.take<A>(splits * (nq + kRows) * width)) {}
   };
 
-  static WF_HD const T* head(const Heads& x, int64_t b, int64_t h) {
-    return static_cast<const T*>(x.data) + b * x.b + h * x.h;
-  }
-
   static WF_HD void pack_queries(const RopeAttentionBackwardArgs& a, int64_t b, int64_t h,
                                  int64_t begin, int64_t width, const Packed& to,
                                  const Backward& at) {
     const int64_t end = std::min(begin + kTile, a.nq), d = a.d;
-    const T *q = head(a.q, b, h), *grad = head(a.grad, b, h), *out = head(a.out, b, h);
+    const Elements elements(a.dtype);
+    const void *q = head_of(elements, a.q, b, h), *grad = head_of(elements, a.grad, b, h);
+    const void* out = head_of(elements, a.out, b, h);
     const int64_t column = begin * d / pair, depth = begin * width / pair;
-    pack_columns(q, a.q.n, begin, end, d, {}, at.wide, at.row, to.queries + column);
-    pack_columns(grad, a.grad.n, begin, end, d, {}, at.wide, at.row, to.grads + column);
-    pack_depth(q, a.q.n, begin, end, kTile, d, width, at.wide, at.row, to.query_depth + depth);
-    pack_depth(grad, a.grad.n, begin, end, kTile, d, width, at.wide, at.row, to.grad_depth + depth);
+    pack_columns(elements, q, a.q.n, begin, end, d, {}, at.wide, at.row, to.queries + column);
+    pack_columns(elements, grad, a.grad.n, begin, end, d, {}, at.wide, at.row, to.grads + column);
+    pack_depth(elements, q, a.q.n, begin, end, kTile, d, width, at.wide, at.row, to.query_depth + depth);
+    pack_depth(elements, grad, a.grad.n, begin, end, kTile, d, width, at.wide, at.row, to.grad_depth + depth);
     const A* lse = static_cast<const A*>(a.lse) + (b * a.h + h) * a.nq;
     for (int64_t i = begin; i < begin + kTile; ++i) {
       // Queries past the last have weights of exp(-inf).
       to.base[i] = i < end ? lse[i] * square_root(A(d)) : A(INFINITY);
-      const T *g = grad + i * a.grad.n, *o = out + i * a.out.n;
-      to.delta[i] = i < end ? lane_sum<A>(d, [=](int64_t c) WF_BODY {
-        return A(wavflow::load(g[c])) * A(wavflow::load(o[c]));
-      }) : A(0);
+      to.delta[i] = A(0);
+      if (i >= end) continue;
+      A* g = at.wide;
+      A* o = at.wide + d;
+      apart([&]() WF_BODY {
+        elements.load(elements.at(grad, i * a.grad.n), d, g);
+        elements.load(elements.at(out, i * a.out.n), d, o);
+      });
+      to.delta[i] = lane_sum<A>(d, [=](int64_t c) WF_BODY { return g[c] * o[c]; });
     }
   }
 
@@ -460,9 +526,10 @@ struct Attention {
                             int64_t end, int64_t width, const Packed& from, A* d_q,
                             const Backward& at) {
     const int64_t d = a.d, depth = d / pair, rows = round_up(end - begin, kRows);
-    pack_rows(head(a.k, b, h), a.k.n, begin, end, d, {}, at.wide, at.row, at.keys);
-    pack_rows(head(a.v, b, h), a.v.n, begin, end, d, {}, at.wide, at.row, at.values);
-    pack_depth(head(a.k, b, h), a.k.n, begin, end, rows, d, width, at.wide, at.row, at.key_depth);
+    const Elements elements(a.dtype);
+    pack_rows(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, d, {}, at.wide, at.row, at.keys);
+    pack_rows(elements, head_of(elements, a.v, b, h), a.v.n, begin, end, d, {}, at.wide, at.row, at.values);
+    pack_depth(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, rows, d, width, at.wide, at.row, at.key_depth);
     std::fill(at.d_k, at.d_k + rows * width, A(0));
     std::fill(at.d_v, at.d_v + rows * width, A(0));
     const A root = A(1) / square_root(A(d)), scale = root * A(1.4426950408889634);
@@ -496,11 +563,10 @@ struct Attention {
               rows / pair);
       }
     const int64_t first = ((b * a.h + h) * a.n + begin) * d;
-    for (int64_t j = 0; j < end - begin; ++j)
-      for (int64_t c = 0; c < d; ++c) {
-        static_cast<T*>(a.d_k)[first + j * d + c] = wavflow::store<T>(at.d_k[j * width + c] * root);
-        static_cast<T*>(a.d_v)[first + j * d + c] = wavflow::store<T>(at.d_v[j * width + c]);
-      }
+    for (int64_t j = 0; j < end - begin; ++j) {
+      write(elements, at.d_k + j * width, root, d, a.d_k, first + j * d);
+      write(elements, at.d_v + j * width, A(1), d, a.d_v, first + j * d);
+    }
   }
 
   // A head's keys are cut into a number of parts that depends on the sizes alone. Each part adds up
@@ -553,43 +619,40 @@ struct Attention {
       parallel_for(I{}, workers, a.target.threads, [=](int64_t w) WF_BODY {
         const A root = A(1) / square_root(A(a.d));
         for (int64_t i = w; i < count * a.nq; i += workers) {
-          const A* d_q = pack(i / a.nq).d_q + i % a.nq * width;
-          T* to = static_cast<T*>(a.d_q) + (first * a.nq + i) * a.d;
-          for (int64_t c = 0; c < a.d; ++c) {
-            A sum = d_q[c];
-            for (int64_t s = 1; s < splits; ++s) sum += d_q[s * (nq + kRows) * width + c];
-            to[c] = wavflow::store<T>(sum * root);
+          A* sum = pack(i / a.nq).d_q + i % a.nq * width;
+          for (int64_t s = 1; s < splits; ++s) {
+            const A* __restrict part = sum + s * (nq + kRows) * width;
+            for (int64_t c = 0; c < a.d; ++c) sum[c] += part[c];
           }
+          write(Elements(a.dtype), sum, root, a.d, a.d_q, (first * a.nq + i) * a.d);
         }
       });
     }
   }
 };
 
-// Calls f(Type<T>{}, I{}) for the element type and the instruction set in use.
-template <class F>
-void dispatch_attention(DType dtype, F&& f) {
+// Calls f(Type<F>{}, I{}) for what elements are multiplied as and the instruction set in use.
+template <class Call>
+void dispatch_attention(DType dtype, Call&& f) {
   dispatch("rope_attention", dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    dispatch_isa<T>([&](auto isa) {
-      if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<decltype(isa), Avx512>)
-        if (has_avx512_bf16()) return f(type, Avx512Bf16{});
-      f(type, isa);
-    });
+    using A = compute_t<typename decltype(type)::type>;
+    if constexpr (std::is_same_v<typename decltype(type)::type, BFloat16>)
+      if (isa() == Isa::avx512 && has_avx512_bf16()) return f(type, Avx512Bf16{});
+    dispatch_isa<A>([&](auto isa) { f(Type<A>{}, isa); });
   });
 }
 
 }  // namespace
 
 void rope_attention_cpu(const RopeAttentionArgs& a) {
-  dispatch_attention(a.dtype, [&](auto type, auto isa) {
-    Attention<typename decltype(type)::type, decltype(isa)>::forward(a);
+  dispatch_attention(a.dtype, [&](auto factor, auto isa) {
+    Attention<typename decltype(factor)::type, decltype(isa)>::forward(a);
   });
 }
 
 void rope_attention_backward_cpu(const RopeAttentionBackwardArgs& a) {
-  dispatch_attention(a.dtype, [&](auto type, auto isa) {
-    Attention<typename decltype(type)::type, decltype(isa)>::backward(a);
+  dispatch_attention(a.dtype, [&](auto factor, auto isa) {
+    Attention<typename decltype(factor)::type, decltype(isa)>::backward(a);
   });
 }
 

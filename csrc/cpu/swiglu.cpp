@@ -17,7 +17,7 @@ static void run(const SwigluArgs& a) {
     return static_cast<const T*>(from) + r / a.tokens * stride[0] + r % a.tokens * stride[1];
   };
   const int64_t count = parts > 1 ? rows * parts : (rows + together - 1) / together;
-  parallel_for<T>(count, a.target.threads, [=](int64_t i) WF_BODY {
+  parallel_for<T, true>(count, a.target.threads, [=](int64_t i) WF_BODY {
     const int64_t first = parts > 1 ? i / parts : i * together;
     const int64_t last = first + together < rows ? first + together : rows;
     const int64_t begin = parts > 1 ? i % parts * kBlock : 0;
