@@ -84,6 +84,8 @@ class CMakeBuild(build_ext):
         say("-" * 72)
 
     def build(self, nvcc):
+        import pybind11
+
         target = Path(self.get_ext_fullpath("wavflow_kernels._C")).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         kind = "cuda" if nvcc else "cpu"
@@ -101,6 +103,7 @@ class CMakeBuild(build_ext):
             # tree, so their paths are given anew each time.
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DWAVFLOW_WITH_CUDA={'ON' if nvcc else 'OFF'}",
             f"-DWAVFLOW_SANITIZE={'ON' if os.environ.get('WAVFLOW_SANITIZE') else 'OFF'}",

@@ -52,10 +52,10 @@ struct TokenRows {
   }
 };
 
-inline void read(PyObject* from, RowTensor& to) {
+inline void read(Value from, RowTensor& to) {
   read_members(from, to.data, to.batch_stride, to.row_stride);
 }
-inline void read(PyObject* from, TokenRows& to) {
+inline void read(Value from, TokenRows& to) {
   read_members(from, to.index_address, to.offsets_address, to.rows);
 }
 

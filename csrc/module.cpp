@@ -1,8 +1,9 @@
 // The Python module wavflow_kernels._C. Ops bind themselves (bind.h); this file adds what is common.
 #include "bind.h"
 
+#include <pybind11/pybind11.h>
+
 #include <algorithm>
-#include <new>
 #include <stdexcept>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -14,7 +15,14 @@
 #include "cuda/launch.h"
 #endif
 
+namespace py = pybind11;
+
 namespace wavflow {
+
+static py::handle object(Value value) {
+  return reinterpret_cast<PyObject*>(const_cast<struct Object*>(value));
+}
+static Value value(py::handle object) { return reinterpret_cast<Value>(object.ptr()); }
 
 static std::vector<Binder>& binders() {
   static std::vector<Binder> list;
@@ -25,90 +33,51 @@ bool register_binder(Binder binder) {
   return true;
 }
 
-void read(PyObject* from, bool& to) {
-  const int truth = PyObject_IsTrue(from);
-  if (truth < 0) throw PythonError();
-  to = truth != 0;
+template <class T>
+static T cast(Value from) {
+  return object(from).cast<T>();
 }
-void read(PyObject* from, int64_t& to) {
-  to = PyLong_AsLongLong(from);
-  if (to == -1 && PyErr_Occurred()) throw PythonError();
-}
-void read(PyObject* from, int& to) {
-  int64_t wide;
-  read(from, wide);
-  to = int(wide);
-  if (to == wide) return;
-  PyErr_Format(PyExc_OverflowError, "%R does not fit in 32 bits", from);
-  throw PythonError();
-}
-void read(PyObject* from, uintptr_t& to) {
-  to = PyLong_AsSize_t(from);
-  if (to == size_t(-1) && PyErr_Occurred()) throw PythonError();
-}
-void read(PyObject* from, double& to) {
-  to = PyFloat_AsDouble(from);
-  if (to == -1 && PyErr_Occurred()) throw PythonError();
-}
-void read(PyObject* from, std::string& to) {
-  const char* text = PyUnicode_AsUTF8(from);
-  if (!text) throw PythonError();
-  to = text;
+void read(Value from, bool& to) { to = cast<bool>(from); }
+void read(Value from, int& to) { to = cast<int>(from); }
+void read(Value from, int64_t& to) { to = cast<int64_t>(from); }
+void read(Value from, uintptr_t& to) { to = cast<uintptr_t>(from); }
+void read(Value from, double& to) { to = cast<double>(from); }
+void read(Value from, std::string& to) { to = cast<std::string>(from); }
+
+std::vector<Value> items(Value from, int64_t count) {
+  if (!py::isinstance<py::list>(object(from)) && !py::isinstance<py::tuple>(object(from)))
+    throw py::type_error("got " + std::string(py::repr(object(from))) + ", wanted a list or tuple");
+  std::vector<Value> found;
+  for (const py::handle item : object(from)) found.push_back(value(item));
+  if (count >= 0 && int64_t(found.size()) != count)
+    throw py::type_error("got " + std::to_string(found.size()) + " items, wanted " +
+                         std::to_string(count));
+  return found;
 }
 
-PyObject* const* items(PyObject* from, Py_ssize_t count, Py_ssize_t* found) {
-  const bool sequence = PyList_Check(from) || PyTuple_Check(from);
-  if (sequence && (count < 0 || PySequence_Fast_GET_SIZE(from) == count)) {
-    if (found) *found = PySequence_Fast_GET_SIZE(from);
-    return PySequence_Fast_ITEMS(from);
-  }
-  if (count < 0) PyErr_Format(PyExc_TypeError, "got %R, wanted a list", from);
-  else PyErr_Format(PyExc_TypeError, "got %R, wanted a list of %zd items", from, count);
-  throw PythonError();
-}
+Unlocked::Unlocked() : state_(PyEval_SaveThread()) {}
+Unlocked::~Unlocked() { PyEval_RestoreThread(static_cast<PyThreadState*>(state_)); }
 
-const Function& called(PyObject* self, Py_ssize_t arguments) {
-  const auto* function = static_cast<const Function*>(PyCapsule_GetPointer(self, nullptr));
-  if (!function) throw PythonError();
-  if (function->arguments == arguments) return *function;
-  PyErr_Format(PyExc_TypeError, "%s: got %zd arguments, wanted %zd", function->definition.ml_name,
-               arguments, function->arguments);
-  throw PythonError();
-}
+static py::module_& in(void* module) { return *static_cast<py::module_*>(module); }
 
-PyObject* failed() {
-  try {
-    throw;
-  } catch (const PythonError&) {
-  } catch (const std::invalid_argument& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-void Module::set(const char* name, PyObject* value) {
-  if (!value || PyModule_AddObject(module_, name, value) < 0) throw PythonError();
-}
+void Module::set(const char* name, int64_t value) { in(module_).attr(name) = value; }
+void Module::set(const char* name, const char* value) { in(module_).attr(name) = value; }
 
 void Module::structure(const char* name) {
-  // Called with positional arguments, it returns their tuple.
-  const PyCFunction members = [](PyObject*, PyObject* arguments) { return Py_INCREF(arguments), arguments; };
-  auto* definition = new PyMethodDef{name, members, METH_VARARGS, nullptr};  // as long as the process
-  set(name, PyCFunction_New(definition, nullptr));
+  in(module_).def(name, [](const py::args& members) -> py::tuple { return members; });
 }
 
-void Module::add(const char* name, PyObject* (*call)(PyObject*, PyObject* const*, Py_ssize_t),
-                 void (*function)(), size_t arguments) {
-  const auto method = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call));
-  auto* record = new Function{{name, method, METH_FASTCALL, nullptr}, function, Py_ssize_t(arguments)};
-  PyObject* self = PyCapsule_New(record, nullptr, nullptr);
-  if (!self) throw PythonError();
-  set(name, PyCFunction_New(&record->definition, self));
-  Py_DECREF(self);
+void Module::add(const char* name, Call call, void (*function)(), size_t arguments) {
+  in(module_).def(name, [=](const py::args& given) -> py::object {
+    if (given.size() != arguments)
+      throw py::type_error(std::string(name) + ": got " + std::to_string(given.size()) +
+                           " arguments, wanted " + std::to_string(arguments));
+    std::vector<Value> values;
+    values.reserve(arguments);
+    for (const py::handle argument : given) values.push_back(value(argument));
+    const std::optional<std::string> said = call(function, values.data());
+    return said ? py::object(py::str(*said)) : py::none();
+  });
 }
 
 static bool forked_child = false;
@@ -152,41 +121,27 @@ static const char* use_isa(const std::string& wanted) {
   return isa_names[chosen];
 }
 
-static void fill(Module& m) {
-  m.structure("Target");
-  m.def("use_isa", [](std::string wanted) { return use_isa(wanted); });
-#ifdef _OPENMP
-  m.set("openmp", PyBool_FromLong(1));
-#else
-  m.set("openmp", PyBool_FromLong(0));
-#endif
-#ifdef WAVFLOW_CUDA
-  m.set("cuda_architectures", PyUnicode_FromString(WAVFLOW_CUDA_ARCHITECTURES));
-  m.def("cuda_probe", [] { return cuda_probe(); });
-#else
-  m.set("cuda_architectures", PyUnicode_FromString(""));
-#endif
-  for (Binder bind : binders()) bind(m);
-}
-
 }  // namespace wavflow
 
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C",
-      "Compiled kernels of wavflow_kernels: raw pointers and sizes in, nothing of torch.", -1,
-      nullptr, nullptr, nullptr, nullptr, nullptr};
-  PyObject* module = PyModule_Create(&definition);
-  if (!module) return nullptr;
+PYBIND11_MODULE(_C, module) {
+  using namespace wavflow;
+  module.doc() = "Compiled kernels of wavflow_kernels: raw pointers and sizes in, nothing of torch.";
 #if defined(__unix__) || defined(__APPLE__)
-  pthread_atfork(nullptr, nullptr, [] { wavflow::forked_child = true; });
+  pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
 #endif
-  try {
-    wavflow::Module m(module);
-    wavflow::fill(m);
-  } catch (...) {
-    Py_DECREF(module);
-    return wavflow::failed();
-  }
-  return module;
+#ifdef _OPENMP
+  module.attr("openmp") = true;
+#else
+  module.attr("openmp") = false;
+#endif
+  Module m(&module);
+  m.structure("Target");
+  m.def("use_isa", [](std::string wanted) { return use_isa(wanted); });
+#ifdef WAVFLOW_CUDA
+  m.set("cuda_architectures", WAVFLOW_CUDA_ARCHITECTURES);
+  m.def("cuda_probe", [] { return cuda_probe(); });
+#else
+  m.set("cuda_architectures", "");
+#endif
+  for (Binder bind : binders()) bind(m);
 }

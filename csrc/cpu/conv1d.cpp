@@ -235,7 +235,7 @@ void conv1d_weight_gradient_cpu(const WeightGradientArgs& a) {
 }
 
 WAVFLOW_BIND(m) {
-  m.set("conv1d_panel", PyLong_FromLong(kPanel));
+  m.set("conv1d_panel", kPanel);
   m.def("conv1d_pack", [](Target target, uintptr_t weight, int64_t output_stride,
                           int64_t channel_stride, int64_t tap_stride, uintptr_t out,
                           int64_t outputs, int64_t channels, int64_t width) {

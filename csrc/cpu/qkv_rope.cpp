@@ -217,7 +217,7 @@ void qkv_rope_cpu(const QkvRopeArgs& a) {
   });
 }
 
-static void read(PyObject* from, QkvRopeStream& to) {
+static void read(Value from, QkvRopeStream& to) {
   uintptr_t x, q_weight, k_weight, d_x, d_q_weight, d_k_weight;
   read_members(from, x, q_weight, k_weight, d_x, d_q_weight, d_k_weight, to.tokens, to.parts,
                to.batch_stride, to.token_stride);
