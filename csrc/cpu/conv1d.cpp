@@ -18,8 +18,8 @@ namespace {
 
 constexpr int64_t kDepth = 128;         // of a stretch; 64 has 0.7 of its error and 0.95 of its speed
 constexpr int64_t kStretch = 320;       // likewise, of tokens in the weight's gradient
-constexpr int64_t kTokens = 96;         // of a block
-constexpr int64_t kColumns = 512;       // of a block
+constexpr int64_t kTokens = 192;        // of a block
+constexpr int64_t kColumns = 256;       // of a block
 constexpr int64_t kGradientRows = 24;   // outputs of a block of the weight's gradient
 constexpr int64_t kGradientColumns = 64;  // channels of one
 
@@ -123,7 +123,8 @@ struct Product {
 };
 
 template <class I>
-void product(I, const ConvArgs& a) {
+void product(I, ConvArgs a) {
+  if (a.width == 1) a.tokens *= a.batch, a.batch = 1;  // no token sees another
   const Cut token(a.tokens, kTokens, Product<I>::rows), column(a.outputs, kColumns, kPanel);
   const int64_t units = token.parts * column.parts;
   parallel_for(I{}, a.batch * units, a.target.threads, [=](int64_t i) WF_BODY {
@@ -224,6 +225,7 @@ void conv1d_pack_cpu(const PackArgs& a) {
 }
 
 void conv1d_cpu(const ConvArgs& a) {
+  if (a.batch == 0) return;
   dispatch_isa<float>([&](auto isa) { product(isa, a); });
 }
 
