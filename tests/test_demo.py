@@ -500,7 +500,9 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, clips
 def test_ship_refuses_what_misses_a_bar(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match=r"world 3, float32: .*shipped\.vt2a\.onset_recall 0\."):
+    with pytest.raises(
+        InputError, match=r"worlds \[3\], float32: .*shipped\.vt2a\.onset_recall 0\."
+    ):
         shipped(tmp_path, monkeypatch, tiny, 40)
     assert not (tmp_path / "out.safetensors").exists()
 

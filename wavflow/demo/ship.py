@@ -2,7 +2,8 @@
 
 Takes a finished training of the toy world, writes its average in half precision, reads that file
 back, judges its sounds as the demo does, in every dtype that a CPU may choose and in the world of
-several seeds, and puts it in its place with its provenance if every bar is met.
+several seeds, and puts it in its place with its provenance if every bar is met: in the training's
+own world, and by the mean of all worlds, since one world's 64 clips are off by some points by luck.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from wavflow.checkpoint import LATEST, PACKAGED, SAFETENSORS, Weights, read_weig
 from wavflow.config import Config, config_from_dict, load_config
 from wavflow.console import counter
 from wavflow.demo.run import CLIPS, CONTROL_CLIPS, HELDOUT_CLIPS, PRESET, Demo
-from wavflow.demo.score import FULL, QUICK, SHIPPED, recompute
+from wavflow.demo.score import FULL, QUICK, SHIPPED, WANTED, recompute
 from wavflow.demo.sounds import control_jobs, generate, jobs_of, read_heldout
 from wavflow.errors import InputError
 from wavflow.files import write_json
@@ -79,6 +80,13 @@ def ship(
     candidate = work / f"candidate{SAFETENSORS}"
     save_weights(candidate, made)
     figures = [found for seed in seeds for found in judge(candidate, work, seed, dtypes)]
+    for dtype in dtypes:
+        rows = [row for row in figures if row["dtype"] == dtype]
+        own = [row for row in rows if row["world"] == config.training.seed]
+        missed = {f"worlds {seeds}": _missed(rows), f"world {config.training.seed}": _missed(own)}
+        for worlds, bars in missed.items():
+            if bars:
+                raise InputError(f"{run}: {worlds}, {dtype}: {'; '.join(bars)}")
     save_weights(candidate, dataclasses.replace(made, provenance=about | {"figures": figures}))
     if (size := candidate.stat().st_size) >= MOST_BYTES:
         raise InputError(f"{candidate}: {size} bytes; wanted less than {MOST_BYTES}")
@@ -87,7 +95,7 @@ def ship(
 
 
 def judge(checkpoint: Path, work: Path, seed: int, dtypes: list[str]) -> list[dict[str, Any]]:
-    """The demo's figures of a network on the held-out clips of a world, in every dtype.
+    """The demo's figures of a network on the held-out clips of a world, one row a dtype.
 
     Args:
         checkpoint: the network.
@@ -96,7 +104,7 @@ def judge(checkpoint: Path, work: Path, seed: int, dtypes: list[str]) -> list[di
         dtypes: of the network.
 
     Raises:
-        InputError: a bar that is missed.
+        InputError: a control that is too good: what judges is wrong then.
     """
     folder = work / f"world{seed}"
     demo = Demo(folder, seed, CLIPS[QUICK], HELDOUT_CLIPS, load_config(PRESET), stages=0)
@@ -118,14 +126,29 @@ def judge(checkpoint: Path, work: Path, seed: int, dtypes: list[str]) -> list[di
         missed = [
             f"{name} {bar['value']:.3f}, wanted {bar['wanted']}"
             for name, bar in found["bars"].items()
-            if not bar["passed"]
+            if not bar["passed"] and not name.startswith(SHIPPED)
         ]
         if missed:
-            raise InputError(f"{checkpoint}: world {seed}, {dtype}: {'; '.join(missed)}")
+            raise InputError(f"world {seed}, {dtype}: {'; '.join(missed)}")
         about = {"world": seed, "dtype": dtype, "clips": HELDOUT_CLIPS}
         rows.append(about | found[SHIPPED])
         print(rows[-1], file=sys.stderr)
     return rows
+
+
+def _missed(rows: list[dict[str, Any]]) -> list[str]:
+    """The bars that the mean of the rows' figures misses, in words."""
+    means = {
+        f"{mode}.{name}": (sum(row[mode][name] for row in rows) / len(rows), least)
+        for mode, wanted in WANTED.items()
+        for name, least in wanted.items()
+        if rows
+    }
+    return [
+        f"{SHIPPED}.{name} {mean:.3f}, wanted >= {least:g}"
+        for name, (mean, least) in means.items()
+        if mean < least
+    ]
 
 
 def _overrides(config: Config) -> str:
