@@ -190,6 +190,7 @@ struct Attention {
                           : std::is_same_v<F, float> ? DType::f32
                                                      : DType::bf16;
     if (!norm.weight && elements.is(own)) return static_cast<const F*>(x);
+    if constexpr (std::is_same_v<F, A>) wide = row;
     apart([&]() WF_BODY {
       elements.load(x, d, wide);
       if (norm.weight) {
@@ -206,7 +207,8 @@ struct Attention {
         }
         elements.round(wide, d);  // as if it had been written out
       }
-      for (int64_t c = 0; c < d; ++c) row[c] = factor(wide[c]);
+      if constexpr (!std::is_same_v<F, A>)
+        for (int64_t c = 0; c < d; ++c) row[c] = factor(wide[c]);
     });
     return row;
   }
@@ -245,7 +247,8 @@ struct Attention {
         continue;
       }
       if constexpr (pair == 2) {
-        const F *first = static_cast<const F*>(x) + n * stride, *second = n + 1 < end ? first + stride : nullptr;
+        const F* first = static_cast<const F*>(x) + n * stride;
+        const F* second = n + 1 < end ? first + stride : nullptr;
         for (int64_t c = 0; c < d; ++c) to[c] = unit(first[c], second ? second[c] : F{});
       } else {
         std::memcpy(to, read(elements, elements.at(x, n * stride), n, d, {}, wide, row),
@@ -256,9 +259,9 @@ struct Attention {
   }
 
   // out (kRows, width), rows `width` apart, = out * factor + a b.
-  template <int C>
-  static WF_HD void add_block(A* out, int64_t width, const A* factor, const U* a, int64_t row,
-                              int64_t step, const U* b, int64_t depth) {
+  template <int C, int64_t row, int64_t step>
+  static WF_HD void add_block(A* out, int64_t width, const A* factor, const U* a, const U* b,
+                              int64_t depth) {
     // Blocks are summed on their own first: the error of a long sum is that of short ones.
     V acc[kRows][C] = {};
     S::template multiply<kRows, C>(acc, a, row, step, b, width, depth);
@@ -271,25 +274,26 @@ struct Attention {
         S::store(to, factor ? S::fma(before, S::spread(factor[r]), acc[r][j]) : before + acc[r][j]);
       }
   }
-  static WF_HD void add(A* out, int64_t width, const A* factor, const U* a, int64_t row,
-                        int64_t step, const U* b, int64_t depth) {
-    apart([&]() WF_BODY {
+  template <int64_t row, int64_t step>
+  static WF_HD void add(A* out, int64_t width, const A* factor, const U* a, const U* b,
+                        int64_t depth) {
+    apart([=]() WF_BODY {
       int64_t c = 0;
       for (; c + kTile <= width; c += kTile)
-        add_block<kVectors>(out + c, width, factor, a, row, step, b + c, depth);
+        add_block<kVectors, row, step>(out + c, width, factor, a, b + c, depth);
       const int64_t rest = (width - c) / lanes;
       if constexpr (kVectors == 4) {
-        if (rest == 3) add_block<3>(out + c, width, factor, a, row, step, b + c, depth);
-        if (rest == 2) add_block<2>(out + c, width, factor, a, row, step, b + c, depth);
+        if (rest == 3) add_block<3, row, step>(out + c, width, factor, a, b + c, depth);
+        if (rest == 2) add_block<2, row, step>(out + c, width, factor, a, b + c, depth);
       }
-      if (rest == 1) add_block<1>(out + c, width, factor, a, row, step, b + c, depth);
+      if (rest == 1) add_block<1, row, step>(out + c, width, factor, a, b + c, depth);
     });
   }
 
   // scores (kRows, columns), rows `stride` apart, = rows a times the tiles b.
   static WF_HD void score(A* scores, int64_t stride, const U* a, const U* b, int64_t columns,
                           int64_t depth) {
-    apart([&]() WF_BODY {
+    apart([=]() WF_BODY {
       for (int64_t j = 0; j < columns; j += kTile) {
         V acc[kRows][kVectors] = {};
         S::template multiply<kRows, kVectors>(acc, a, depth, 1, b + j * depth, kTile, depth);
@@ -385,8 +389,8 @@ struct Attention {
             hide(at.scores + i * kKeys, begin + r + i, j, j + columns, a.mask);
           }
           soften(at, at.top + r, at.sums + r * lanes, columns, exp2);
-          add(at.out + r * width, width, at.factor, at.weights, kKeys / pair, 1,
-              values + j / pair * width, columns / pair);
+          add<kKeys / pair, 1>(at.out + r * width, width, at.factor, at.weights,
+                               values + j / pair * width, columns / pair);
         }
       }
     for (int64_t i = begin, r = 0; i < end; ++i, ++r) {
@@ -481,8 +485,10 @@ struct Attention {
     const int64_t column = begin * d / pair, depth = begin * width / pair;
     pack_columns(elements, q, a.q.n, begin, end, d, {}, at.wide, at.row, to.queries + column);
     pack_columns(elements, grad, a.grad.n, begin, end, d, {}, at.wide, at.row, to.grads + column);
-    pack_depth(elements, q, a.q.n, begin, end, kTile, d, width, at.wide, at.row, to.query_depth + depth);
-    pack_depth(elements, grad, a.grad.n, begin, end, kTile, d, width, at.wide, at.row, to.grad_depth + depth);
+    pack_depth(elements, q, a.q.n, begin, end, kTile, d, width, at.wide, at.row,
+               to.query_depth + depth);
+    pack_depth(elements, grad, a.grad.n, begin, end, kTile, d, width, at.wide, at.row,
+               to.grad_depth + depth);
     const A* lse = static_cast<const A*>(a.lse) + (b * a.h + h) * a.nq;
     for (int64_t i = begin; i < begin + kTile; ++i) {
       // Queries past the last have weights of exp(-inf).
@@ -527,9 +533,12 @@ struct Attention {
                             const Backward& at) {
     const int64_t d = a.d, depth = d / pair, rows = round_up(end - begin, kRows);
     const Elements elements(a.dtype);
-    pack_rows(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, d, {}, at.wide, at.row, at.keys);
-    pack_rows(elements, head_of(elements, a.v, b, h), a.v.n, begin, end, d, {}, at.wide, at.row, at.values);
-    pack_depth(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, rows, d, width, at.wide, at.row, at.key_depth);
+    pack_rows(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, d, {}, at.wide, at.row,
+              at.keys);
+    pack_rows(elements, head_of(elements, a.v, b, h), a.v.n, begin, end, d, {}, at.wide, at.row,
+              at.values);
+    pack_depth(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, rows, d, width, at.wide,
+               at.row, at.key_depth);
     std::fill(at.d_k, at.d_k + rows * width, A(0));
     std::fill(at.d_v, at.d_v + rows * width, A(0));
     const A root = A(1) / square_root(A(d)), scale = root * A(1.4426950408889634);
@@ -549,18 +558,19 @@ struct Attention {
           U* crossed = at.crossed + r / pair * kBackQueries;
           U* d_scores = pair == 1 ? crossed : at.d_scores;
           differentiate(at, d_scores, crossed, from.base + i, from.delta + i, columns, exp2);
-          add(at.d_v + r * width, width, nullptr, at.weights, kBackQueries / pair, 1,
-              from.grad_depth + i / pair * width, columns / pair);
-          add(at.d_k + r * width, width, nullptr, d_scores, kBackQueries / pair, 1,
-              from.query_depth + i / pair * width, columns / pair);
+          constexpr int64_t row = kBackQueries / pair;
+          add<row, 1>(at.d_v + r * width, width, nullptr, at.weights,
+                      from.grad_depth + i / pair * width, columns / pair);
+          add<row, 1>(at.d_k + r * width, width, nullptr, d_scores,
+                      from.query_depth + i / pair * width, columns / pair);
         }
         // Whole register blocks of queries: those past the last column add nothing.
         for (int64_t j = 0; j < rows / pair; ++j)
           for (int64_t c = columns; c < round_up(columns, kRows); ++c)
             at.crossed[j * kBackQueries + c] = U(0);
         for (int64_t c = 0; c < columns; c += kRows)
-          add(d_q + (i + c) * width, width, nullptr, at.crossed + c, 1, kBackQueries, at.key_depth,
-              rows / pair);
+          add<1, kBackQueries>(d_q + (i + c) * width, width, nullptr, at.crossed + c, at.key_depth,
+                               rows / pair);
       }
     const int64_t first = ((b * a.h + h) * a.n + begin) * d;
     for (int64_t j = 0; j < end - begin; ++j) {
