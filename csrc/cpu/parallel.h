@@ -59,8 +59,8 @@ struct Avx512Bf16 : Avx512 {
 };
 
 // Whether kernels of elements T are compiled for every instruction set. They take long to compile, and
-// float64 and float16 serve checks: theirs are compiled once, for the baseline, which is at most 1.1
-// times as slow in most ops. Where it is more an op asks for every set: SwiGLU took 2.3 and 3.5 times.
+// float64 and float16 serve checks: theirs are compiled once, for the baseline, which is at most 1.4
+// times as slow in most ops. SwiGLU and attention ask for every set: they took 2.3 to 3.5 times.
 template <class T>
 constexpr bool in_every_isa = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
 

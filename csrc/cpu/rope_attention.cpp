@@ -648,7 +648,7 @@ void dispatch_attention(DType dtype, Call&& f) {
     using A = compute_t<typename decltype(type)::type>;
     if constexpr (std::is_same_v<typename decltype(type)::type, BFloat16>)
       if (isa() == Isa::avx512 && has_avx512_bf16()) return f(type, Avx512Bf16{});
-    dispatch_isa<A>([&](auto isa) { f(Type<A>{}, isa); });
+    dispatch_isa<A, true>([&](auto isa) { f(Type<A>{}, isa); });
   });
 }
 
