@@ -499,10 +499,11 @@ def _workload(b: int, n: int, c: int, o: int, k: int, *, selu: bool = False, row
 
 
 def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    made = []
+    generator, made = torch.Generator().manual_seed(seed + 1), []
     for i, sample in enumerate(_samples(device, dtype, seed)):
         x, weight = sample.args[:2]
-        grad = plain(x, weight).contiguous().roll(1, 2)
+        shape = *x.shape[:2], len(weight)
+        grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
         needs = ((True, True), (True, False), (False, True))[i % 3]
         made.append(Sample((grad, x, weight, *needs), (), sample.name))
     return made
