@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wavflow_kernels import _panels
 from wavflow_kernels._window import Window, visible
 from wavflow_kernels.ops.rope_attention import norm_rope, pairs
 
@@ -125,11 +126,14 @@ def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Calls:
 def _prepared_conv(x: Tensor, weights: list[Tensor], bias: Tensor | None, gated: bool) -> Calls:
     """The same convolution with weights that are cast and nothing else."""
     if len(weights) == 4:
-        w0, w1, w2, w3 = (_dense(w) for w in weights)
+        w0, w1, w2, w3 = (_dense(w, x.shape[2]) for w in weights)
+        if w0.dim() == 3:
+            w0, w1, w2, w3 = (w.squeeze(2) for w in (w0, w1, w2, w3))
         weight = torch.stack((w0, w1 - w2, w3), -1)
     else:
-        weight = _dense(weights[0])
-        weight = weight.squeeze(2) if weight.dim() == 4 else weight.unsqueeze(2)
+        weight = _dense(weights[0], x.shape[2])
+        if weight.dim() != 3:
+            weight = weight.squeeze(2) if weight.dim() == 4 else weight.unsqueeze(2)
     padding = weight.shape[2] // 2
     biases = (None, None) if bias is None else bias.chunk(2)
     pairs = tuple(zip(weight.chunk(2), biases, strict=True))
@@ -144,7 +148,9 @@ def _prepared_conv(x: Tensor, weights: list[Tensor], bias: Tensor | None, gated:
     return {"conv1d, weights cast": call}
 
 
-def _dense(weight: Tensor) -> Tensor:
+def _dense(weight: Tensor, channels: int) -> Tensor:
+    if weight.dim() == 3:
+        return _panels.unpacked(weight, channels)
     return weight.to_dense() if weight.is_mkldnn else weight
 
 

@@ -342,8 +342,9 @@ def measure(job: Job, seconds: float, compiled: bool, against: Path | None) -> d
 
 def check_memory(job: Job, ways: int) -> None:
     """Ends the program where the weights of so many ways do not fit."""
+    objective = WavflowObjective(job.config())
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in WavflowObjective(job.config()).build().parameters())
+        parameters = sum(p.numel() for p in objective.build().parameters())
     needed, free = ways * parameters * BYTES_A_PARAMETER, free_memory(job.where)
     if needed > free:
         fail(

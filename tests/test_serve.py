@@ -277,7 +277,7 @@ def test_nothing_outside_the_folder_can_be_had(server, video) -> None:
     for path in (secret, "/etc/passwd", f"{server.folder}/../log", Path(__file__), "."):
         answer = httpx.get(fetch + str(path))
         # It says no more of this machine than was asked.
-        said = answer.text.replace(str(path), "")
+        said = answer.text.replace(str(path), "").replace(os.path.normpath(path), "")
         assert answer.status_code == 403 and "wavflow" not in said and "/" not in said, said
     for path in ("file=http://127.0.0.1:1/", "proxy=http://127.0.0.1:1/"):
         assert httpx.get(f"{server.url}/gradio_api/{path}").status_code == 403
