@@ -59,7 +59,7 @@ demo: $(VENV)/.installed
 
 # Files go to JOBS processes of one thread each, the longest first; single tests where one file is
 # all there is.
-PYTEST := $(BIN)/pytest -q -n $(JOBS) --no-loadscope-reorder --dist
+PYTEST := $(BIN)/pytest -q -n $(JOBS) --durations=30 --durations-min=5 --no-loadscope-reorder --dist
 FILES := $(PYTEST) loadfile
 TESTS := $(PYTEST) worksteal
 
