@@ -20,6 +20,9 @@ from wavflow.windows import Windows
 pytestmark = pytest.mark.slow
 
 RATE, HOP, SIZE, SECONDS = 8000, 80, 256, 12.0
+# In deviations of a clip: what parts sounds of windows (0.31) from clips put one behind the other
+# (0.95 in bfloat16 with AVX-512, 0.60 in float32 with AVX2).
+BOUND = 0.5
 NETWORK = ["hidden_dim=64", "num_heads=1", "depth=3", "fused_depth=1"]
 
 
@@ -94,7 +97,7 @@ def test_nothing_is_heard_where_windows_meet(trained):
     sounds = sampler.generate(captions, videos, seconds=SECONDS, seed=1)
     waves = [sound.audio.numpy() for sound in sounds]
     found = deviations(waves, windows)
-    assert all(abs(value) < 0.5 for value in found.values()), found
+    assert all(abs(value) < BOUND for value in found.values()), found
 
     # As long sounds were made of clips on their own: the measures know.
     pieces = [np.zeros(windows.tokens * HOP, np.float32) for _ in waves]
@@ -104,7 +107,7 @@ def test_nothing_is_heard_where_windows_meet(trained):
             (clip,) = sampler.generate_features([scene.window(time)], [100 * i + k])
             piece[start * HOP : start * HOP + len(clip.audio)] = clip.audio.numpy()
     apart = deviations([piece[: len(waves[0])] for piece in pieces], windows)
-    assert max(abs(value) for value in apart.values()) > 0.7, apart
+    assert max(abs(value) for value in apart.values()) > BOUND, apart
 
     short_videos, short_captions, short_times = zip(*clips(root / "short"), strict=True)
     short = sampler.generate(short_captions, short_videos, seed=1)
