@@ -1,7 +1,7 @@
 # make demo   set up, then a toy world, sounds of the packaged network, a minute of training, a report
 #             (TRAIN=full: trains as the packaged one was, and says before how long; TRAIN=none; SEED=1)
 # make test   set up for development, then the tests, on every core
-# make quick  likewise, then the tests of a first look: two minutes on two cores
+# make quick  likewise, then the tests of a first look: no file that takes long
 # make profile   where a training step and a sampling step spend their time (PROFILE="--model medium_16k ...")
 # make wheel   sdist and wheel, tested in a bare environment for each of TORCHES
 # make gpu    on a machine with a GPU, with what $(PYTHON) has: build, test, tune, measure (STAGES=... for some)

@@ -16,11 +16,11 @@
 namespace wavflow {
 namespace {
 
-constexpr int64_t kDepth = 128;         // of a stretch; 64 has 0.7 of its error and 0.95 of its speed
-constexpr int64_t kStretch = 320;       // likewise, of tokens in the weight's gradient
-constexpr int64_t kTokens = 192;        // of a block
-constexpr int64_t kColumns = 256;       // of a block
-constexpr int64_t kGradientRows = 24;   // outputs of a block of the weight's gradient
+constexpr int64_t kDepth = 128;           // of a stretch: shorter ones err less, longer ones are faster
+constexpr int64_t kStretch = 320;         // likewise, of tokens in the weight's gradient
+constexpr int64_t kTokens = 192;          // of a block
+constexpr int64_t kColumns = 256;         // of a block
+constexpr int64_t kGradientRows = 24;     // outputs of a block of the weight's gradient
 constexpr int64_t kGradientColumns = 64;  // channels of one
 
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to; }
@@ -47,7 +47,7 @@ struct Product {
   static constexpr int columns = kPanel / S::lanes;  // vectors of a register block
   static constexpr int rows = I::bytes == 64 ? 12 : I::bytes == 32 ? 6 : 2;
 
-  // out (rows, kPanel), rows `width` apart, = a b, + bias, or + what it holds.
+  // out (rows, kPanel), rows `width` apart, = a b, plus what it holds (add), else plus a bias if any.
   static WF_HD void block(float* out, int64_t width, const float* a, int64_t row, int64_t step,
                           const float* b, int64_t depth, const float* bias, bool add) {
     V acc[rows][columns] = {};
