@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import zipfile
@@ -11,7 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from wavflow.errors import InputError
+from filelock import FileLock, Timeout
+
+from wavflow.base.errors import InputError
+
+log = logging.getLogger("wavflow")
+
 
 MAX_ID_BYTES = 200
 #: Names that Windows gives to devices, whatever follows the first dot.
@@ -162,3 +168,30 @@ def check_id(id: str) -> str:
             f"id {shown} is {len(id.encode('utf-8'))} bytes long, at most {MAX_ID_BYTES} are wanted"
         )
     return id
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes of this machine out of the same block for `path`.
+
+    A process that dies leaves no lock behind.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: another process is making it; waiting", path)
+        lock.acquire()
+    except OSError as error:
+        raise InputError(
+            f"{path.parent}: cannot be written to ({error.strerror}); WAVFLOW_CACHE_DIR names "
+            "another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

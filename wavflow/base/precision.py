@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
 from wavflow_kernels import cpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

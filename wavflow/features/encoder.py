@@ -9,9 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wavflow.config import ModelConfig
-from wavflow.errors import InputError
-from wavflow.features.video import FrameStream
+from wavflow.media.video import FrameStream
 
 TEXT_LENGTH = 77
 
@@ -19,7 +17,7 @@ TEXT_LENGTH = 77
 class VideoEncoder(Protocol):
     """Turns decoded frames into appearance rows and motion rows.
 
-    `streams` says which frames it wants from `wavflow.features.video.decode`; `encode` gets them
+    `streams` says which frames it wants from `wavflow.media.video.decode`; `encode` gets them
     in that order as uint8 (t 3 s s), decoded for the same `seconds`. `load` and `encode` may be
     called from many threads.
     """
@@ -91,38 +89,6 @@ class Encoders:
     name: str
     video: VideoEncoder
     text: TextEncoder
-
-
-def get_encoders(
-    name: str = "embedded",
-    *,
-    clip_model_name: str = ModelConfig.clip_model_name,
-    clip_pretrained: str = ModelConfig.clip_pretrained,
-    synchformer_ckpt: str | None = None,
-    dtype: str = ModelConfig.encoder_dtype,
-    device: torch.device | str = "auto",
-) -> Encoders:
-    """Make the encoders called `name`; weights are loaded, and fetched, at their first use.
-
-    Args:
-        name: "embedded", which heeds none of the other arguments, or "clip_synchformer".
-        clip_model_name, clip_pretrained: as `wavflow.features.clip.Clip`.
-        synchformer_ckpt: a file of weights; None fetches the public one.
-        dtype: of matrix products, "float32" or "bfloat16".
-        device: where weights live and encoding runs.
-
-    Raises:
-        InputError: a name that does not exist; a given file that does not exist.
-    """
-    if name == "embedded":
-        from wavflow.features.embedded import EmbeddedText, EmbeddedVideo
-
-        return Encoders(name, EmbeddedVideo(), EmbeddedText())
-    if name == "clip_synchformer":
-        from wavflow.features.clip_synchformer import clip_synchformer
-
-        return clip_synchformer(clip_model_name, clip_pretrained, synchformer_ckpt, dtype, device)
-    raise InputError(f"encoders {name!r} do not exist, wanted embedded or clip_synchformer")
 
 
 def check_frames(frames: Sequence[Tensor], streams: Sequence[FrameStream], seconds: float) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
+from wavflow.base.precision import resolve_device, resolve_dtype
 from wavflow.features import synchformer
-from wavflow.features.base import TEXT_LENGTH, Encoders, check_frames
-from wavflow.features.clip import Clip
-from wavflow.features.synchformer import FRAMES, ROWS, STRIDE, Synchformer
-from wavflow.features.video import CLIP_STREAM, SYNC_STREAM
+from wavflow.features.clip import CLIP_STREAM, Clip
+from wavflow.features.encoder import TEXT_LENGTH, Encoders, check_frames
+from wavflow.features.synchformer import FRAMES, ROWS, STRIDE, SYNC_STREAM, Synchformer
 from wavflow.features.weights import given_file, identity
-from wavflow.precision import resolve_device, resolve_dtype
 
 SEGMENTS = 24  # in one call: those of 8 s
 

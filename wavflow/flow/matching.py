@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 
 import wavflow_kernels
-from wavflow.model.shapes import check_shape
-from wavflow.solvers import (
-    SOLVERS,
-    adaptive,
-    check_prediction,
-    shift_time,
-    solve,
-    solver_table,
-    time_grid,
-)
+from wavflow.base.shapes import check_shape
+from wavflow.flow.solvers import SOLVERS, adaptive, check_prediction, solve, solver_table
+from wavflow.flow.times import shift_time, time_grid
 
 INFERENCE_MODES = (*SOLVERS, "adaptive")
 

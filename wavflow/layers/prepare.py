@@ -33,7 +33,7 @@ def prepare_inference(model: Network, dtype: torch.dtype, *, winograd: bool = Tr
     weights have the dtype already is returned itself.
 
     Args:
-        model: a network of the blocks in :mod:`wavflow.model.blocks`.
+        model: a network of the blocks in :mod:`wavflow.systems.wavflow.blocks`.
         dtype: torch.bfloat16, torch.float16 or torch.float32: what autocast casts to where the copy
             runs, float32 for no autocast.
         winograd: let Winograd's F(2,3) take the convolutions that it can.

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wavflow.errors import InputError
-from wavflow.files import atomic_write
-from wavflow.media import open_media, unreadable
+from wavflow.base.errors import InputError
+from wavflow.base.files import atomic_write
+from wavflow.media.container import open_media, unreadable
 
 #: Containers whose audio track FFmpeg reads; every other suffix goes to libsndfile.
 CONTAINERS = frozenset(
     {".mp4", ".m4a", ".m4v", ".mov", ".mkv", ".mka", ".webm", ".avi", ".aac", ".3gp", ".ts"}
 )
 FORMATS = {".wav": "WAV", ".flac": "FLAC"}
-#: Containers that `mux` writes, and FFmpeg's names for them.
-MUXED = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 #: One step of a 16-bit file: a sound that never exceeds it is dither or nothing.
 SILENCE_PEAK = 2.0**-15
 #: Hz that a file may have: resampled from less, a small file would become gigabytes.
@@ -287,93 +284,6 @@ class WavWriter:
 
 def _pcm(wave: np.ndarray) -> np.ndarray:  # int16, little-endian
     return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype("<i2")
-
-
-def mux(
-    video: str | os.PathLike[str],
-    wave: Tensor,
-    rate: int,
-    path: str | os.PathLike[str],
-) -> None:
-    """Writes a copy of a video's pictures with `wave` (t,) at `rate` Hz as its only sound.
-
-    Pictures are copied as they are encoded, to the wave's end; sound becomes AAC of 192 kbit/s.
-
-    Args:
-        video: with a video track; its own sound is left out.
-        wave: float32 in [-1, 1].
-        rate: in Hz.
-        path: the suffix, .mp4, .mov or .mkv, is the container.
-
-    Raises:
-        InputError: no video track, unreadable, or a track the container cannot hold.
-        ValueError: another suffix.
-    """
-    import av
-
-    path, seconds = Path(path), wave.numel() / rate
-    if path.suffix.lower() not in MUXED:
-        raise ValueError(f"{path}: suffix {path.suffix!r}, wanted {', '.join(MUXED)}")
-    pcm = np.clip(wave.detach().cpu().numpy(), -1, 1).astype(np.float32)[None]
-    try:
-        with open_media(Path(video), "video") as source, atomic_write(path) as file:
-            if not source.streams.video:
-                raise InputError(f"{video}: no video track")
-            pictures = source.streams.video[0]
-            with av.open(file, "w", format=MUXED[path.suffix.lower()]) as out:
-                try:
-                    shown = out.add_stream_from_template(pictures)
-                except ValueError as error:  # PyAV's own: the container cannot hold the codec
-                    raise InputError(
-                        f"{video}: cannot be muxed into {path.name} ({error})"
-                    ) from None
-                heard = out.add_stream("aac", rate=rate, layout="mono", bit_rate=192_000)
-                for packet in source.demux(pictures):
-                    if packet.dts is None:
-                        continue
-                    base = pictures.time_base
-                    if packet.pts is not None and base is not None and packet.pts * base >= seconds:
-                        continue
-                    packet.stream = shown
-                    out.mux(packet)
-                frame = av.AudioFrame.from_ndarray(pcm, format="fltp", layout="mono")
-                # With a time of its own AAC's delay of 1024 samples is cut by the container.
-                frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-                for packet in (*heard.encode(frame), *heard.encode(None)):
-                    out.mux(packet)
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{video}: cannot be muxed into {path.name} ({error.strerror})") from None
-
-
-def measure_loudness(wave: Tensor, rate: int) -> float | None:
-    """Integrated loudness of `wave` (t,) in LUFS (ITU-R BS.1770-4).
-
-    None when shorter than one 0.4 s block or below -70 LUFS, the standard's absolute gate.
-    """
-    if wave.ndim != 1:
-        raise ValueError(f"measure_loudness: wave has shape {tuple(wave.shape)}, wanted (t,)")
-    import pyloudnorm
-
-    meter = pyloudnorm.Meter(rate)
-    if wave.numel() < meter.block_size * rate:
-        return None
-    with np.errstate(divide="ignore"):
-        loudness = meter.integrated_loudness(wave.detach().to("cpu", torch.float64).numpy())
-    return float(loudness) if loudness >= -70.0 else None
-
-
-def normalize_loudness(wave: Tensor, rate: int, lufs: float = -23.0) -> Tensor:  # (t,)
-    """Scale `wave` (t,) to an integrated loudness of `lufs` (ITU-R BS.1770-4).
-
-    Left as it is where `measure_loudness` finds none. When the gain would push the peak beyond 1,
-    the peak becomes 0.99 instead.
-    """
-    loudness = measure_loudness(wave, rate)
-    if loudness is None:
-        return wave
-    wave = wave * 10.0 ** ((lufs - loudness) / 20.0)
-    peak = float(wave.abs().max())
-    return wave * (0.99 / peak) if peak > 1.0 else wave
 
 
 def is_silent(wave: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
 
 if TYPE_CHECKING:
     import av

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wavflow.files import atomic_write
+from wavflow.base.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

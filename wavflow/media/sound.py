@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from wavflow import pictures
-from wavflow.audio import mux, normalize_loudness, save_wav
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
+from wavflow.media import pictures
+from wavflow.media.audio import save_wav
+from wavflow.media.loudness import normalize_loudness
+from wavflow.media.mux import mux
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Sound:
         save_wav(path, self.audio, self.sample_rate)
 
     def save_video(self, video: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-        """Writes a copy of `video` with this as its sound, as ``wavflow.audio.mux`` does."""
+        """Writes a copy of `video` with this as its sound, as ``wavflow.media.mux.mux`` does."""
         mux(video, self.audio, self.sample_rate, path)
 
     def spectrogram(self, path: str | os.PathLike[str], width: float = 2.7) -> None:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from wavflow.config import DecodingConfig
-from wavflow.errors import InputError
-from wavflow.media import open_media, unreadable
+from wavflow.base.errors import InputError
+from wavflow.base.seconds import exact
+from wavflow.config.schema import DecodingConfig
+from wavflow.media.container import open_media, unreadable
 
 if TYPE_CHECKING:
     import av
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 _THREADED_PIXELS = 320 * 240
 #: Seconds before a time to look for its key frame: containers may go by the order of decoding.
 _SEEK_MARGIN = Fraction(1, 2)
-
-
-def exact(seconds: float | Fraction) -> Fraction:
-    """Seconds as they are written in decimals, or as a ratio of small numbers."""
-    return Fraction(seconds).limit_denominator(1_000_000)
 
 
 @dataclass(frozen=True)
@@ -83,10 +79,6 @@ class FrameStream:
             )
         top, left = (round((side - self.size) / 2) for side in target)
         return batch[0, :, top : top + self.size, left : left + self.size]
-
-
-CLIP_STREAM = FrameStream(8, 384, "squash")
-SYNC_STREAM = FrameStream(25, 224, "crop")
 
 
 def _slot(time: Fraction, fps: int) -> int:
@@ -181,10 +173,10 @@ def decode(
     applied: for a rotation a warning says so.
 
     The limits on what the file claims are checked here, those on time and memory by
-    `wavflow.features.guard.decode`, which is what strangers' files go through. `threads` are the
-    codec's, 0 for one a core. `out`, of the streams' shapes, is filled and returned. `to_end` takes
-    what there is of a shorter video, of all streams as much as makes one length: frames of the
-    finest stream over its rate.
+    `wavflow.media.video_worker.decode`, which is what strangers' files go through. `threads` are
+    the codec's, 0 for one a core. `out`, of the streams' shapes, is filled and returned. `to_end`
+    takes what there is of a shorter video, of all streams as much as makes one length: frames of
+    the finest stream over its rate.
 
     Raises InputError naming the file when it is missing, is not a video, has no frames, is broken,
     passes a limit or, unless `to_end`, is shorter than `seconds`; ValueError when `seconds` gives a

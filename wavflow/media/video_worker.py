@@ -32,10 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavflow.config import DecodingConfig
-from wavflow.errors import InputError
-from wavflow.features import video
-from wavflow.features.video import FrameStream, exact, passed
+from wavflow.base.errors import InputError
+from wavflow.base.seconds import exact
+from wavflow.config.schema import DecodingConfig
+from wavflow.media import video
+from wavflow.media.video import FrameStream, passed
 
 #: Bytes of a line at most, and characters of a message in it.
 _LINE, _MESSAGE = 1 << 16, 1000
@@ -52,7 +53,7 @@ def decode(
     hold: float | Fraction = 0,
     to_end: bool = False,
 ) -> list[Tensor]:  # each (t 3 s s) uint8 RGB
-    """`wavflow.features.video.decode` of anybody's file, in a worker process and within limits.
+    """`wavflow.media.video.decode` of anybody's file, in a worker process and within limits.
 
     May be called from many threads; each has a worker of its own. `threads` are the worker's, 0
     for as many as torch has here. Frames and warnings are those of the unguarded decoder.

@@ -15,20 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavflow import precision
-from wavflow.audio import load_audio
-from wavflow.build import build_model
-from wavflow.checkpoint import load_into, read_weights
-from wavflow.config import Config, config_from_dict
-from wavflow.errors import InputError
-from wavflow.features.extract import encode_captions, encode_video, load_encoders
-from wavflow.generator import Features, Generator
-from wavflow.long import LongSound, known
-from wavflow.parallel import World
-from wavflow.plan import Plan, Step
-from wavflow.scene import Scene, film
-from wavflow.solvers import BEST
-from wavflow.sound import Sound
+from wavflow.base import precision
+from wavflow.base.errors import InputError
+from wavflow.base.processes import World
+from wavflow.base.state_dict import load_into
+from wavflow.config.load import config_from_dict
+from wavflow.config.schema import Config
+from wavflow.features.encode import encode_captions, encode_video, load_encoders
+from wavflow.flow.solvers import BEST
+from wavflow.media.audio import load_audio
+from wavflow.media.sound import Sound
+from wavflow.sampling.batched import Generator
+from wavflow.sampling.plan import Plan, Step
+from wavflow.sampling.scene import Features, Scene
+from wavflow.sampling.windowed import LongSound, known
+from wavflow.systems.wavflow.build import build_model
+from wavflow.systems.wavflow.scenes import film
+from wavflow.training.checkpoint import read_weights
 
 log = logging.getLogger("wavflow")
 
@@ -36,7 +39,7 @@ log = logging.getLogger("wavflow")
 class Sampler(Generator):
     """A trained network, ready to generate: captions, videos and features in, sounds out.
 
-    It is made by :meth:`load`, or as :class:`wavflow.generator.Generator`.
+    It is made by :meth:`load`, or as :class:`wavflow.sampling.batched.Generator`.
     """
 
     @classmethod
@@ -56,17 +59,17 @@ class Sampler(Generator):
 
         Args:
             checkpoint: a training checkpoint, a flat EMA file, a safetensors file, or the name of
-                weights that come with the package (`wavflow.checkpoint.packaged`).
+                weights that come with the package (`wavflow.training.checkpoint.packaged`).
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
             ema: `ema1`, `ema2` or `none`; of no effect on a flat file.
             config: for a file that carries none; must agree with one that it carries.
-            engine: how steps run, one of `wavflow.engine.ENGINES`.
+            engine: how steps run, one of `wavflow.sampling.engine.ENGINES`.
             world: processes that share every sound.
             attention_window: seconds away that sound may be attended to, by default the
                 configuration's.
             rope_scaling: of sounds that are longer than in training and made at once: `none`,
-                `linear` or `ntk` (`wavflow.model.embeddings`), by default the configuration's.
+                `linear` or `ntk` (`wavflow.layers.embeddings`), by default the configuration's.
 
         Raises:
             InputError: unreadable file, no configuration, weights of another model, an option
@@ -110,7 +113,7 @@ class Sampler(Generator):
         """A `Plan` with what is not given filled in.
 
         Without a solver it is the best one measured, with its steps, times and guidance interval
-        (`wavflow.solvers.BEST`). A named one takes the configuration's steps, even times and
+        (`wavflow.flow.solvers.BEST`). A named one takes the configuration's steps, even times and
         guidance throughout, as the public system does. The guidance is the configuration's.
 
         Raises:

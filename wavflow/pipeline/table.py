@@ -1,11 +1,10 @@
-"""Generation from a table of videos and captions; `python -m wavflow.infer --config X.yaml`."""
+"""Sounds for a table of videos and captions."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -13,17 +12,17 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wavflow import __version__
-from wavflow.config import Config
+from wavflow.base.errors import InputError
+from wavflow.base.files import working_in, write_json
+from wavflow.base.version import __version__
+from wavflow.config.schema import Config
 from wavflow.data.manifest import ReportRow, Row, needed, read_manifest, write_report
-from wavflow.errors import InputError
 from wavflow.features.weights import identity
-from wavflow.files import working_in, write_json
 
 if TYPE_CHECKING:
-    from wavflow.generator import Features
-    from wavflow.sampler import Sampler
-    from wavflow.sound import Sound
+    from wavflow.media.sound import Sound
+    from wavflow.pipeline.sampler import Sampler
+    from wavflow.sampling.scene import Features
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ def infer_config(
     Raises:
         InputError: model.ckpt_path or data.csv_path is not set; as `Sampler.load` and `infer`.
     """
-    from wavflow.sampler import Sampler
+    from wavflow.pipeline.sampler import Sampler
 
     checkpoint, table = config.model.ckpt_path, config.data.csv_path
     if checkpoint is None or table is None:
@@ -256,9 +255,3 @@ def infer_config(
         overwrite=output.overwrite,
         progress=progress,
     )
-
-
-if __name__ == "__main__":
-    from wavflow.cli import main
-
-    main(["infer", *sys.argv[1:]])

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import torch
 
-from wavflow import checkpoint, parallel, precision
-from wavflow.config import Config, DataConfig, TrainingConfig, load_config, save_config
-from wavflow.console import counter, show_log
+from wavflow.base import precision, processes
+from wavflow.base.console import counter, show_log
+from wavflow.base.errors import InputError
+from wavflow.config.load import load_config, save_config
+from wavflow.config.schema import Config, DataConfig, TrainingConfig
 from wavflow.data.dataset import Clips
-from wavflow.data.store import open_dataset
-from wavflow.dry_run import DryRun, dry_run
-from wavflow.errors import InputError
+from wavflow.data.open import open_dataset
 from wavflow.features import provenance
-from wavflow.objective import WavflowObjective
-from wavflow.trainer import Trainer, TrainResult
+from wavflow.systems.wavflow.objective import WavflowObjective
+from wavflow.training.checkpoint import read_weights
+from wavflow.training.dry_run import DryRun, dry_run
+from wavflow.training.trainer import Trainer, TrainResult
 
 
 def train(config: Config | str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainResult:
@@ -81,7 +83,7 @@ def _prepare(config: Config, *, write: bool) -> Iterator[Trainer]:
     # A smoke run must not be what the whole run goes on from.
     part = "" if settings.overfit is None else f"_overfit_{settings.overfit}"
     out = Path(settings.output_dir) / f"{config.experiment_id}{part}"
-    with parallel.join(settings.device, group=settings.strategy == "fsdp") as world:
+    with processes.join(settings.device, group=settings.strategy == "fsdp") as world:
         if not world.is_main:
             logging.getLogger("wavflow").setLevel(logging.WARNING)
         for table in (config.data.csv_path, config.data.val_csv_path):
@@ -136,4 +138,4 @@ def _start_from(trainer: Trainer, config: Config) -> None:
     if not initial.initial_load_model_only:
         trainer.restore(path)
         return
-    trainer.start_from(checkpoint.read_weights(path, "none").state, path)
+    trainer.start_from(read_weights(path, "none").state, path)

@@ -13,20 +13,26 @@ import torch
 from torch import Tensor
 
 import wavflow_kernels as kernels
-from wavflow.config import Config, DataConfig
-from wavflow.engine import Engine, Output, mix_guidance
-from wavflow.errors import Cancelled, InputError
-from wavflow.features.extract import load_encoders
-from wavflow.long import Evaluation, LongSound
-from wavflow.memory import available_memory, clip_bytes, keep_freed_memory
-from wavflow.model.inference import prepare_inference
-from wavflow.model.networks import Conditions, WavflowConfig, WavflowModel
-from wavflow.parallel import World
-from wavflow.plan import Plan, Step
-from wavflow.scene import Scene, stored
-from wavflow.solvers import SolverError, adaptive, sampling_times, solver_table, table_slots
-from wavflow.sound import Sound
-from wavflow.windows import Windows
+from wavflow.base.errors import Cancelled, InputError
+from wavflow.base.memory import available_memory, keep_freed_memory
+from wavflow.base.processes import World
+from wavflow.config.schema import Config, DataConfig
+from wavflow.features.encode import load_encoders
+from wavflow.flow.guidance import Output, mix_guidance
+from wavflow.flow.solvers import SolverError, adaptive, solver_table, table_slots
+from wavflow.flow.times import sampling_times
+from wavflow.layers.prepare import prepare_inference
+from wavflow.media.sound import Sound
+from wavflow.sampling.engine import Engine
+from wavflow.sampling.plan import Plan, Step
+from wavflow.sampling.scene import Features, Scene
+from wavflow.sampling.windowed import Evaluation, LongSound
+from wavflow.sampling.windows import Windows
+from wavflow.systems.wavflow.conditions import Conditions
+from wavflow.systems.wavflow.config import WavflowConfig
+from wavflow.systems.wavflow.footprint import clip_bytes
+from wavflow.systems.wavflow.network import WavflowModel
+from wavflow.systems.wavflow.scenes import stored
 
 log = logging.getLogger("wavflow")
 
@@ -34,9 +40,6 @@ log = logging.getLogger("wavflow")
 MEMORY_SHARE = 0.8
 #: Lengths whose empty conditions are kept.
 KEPT_LENGTHS = 4
-
-#: Features of one sound, as a features file holds them, or of the windows of a long one.
-Features = Mapping[str, Tensor] | Scene
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,17 @@ class Generator:
     more than 8 bits), the solver's state and the noise stay float32. A clip's noise depends on its
     seed alone, whatever else is in the batch.
 
-    A sound longer than the clips of the training is made of windows (`wavflow.long`). Several
-    processes share the windows of a long sound, or the tokens of one that is made at once.
+    A sound longer than the clips of the training is made of windows (`wavflow.sampling.windowed`).
+    Several processes share the windows of a long sound, or the tokens of one that is made at once.
 
-    On a CPU the process keeps the memory it frees from then on (``wavflow.memory``).
+    On a CPU the process keeps the memory it frees from then on (``wavflow.base.memory``).
 
     Args:
         model: the network with the weights to use, or its copy prepared for `dtype`.
         config: what it was trained with.
         device: where it runs.
         dtype: of its matrix products.
-        engine: how steps run, one of `wavflow.engine.ENGINES`.
+        engine: how steps run, one of `wavflow.sampling.engine.ENGINES`.
         world: processes that share every sound; by default this one alone.
     """
 

@@ -14,48 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavflow.model.networks import Conditions, WavflowModel
-from wavflow.solvers import advance, is_unguided, table_slots
+from wavflow.flow.guidance import Output, rescale_guidance
+from wavflow.flow.solvers import advance, is_unguided, table_slots
+from wavflow.sampling.graphs import capture
+from wavflow.systems.wavflow.conditions import Conditions
+from wavflow.systems.wavflow.network import WavflowModel
 
 log = logging.getLogger("wavflow")
 
 ENGINES = ("auto", "eager", "graph", "compile")
 #: Rows of the table that a captured graph has room for; longer tables get graphs of their own.
 TABLE_ROWS = 64
-#: Runs of a step before it is captured: kernels are compiled and libraries pick theirs in them.
-WARMUP = 3
 
-# What a step returns: the prediction, or predictions with and without conditions.
-Output = Tensor | tuple[Tensor, Tensor]
 # Told after a step: its row, its point of evaluation (b n d), what the network returned there.
 After = Callable[[int, Tensor, Output], None]
-
-
-def rescale_guidance(cond: Tensor, uncond: Tensor, weight: Tensor | float, share: float) -> Tensor:
-    """The guided prediction with `share` of its standard deviation brought back to `cond`'s.
-
-    Strong guidance makes sounds louder than any that was learned; this takes the gain back (Lin
-    et al., arXiv 2305.08891, equations 15 and 16), for each clip over all its samples.
-
-    Args:
-        cond, uncond: (b n d) predictions with and without conditions.
-        weight: of guidance, a number or a 0-d tensor.
-        share: 0 changes nothing, 1 gives the standard deviation of `cond`.
-
-    Returns:
-        (b n d), float32 at least.
-    """
-    cond, uncond = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (cond, uncond))
-    guided = torch.lerp(uncond, cond, torch.as_tensor(weight).to(cond))
-    gain = cond.std((1, 2), keepdim=True) / guided.std((1, 2), keepdim=True).clamp_min(1e-12)
-    return guided * torch.lerp(torch.ones_like(gain), gain, share)
-
-
-def mix_guidance(predicted: Output, weight: float) -> Tensor:
-    """The guided prediction, float32 at least, of what a step returned."""
-    cond, uncond = predicted if isinstance(predicted, tuple) else (predicted, None)
-    cond = cond.to(torch.promote_types(cond.dtype, torch.float32))
-    return cond if uncond is None else torch.lerp(uncond.to(cond), cond, weight)
 
 
 class Engine:
@@ -297,30 +269,6 @@ class _Steps:
         replay, predicted = self.graphs[alone]
         replay()
         return predicted
-
-
-def capture(
-    step: Callable[[], Output], rewind: Callable[[], Any], device: torch.device
-) -> tuple[Callable[[], None], Output]:
-    """A CUDA graph of `step`: what replays it, and the tensors it writes its result to.
-
-    Args:
-        step: runs on `device` without synchronising.
-        rewind: undoes what a warm-up run of `step` must not leave.
-    """
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP):
-                rewind()
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        rewind()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = step()
-    return graph.replay, output
 
 
 def _tensors(conditions: Conditions) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from wavflow.errors import InputError
-from wavflow.solvers import SOLVERS, TIMES
-from wavflow.sound import Sound
+from wavflow.base.errors import InputError
+from wavflow.flow.solvers import SOLVERS
+from wavflow.flow.times import TIMES
+from wavflow.media.sound import Sound
 
 
 @dataclass(frozen=True)
@@ -15,15 +16,15 @@ class Plan:
     """How sounds are generated.
 
     Attributes:
-        solver: a key of `wavflow.solvers.SOLVERS`, or `adaptive`.
+        solver: a key of `wavflow.flow.solvers.SOLVERS`, or `adaptive`.
         steps: of the solver; `adaptive` takes as many as it needs.
         times: `even` under the configuration's noise_shift, `sigmoid` or `log-snr`
-            (`wavflow.solvers.sampling_times`).
+            (`wavflow.flow.times.sampling_times`).
         guidance: weight of classifier-free guidance; 1 or less runs the conditional pass alone.
         guidance_interval: times from and to which there is guidance, as the network sees them
             (0 noise, 1 data); a step outside costs half.
         guidance_rescale: share of the guided prediction's standard deviation that is brought back
-            to the unguided one's (`wavflow.engine.rescale_guidance`).
+            to the unguided one's (`wavflow.flow.guidance.rescale_guidance`).
     """
 
     solver: str

@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import wavflow_kernels as kernels
-from wavflow.config import DataConfig
-from wavflow.engine import Engine, mix_guidance
-from wavflow.model.networks import Conditions
-from wavflow.parallel import World
-from wavflow.scene import Scene
-from wavflow.solvers import MIN_REMAINDER, table_slots
-from wavflow.windows import Windows
+from wavflow.base.processes import World
+from wavflow.config.schema import DataConfig
+from wavflow.flow.guidance import mix_guidance
+from wavflow.flow.solvers import MIN_REMAINDER, table_slots
+from wavflow.sampling.engine import Engine
+from wavflow.sampling.scene import Scene
+from wavflow.sampling.windows import Windows
+from wavflow.systems.wavflow.conditions import Conditions
 
 
 class Known(NamedTuple):
@@ -69,7 +70,7 @@ class LongSound:
         samples: of the sound.
         table: of the solver, (evaluations, 2 + k (k + 1)).
         prediction: what the network predicts, "x" or "v".
-        rescale: share of `wavflow.engine.rescale_guidance`.
+        rescale: share of `wavflow.flow.guidance.rescale_guidance`.
         scene: the features of the windows.
         conditions: of rows of features.
         empty: of rows of features, what guidance leads away from; None without guidance.

@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from wavflow.config import DataConfig
-from wavflow.errors import InputError
-from wavflow.features.video import exact
+from wavflow.base.errors import InputError
+from wavflow.base.seconds import exact
+from wavflow.config.schema import DataConfig
 
 #: Share of a window that the next one repeats, where nothing else is asked for.
 OVERLAP = Fraction(1, 5)

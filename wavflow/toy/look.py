@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from wavflow.data.toy import Scene
+    from wavflow.toy.scene import Scene
 
 _EPS = 1e-6
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from wavflow.data.toy import Scene
+    from wavflow.toy.scene import Scene
 
 #: Inharmonic partials of a small bell: ratio to the first, level, share of its decay time.
 _PARTIALS = ((1.0, 1.0, 1.0), (2.34, 0.4, 0.6), (3.07, 0.2, 0.4))

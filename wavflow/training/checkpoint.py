@@ -21,19 +21,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
-from wavflow.ema import initial_share
-from wavflow.errors import InputError
-from wavflow.files import atomic_write, load_tensors
-from wavflow.model.networks import IGNORED_KEYS
+from wavflow.base.errors import InputError
+from wavflow.base.files import atomic_write
+from wavflow.base.state_dict import load
+from wavflow.training.ema import initial_share
 
 log = logging.getLogger("wavflow")
 
 LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
 SAFETENSORS = ".safetensors"
 #: Where the weights are that come with the package.
-PACKAGED = Path(__file__).parent / "weights"
+PACKAGED = Path(__file__).parents[1] / "weights"
 
 # Decays of files that record none.
 PUBLIC_EMA_DECAY = {"ema1": 0.9999, "ema2": 0.9996}
@@ -135,19 +135,6 @@ def check_whole(path: Path) -> None:
         raise InputError(f"{path}: not a whole checkpoint; the checksum of {broken} is wrong")
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a file of `save` or of the public system onto the CPU.
-
-    Raises:
-        InputError: missing, truncated, not a checkpoint, or holding objects other than
-            tensors and plain values.
-    """
-    content = load_tensors(path, "checkpoint")
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: wanted a dict of tensors, found {type(content).__name__}")
-    return content
-
-
 def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Like `load`, and demands what a run needs to go on.
 
@@ -239,35 +226,3 @@ def _warn_if_young(path: Path, ema: str, content: Mapping[str, Any]) -> None:
             decay,
             100 * share,
         )
-
-
-def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Copies `state` into `module`, every tensor or none; raises as `check_fit` does."""
-    check_fit(module, state, path)
-    wanted = module.state_dict()
-    module.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=True)
-
-
-def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Raises InputError unless `state`, read from `path`, has the module's tensors.
-
-    It names a tensor of another shape (with the found and the wanted shape), a missing or a
-    foreign one.
-    """
-    wanted = module.state_dict()
-    state = {k: v for k, v in state.items() if k not in IGNORED_KEYS or k in wanted}
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{path}: {name} is a {type(tensor).__name__}; wanted a tensor")
-        if name in wanted and tensor.shape != wanted[name].shape:
-            raise InputError(
-                f"{path}: {name} is {tuple(tensor.shape)}; "
-                f"the model wants {tuple(wanted[name].shape)}"
-            )
-    for kind, names in (
-        ("lacks", [n for n in wanted if n not in state]),
-        ("has foreign", [n for n in state if n not in wanted]),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{path}: it {kind} {names[0]}{more}; it is of another model")

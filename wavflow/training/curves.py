@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wavflow import pictures
-from wavflow.errors import InputError
-from wavflow.pictures import INK, QUIET, RULE, STYLE
-from wavflow.runlog import METRICS, read_metrics
+from wavflow.base.errors import InputError
+from wavflow.media import pictures
+from wavflow.media.pictures import INK, QUIET, RULE, STYLE
+from wavflow.training.run_log import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

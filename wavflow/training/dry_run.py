@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from wavflow.memory import used_memory
-from wavflow.trainer import Trainer
+from wavflow.base.memory import used_memory
+from wavflow.training.trainer import Trainer
 
 #: Steps before the clock starts: kernels are compiled, and optimiser states made, in them.
 WARMUP = 2

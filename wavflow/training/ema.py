@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wavflow.errors import InputError
-from wavflow.parallel import fill, local
+from wavflow.base.errors import InputError
+from wavflow.training.parallel import fill, local
 
 
 def warmed_up_decay(decay: float, age: int) -> float:

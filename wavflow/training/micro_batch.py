@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wavflow.base.seeding import Draw
 from wavflow.data.order import Work
-from wavflow.draw import Draw
-from wavflow.protocols import Batch, Dataset, Loaded, LossTerms, Objective
+from wavflow.training.objective import Batch, Dataset, Loaded, LossTerms, Objective
 
 
 @dataclass(frozen=True)

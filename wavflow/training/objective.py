@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from wavflow.base.seeding import Draw
 from wavflow.data.order import Order
-from wavflow.draw import Draw
-from wavflow.runlog import Sample
+from wavflow.training.run_log import Sample
 
 
 @dataclass(frozen=True)

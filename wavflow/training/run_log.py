@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from wavflow import pictures
-from wavflow.audio import save_wav
-from wavflow.console import console, progress_bar
-from wavflow.errors import InputError
-from wavflow.files import atomic_write, check_id
+from wavflow.base.console import console, progress_bar
+from wavflow.base.errors import InputError
+from wavflow.base.files import atomic_write, check_id
+from wavflow.media import pictures
+from wavflow.media.audio import save_wav
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

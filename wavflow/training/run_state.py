@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavflow import checkpoint, sharded
-from wavflow.ema import Ema
-from wavflow.errors import InputError
-from wavflow.parallel import World, fill, whole
+from wavflow.base import state_dict
+from wavflow.base.errors import InputError
+from wavflow.base.processes import World
+from wavflow.training import checkpoint, sharded_checkpoint
+from wavflow.training.ema import Ema
+from wavflow.training.parallel import fill, whole
 
 log = logging.getLogger("wavflow")
 
@@ -29,7 +31,8 @@ class State:
         model, optimizer, emas: of the run; the optimiser is AdamW.
         out: the run's folder.
         world: the processes.
-        shards: whether checkpoints are folders of shards (``wavflow.sharded``) or single files.
+        shards: whether checkpoints are folders of shards (`wavflow.training.sharded_checkpoint`)
+            or single files.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class State:
             }
             folder = self.out / name.removesuffix(".pth")
             previous = self.out / PREVIOUS_SHARDS if latest else None
-            sharded.save(folder, self.tensors(), dict(meta), self.world, previous)
+            sharded_checkpoint.save(folder, self.tensors(), dict(meta), self.world, previous)
         elif self.world.is_main:
             content = {
                 "model": self.model.state_dict(),
@@ -182,7 +185,7 @@ class State:
 
     def _check(self, path: Path) -> None:
         if path.is_dir():
-            sharded.check(path, self.world)
+            sharded_checkpoint.check(path, self.world)
             return
         problem = None
         if self.world.is_main:
@@ -203,8 +206,8 @@ class State:
             InputError: unreadable, of another model, or of another optimiser layout.
         """
         if path.is_dir():
-            sharded.load(path, self.tensors(), self.world)
-            return sharded.read_meta(path)
+            sharded_checkpoint.load(path, self.tensors(), self.world)
+            return sharded_checkpoint.read_meta(path)
         content = checkpoint.load_training(path)
         model = content.pop("model")
         self.fill_model(model, path)
@@ -219,7 +222,7 @@ class State:
         Raises:
             InputError: they are of another model.
         """
-        checkpoint.check_fit(self.model, weights, path)
+        state_dict.check_fit(self.model, weights, path)
         for name, value in self.model.state_dict().items():
             fill(value, weights[name])
 
@@ -256,14 +259,14 @@ def convert(folder: Path, path: Path) -> None:
         InputError: the folder is not a whole checkpoint.
     """
     alone = World(0, 1, torch.device("cpu"))
-    sharded.check(folder, alone)
-    content: dict[str, Any] = sharded.read_meta(folder)
+    sharded_checkpoint.check(folder, alone)
+    content: dict[str, Any] = sharded_checkpoint.read_meta(folder)
     order, groups = content.pop("optimizer_order"), content.pop("optimizer_groups")
     names = content.pop("model_order")
     index = {name: i for i, name in enumerate(order)}
     states: dict[int, dict[str, Tensor]] = {i: {} for i in index.values()}
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in sharded.gather(folder).items():
+    for name, tensor in sharded_checkpoint.gather(folder).items():
         part, _, rest = name.partition(".")
         if part == "optimizer":
             parameter, _, key = rest.rpartition(".")

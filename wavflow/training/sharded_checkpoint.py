@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from wavflow import checkpoint
-from wavflow.errors import InputError
-from wavflow.files import write_json
-from wavflow.parallel import World
+from wavflow.base import state_dict
+from wavflow.base.errors import InputError
+from wavflow.base.files import write_json
+from wavflow.base.processes import World
+from wavflow.training import checkpoint
 
 META, WHOLE = "meta.pth", "whole.json"
 
@@ -100,7 +101,7 @@ def check(folder: Path, world: World) -> None:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """The plain values of a folder."""
-    return checkpoint.load(folder / META)
+    return state_dict.load(folder / META)
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wavflow.parallel import World
+from wavflow.base.processes import World
 
 #: The flow's time is cut into so many equal parts.
 BUCKETS = 5

@@ -16,20 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavflow import checkpoint, precision, runlog, validation
-from wavflow.batch_loss import BatchLoss
-from wavflow.config import TrainingConfig
-from wavflow.data.order import Work, plan, prefetch
-from wavflow.ema import Ema
-from wavflow.errors import InputError
-from wavflow.flops import count_flops, matmul_rate
-from wavflow.interrupt import Interrupts
-from wavflow.memory import keep_freed_memory, used_memory
-from wavflow.parallel import Parallel, World, whole
-from wavflow.protocols import Dataset, Loaded, Objective
-from wavflow.state import State
-from wavflow.validation import validate
-from wavflow.window import Pace, StepRecord, Window
+from wavflow.base import precision
+from wavflow.base.errors import InputError
+from wavflow.base.flops import count_flops, matmul_rate
+from wavflow.base.interrupt import Interrupts
+from wavflow.base.memory import keep_freed_memory, used_memory
+from wavflow.base.processes import World
+from wavflow.config.schema import TrainingConfig
+from wavflow.data.order import Work, plan
+from wavflow.data.prefetch import prefetch
+from wavflow.training import checkpoint, run_log, validation
+from wavflow.training.ema import Ema
+from wavflow.training.micro_batch import BatchLoss
+from wavflow.training.objective import Dataset, Loaded, Objective
+from wavflow.training.optimizer import make_optimizer
+from wavflow.training.parallel import Parallel, whole
+from wavflow.training.run_state import State
+from wavflow.training.step_figures import Pace, StepRecord, Window
+from wavflow.training.validation import validate
 
 log = logging.getLogger("wavflow")
 
@@ -62,7 +66,7 @@ class Trainer:
     learning rate follows the nearest of these ends. SIGINT and SIGTERM finish the step, write the
     latest checkpoint and end the run by KeyboardInterrupt or SystemExit(143). A step with a loss
     or gradient that is not finite changes no weight; `max_bad_steps` of them in a row end the run.
-    On a CPU the process keeps the memory it frees from then on (``wavflow.memory``).
+    On a CPU the process keeps the memory it frees from then on (``wavflow.base.memory``).
 
     Args:
         objective: what is trained.
@@ -118,7 +122,7 @@ class Trainer:
         self.loss = math.nan
         self.window, self.pace = Window(), Pace()
         self.unreadable: set[str] = set()
-        self.shown: runlog.RunLog | None = None
+        self.shown: run_log.RunLog | None = None
         self.saved_at = time.monotonic()
 
     # Where the run stands
@@ -206,14 +210,14 @@ class Trainer:
         )
 
     @contextmanager
-    def _log(self) -> Iterator[runlog.RunLog | None]:
+    def _log(self) -> Iterator[run_log.RunLog | None]:
         """The first process's log."""
         if not self.world.is_main:
             yield None
             return
         with (
-            runlog.log_file(self.out / "training.log"),
-            runlog.RunLog(
+            run_log.log_file(self.out / "training.log"),
+            run_log.RunLog(
                 self.out, tensorboard=self.settings.tensorboard, first_step=self.step
             ) as shown,
         ):
@@ -487,19 +491,6 @@ class Trainer:
         self.state.fill_model(weights, path)
         for ema in self.emas.values():
             ema.reset(self.model)
-
-
-def make_optimizer(
-    model: nn.Module, settings: TrainingConfig, processes: int = 1
-) -> torch.optim.AdamW:
-    """AdamW, betas (0.9, 0.95), fused; weight decay on tensors with two or more axes only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-    ]
-    rate = settings.peak_lr(processes)
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
 def loss_text(loss: float) -> str:

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import nn
 
-from wavflow.batch_loss import BatchLoss
+from wavflow.base.processes import World
 from wavflow.data.order import plan
-from wavflow.ema import Ema
-from wavflow.parallel import World, local
-from wavflow.protocols import Dataset
+from wavflow.training.ema import Ema
+from wavflow.training.micro_batch import BatchLoss
+from wavflow.training.objective import Dataset
+from wavflow.training.parallel import local
 
 #: Of the noise and times, whatever a run's own is.
 SEED = 0

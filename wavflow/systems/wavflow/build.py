@@ -8,11 +8,12 @@ import math
 
 from torch import Tensor
 
-from wavflow.config import Config
-from wavflow.errors import InputError
-from wavflow.features.base import get_encoders
-from wavflow.files import load_tensors
-from wavflow.model.networks import PRESETS, WavflowModel
+from wavflow.base.errors import InputError
+from wavflow.base.files import load_tensors
+from wavflow.config.schema import Config
+from wavflow.features.registry import get_encoders
+from wavflow.systems.wavflow.config import PRESETS
+from wavflow.systems.wavflow.network import WavflowModel
 
 log = logging.getLogger("wavflow")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,166 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wavflow.model.blocks import (
-    Conditioning,
-    FinalLayer,
-    JointBlock,
-    Stream,
-    SwiGLU,
-    TokenConv,
-    TokenLinear,
-    TransformerBlock,
-)
-from wavflow.model.embeddings import ROPE_SCALINGS, TimestepEmbedding, rope_scale
-from wavflow.model.inference import PreparedNetwork, Preparing
-from wavflow.model.shapes import check_shape
-from wavflow.model.sharing import Sharing
+from wavflow.base.shapes import check_shape
+from wavflow.layers.embeddings import TimestepEmbedding, rope_scale
+from wavflow.layers.modulation import Conditioning, Stream
+from wavflow.layers.prepare import PreparedNetwork, Preparing
+from wavflow.layers.sequence_parallel import Sharing
+from wavflow.layers.token_layers import SwiGLU, TokenConv, TokenLinear
+from wavflow.systems.wavflow.blocks import FinalLayer, JointBlock, TransformerBlock
+from wavflow.systems.wavflow.conditions import Conditions
+from wavflow.systems.wavflow.config import PRESETS, SYNC_SEGMENT, WavflowConfig
 from wavflow_kernels import TokenRows, Window, rope_table
-
-# One segment of sync features is 8 tokens; their positions inside it have a learned embedding.
-SYNC_SEGMENT = 8
-# Older checkpoints store these tables; they are computed here.
-IGNORED_KEYS = frozenset({"t_embed.freqs", "latent_rot", "clip_rot"})
-
-
-@dataclass(frozen=True)
-class WavflowConfig:
-    """Sizes of a network. Sequence lengths are those of one clip; ``latent_dim`` is in samples.
-
-    ``attention_window`` is how many audio tokens away a token may be to be seen, None: any number.
-    Clip tokens have places among the audio tokens; text tokens see and are seen by all, so that
-    what they hear is of the whole clip. ``rope_scaling`` is of clips longer than in training
-    (:func:`wavflow.model.embeddings.rope_scale`).
-    """
-
-    latent_dim: int = 200
-    clip_dim: int = 1024
-    sync_dim: int = 768
-    text_dim: int = 1024
-    hidden_dim: int = 896
-    depth: int = 12
-    fused_depth: int = 8
-    num_heads: int = 14
-    mlp_ratio: float = 4.0
-    latent_seq_len: int = 640
-    clip_seq_len: int = 64
-    sync_seq_len: int = 192
-    text_seq_len: int = 77
-    attention_window: int | None = None
-    rope_scaling: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.hidden_dim % (2 * self.num_heads):
-            raise ValueError(
-                f"hidden_dim is {self.hidden_dim}, wanted a multiple of 2 * num_heads "
-                f"= {2 * self.num_heads}"
-            )
-        if not 0 <= self.fused_depth < self.depth:
-            raise ValueError(f"fused_depth is {self.fused_depth}, wanted 0 to {self.depth - 1}")
-        for name in ("latent_seq_len", "clip_seq_len", "sync_seq_len", "text_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
-        if self.sync_seq_len % SYNC_SEGMENT:
-            raise ValueError(
-                f"sync_seq_len is {self.sync_seq_len}, wanted a multiple of {SYNC_SEGMENT}"
-            )
-        if self.attention_window is not None and self.attention_window < 0:
-            raise ValueError(f"attention_window is {self.attention_window}, wanted at least 0")
-        if self.rope_scaling not in ROPE_SCALINGS:
-            raise ValueError(
-                f"rope_scaling is {self.rope_scaling!r}, wanted one of {', '.join(ROPE_SCALINGS)}"
-            )
-        if self.rope_scaling == "ntk" and self.head_dim <= 2:
-            raise ValueError("rope_scaling 'ntk' wants heads of more than 2 channels")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_dim // self.num_heads
-
-    @property
-    def joint_depth(self) -> int:
-        return self.depth - self.fused_depth
-
-    @property
-    def ffn_width(self) -> int:
-        """The asked width of the blocks' feed-forwards."""
-        return int(self.mlp_ratio * self.hidden_dim)
-
-    @property
-    def window(self) -> Window | None:
-        """What audio, clip and text tokens see in the joint attention; None: all of it."""
-        if self.attention_window is None or self.attention_window >= self.latent_seq_len:
-            return None
-        return Window(self.attention_window, self.latent_seq_len, self.clip_seq_len)
-
-
-PRESETS: dict[str, WavflowConfig] = {
-    "medium_16k": WavflowConfig(),
-    "medium_44k": WavflowConfig(latent_seq_len=1764),
-    "large_16k": WavflowConfig(depth=21, fused_depth=14),
-    "large_44k": WavflowConfig(depth=21, fused_depth=14, latent_seq_len=1764),
-    # 2 s at 8 kHz, with the embedded encoders' features.
-    "toy_8k": WavflowConfig(
-        latent_dim=80,
-        clip_dim=64,
-        sync_dim=4,
-        text_dim=64,
-        hidden_dim=96,
-        depth=4,
-        fused_depth=2,
-        num_heads=2,
-        latent_seq_len=200,
-        clip_seq_len=16,
-        sync_seq_len=48,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Projected features of b clips: what the network needs of them at every step.
-
-    Made without gradients they also keep a copy of the network's weights as inference wants them,
-    from the first step that uses them and while they live: steps with the same conditions do not
-    see later changes. There is none in float64, nor off the CPU in the weights' own dtype.
-    """
-
-    clip_f: Tensor  # (b n_clip c)
-    text_f: Tensor  # (b n_text c)
-    clip_f_c: Tensor  # (b c), projected mean over the clip tokens
-    text_f_c: Tensor  # (b c), projected mean over the text tokens
-    sync_rows: Tensor  # (b n_sync c), before upsampling
-    sync_tokens: TokenRows  # the sync row of each audio token
-    rope: Tensor  # (n + n_clip + n_text, head_dim), rotations of the joint attention's tokens
-    rope_scaling: str = "none"  # of these rotations
-    window: Window | None = None  # of the joint attention
-    prepared: PreparedNetwork | None = None
-
-    @property
-    def sync_f(self) -> Tensor:  # (b n c)
-        """The sync features, upsampled to the audio tokens."""
-        return self.sync_rows.index_select(1, self.sync_tokens.index)
-
-    def expand(self, batch: int) -> Conditions:
-        """One clip's conditions repeated ``batch`` times, as views."""
-        return self._map(lambda f: f.expand(batch, *f.shape[1:]))
-
-    def cat(self, *others: Conditions) -> Conditions:
-        """The clips of all, which have the same token counts."""
-        return self._map(lambda *all: torch.cat(all), *others)
-
-    def split(self) -> list[Conditions]:
-        """Those of each clip."""
-        return [self._map(lambda f, i=i: f[i : i + 1]) for i in range(len(self.clip_f))]
-
-    def _map(self, function: Callable[..., Tensor], *others: Conditions) -> Conditions:
-        shared = ("sync_tokens", "rope", "rope_scaling", "window", "prepared")
-        per_clip = [f.name for f in fields(self) if f.name not in shared]
-        sources = (self, *others)
-        made: dict[str, Any] = {
-            name: function(*(getattr(s, name) for s in sources)) for name in per_clip
-        }
-        return replace(self, **made)
 
 
 class WavflowModel(Preparing):
@@ -181,6 +31,9 @@ class WavflowModel(Preparing):
     timesteps t (b) in [0, 1], 0 being noise. A tensor of another shape raises a ValueError naming
     the argument, its shape and the wanted one.
     """
+
+    #: Tables that older checkpoints store; they are computed here.
+    ignored_keys = frozenset({"t_embed.freqs", "latent_rot", "clip_rot"})
 
     def __init__(
         self,
@@ -319,7 +172,7 @@ class WavflowModel(Preparing):
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Loads a whole state dict; what is missing, unknown or misshapen raises a ValueError."""
-        given = {name: value for name, value in state_dict.items() if name not in IGNORED_KEYS}
+        given = {name: value for name, value in state_dict.items() if name not in self.ignored_keys}
         wanted = self.state_dict()
         problems = [f"{name} is missing" for name in wanted if name not in given]
         problems += [f"{name} is unknown" for name in given if name not in wanted]

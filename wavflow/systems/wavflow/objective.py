@@ -6,17 +6,17 @@ import torch
 from torch import nn
 
 import wavflow_kernels as kernels
-from wavflow import precision
-from wavflow.batch_loss import to_device
-from wavflow.build import build_model, empty_caption
-from wavflow.config import Config
+from wavflow.base import precision
+from wavflow.base.seeding import Draw
+from wavflow.config.schema import Config
 from wavflow.data.dataset import ClipBatch, Clips
-from wavflow.draw import Draw
-from wavflow.model.flow_matching import FlowMatching
-from wavflow.model.networks import WavflowModel
-from wavflow.protocols import LossTerms
-from wavflow.runlog import Sample
-from wavflow.sampler import Sampler
+from wavflow.flow.matching import FlowMatching
+from wavflow.pipeline.sampler import Sampler
+from wavflow.systems.wavflow.build import build_model, empty_caption
+from wavflow.systems.wavflow.network import WavflowModel
+from wavflow.training.micro_batch import to_device
+from wavflow.training.objective import LossTerms
+from wavflow.training.run_log import Sample
 
 #: Clips that are heard during training.
 SAMPLE_CLIPS = 4
@@ -90,7 +90,7 @@ class WavflowObjective:
     def samples(self, model: nn.Module, dataset: Clips) -> list[Sample]:
         """What the model makes of the first clips' video and captions, and their own sound.
 
-        Generated as `wavflow.solvers.BEST` says, guided by `eval.cfg`.
+        Generated as `wavflow.flow.solvers.BEST` says, guided by `eval.cfg`.
         """
         config, device = self.config, next(model.parameters()).device
         dtype = precision.resolve_dtype(config.training.dtype, device)

@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from wavflow.config import DataConfig, DecodingConfig
+from wavflow.base.seconds import exact
+from wavflow.config.schema import DataConfig, DecodingConfig
 from wavflow.data.crop import SEGMENT_ROWS, Grid
 from wavflow.data.recording import VIDEO_KEYS
-from wavflow.features import guard
-from wavflow.features.base import Encoders
-from wavflow.features.extract import encode_video
-from wavflow.features.video import exact, finest
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Features of the windows of one sound.
-
-    Attributes:
-        text: features that all windows have alike.
-        video: features of the window that begins at so many seconds; None without a video.
-        grid: seconds that windows may begin at multiples of.
-    """
-
-    text: Mapping[str, Tensor]
-    video: Callable[[Fraction], dict[str, Tensor]] | None = None
-    grid: Fraction = Fraction(1, 25)
-
-    def window(self, time: Fraction) -> Mapping[str, Tensor]:
-        """Features of the window that begins at `time`; the same mapping wherever they are equal.
-
-        Raises:
-            InputError: the video cannot be decoded there.
-        """
-        return self.text if self.video is None else {**self.text, **self.video(time)}
+from wavflow.features.encode import encode_video
+from wavflow.features.encoder import Encoders
+from wavflow.media import video_worker
+from wavflow.media.video import finest
+from wavflow.sampling.scene import Scene
 
 
 def film(
@@ -65,7 +43,7 @@ def film(
     stream = finest(encoders.video.streams)
     grid = Fraction(1, stream.fps)
     whole, length = exact(seconds), exact(window)
-    guard.decode(path, [stream], grid, limits, start=(whole - grid) // grid * grid)
+    video_worker.decode(path, [stream], grid, limits, start=(whole - grid) // grid * grid)
 
     def video(time: Fraction) -> dict[str, Tensor]:
         hold = max(Fraction(0), time + length - whole)
