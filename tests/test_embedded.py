@@ -66,7 +66,7 @@ def test_any_caption_is_encoded_and_alone_as_in_company(caption):
 
 def test_text_is_the_same_in_every_process():
     code = (
-        "from wavflow.features.encoder import get_encoders\n"
+        "from wavflow.features.registry import get_encoders\n"
         "x = get_encoders().text.encode(['the big bell rings twice'])\n"
         "print(x.numpy().tobytes().hex())"
     )

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import wavflow_kernels as wk
 from wavflow.layers import token_layers
 from wavflow.layers.token_layers import SwiGLU
-from wavflow.systems.wavflow import blocks
 from wavflow.systems.wavflow.config import WavflowConfig
 from wavflow.systems.wavflow.network import WavflowModel, get_wavflow_model
 
@@ -252,7 +251,7 @@ def test_stretches_of_a_long_sequence_equal_the_whole(kernel_size, batch, tokens
     whole = layer._whole
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setitem(token_layers.INNER_BYTES, "cpu", 0)
-        patch.setattr(blocks, "SHORTEST_STRETCH", shortest)
+        patch.setattr(token_layers, "SHORTEST_STRETCH", shortest)
         patch.setattr(layer, "_whole", lambda x: lengths.append(x.shape[1]) or whole(x))
         found = layer(x)
     assert relative_error(found, wanted) < 1e-12

@@ -27,7 +27,7 @@ from wavflow.data.manifest import write_csv
 from wavflow.data.pack import pack
 from wavflow.data.recording import Level, measure
 from wavflow.data.shards import PackedDataset
-from wavflow.features import extract as extraction
+from wavflow.features import encode
 from wavflow.features.encode import encode_video, encode_whole_video
 from wavflow.features.extract import extract
 from wavflow.features.registry import get_encoders
@@ -331,7 +331,7 @@ def test_pieces_join_to_the_whole(tmp_path, monkeypatch, frames):
     decoded = Counting()
     monkeypatch.setattr(video_worker, "decode", decoded)
     for piece in (1, 2, 32):
-        monkeypatch.setattr(extraction, "PIECE", piece)
+        monkeypatch.setattr(encode, "PIECE", piece)
         decoded.seconds.clear()
         found, seconds = encode_whole_video(encoders, path)
         assert seconds == frames / 25
