@@ -29,6 +29,7 @@ from wavflow.base import memory
 from wavflow.base.files import write_json
 from wavflow.config.load import load_config
 from wavflow.config.schema import Config
+from wavflow.pipeline.request import Options
 from wavflow.pipeline.sampler import Sampler
 from wavflow.systems.wavflow.build import build_model
 
@@ -75,7 +76,12 @@ def run(job: Job) -> dict[str, Any]:
     features = torch.randn(config.data.text_seq_len, config.data.text_dim)
     window = None if job.way in ("windowed", "streamed") else 0.0
     clip, first = config.data.audio_duration, None
-    options = {"solver": "euler", "steps": job.steps, "batch_size": job.batch, "window": window}
+    options: Options = {
+        "solver": "euler",
+        "steps": job.steps,
+        "batch_size": job.batch,
+        "window": window,
+    }
 
     def generate(seconds: float) -> None:
         nonlocal first

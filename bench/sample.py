@@ -37,10 +37,12 @@ from bench import peaks, plain, stages
 from bench.harness import fail, machine
 from wavflow.base.files import write_json
 from wavflow.base.memory import keep_freed_memory
+from wavflow.config.schema import Config
 from wavflow.flow.guidance import Output, mix_guidance
 from wavflow.flow.solvers import solver_table
 from wavflow.layers.prepare import prepare_inference
 from wavflow.sampling.engine import Engine
+from wavflow.systems.wavflow.conditioner import WavflowField
 from wavflow.systems.wavflow.config import PRESETS
 from wavflow.systems.wavflow.network import WavflowModel, get_wavflow_model
 from wavflow_kernels._timing import interleaved
@@ -185,11 +187,12 @@ def engine_step(
 ) -> Callable[[], Tensor]:
     """A guided Euler step by the sampler's engine; returns the prediction."""
     *features, latent, t = given
-    engine = Engine(prepare_inference(model, dtype), kind, dtype)
+    network = prepare_inference(model, dtype)
+    engine = Engine(WavflowField(network, Config(), dtype), kind, dtype)
     table = solver_table("euler", torch.stack((t, t + 0.01)).double().cpu(), guidance=guidance)
     with torch.inference_mode(), engine.cast():
-        conditions = engine.model.preprocess_conditions(*features)
-        empty = engine.model.get_empty_conditions(len(latent))
+        conditions = network.preprocess_conditions(*features)
+        empty = network.get_empty_conditions(len(latent))
     predicted: list[Tensor] = []
 
     def keep(row: int, x: Tensor, output: Output) -> None:

@@ -46,6 +46,7 @@ from wavflow.flow.solvers import ADAPTIVE_END, adaptive, solver_table
 from wavflow.flow.times import sampling_times, time_grid
 from wavflow.pipeline.sampler import Sampler
 from wavflow.sampling.engine import Engine
+from wavflow.systems.wavflow.conditioner import WavflowField
 from wavflow.systems.wavflow.conditions import Conditions
 
 #: Evaluations that are compared.
@@ -108,7 +109,7 @@ class Problem:
 
     def __init__(self, clips: Clips, count: int, guidance: float, interval: Interval) -> None:
         self.guidance, self.interval, self.sampling = guidance, interval, clips.config.sampling
-        self._model = clips.model
+        self._model, self._config = clips.model, clips.config
         self._features = [
             torch.stack([row[key] for row in clips.features[:count]]).to(clips.model.device)
             for key in clips.config.data.feature_shapes
@@ -141,7 +142,8 @@ class Problem:
         with torch.inference_mode():
             conditions = model.preprocess_conditions(*(f.to(dtype) for f in self._features))
             empty = model.get_empty_conditions(len(self._noise)) if self.guidance > 1 else None
-        return Engine(model, "eager", dtype), self._noise.to(dtype), conditions, empty
+        field = WavflowField(model, self._config, dtype)
+        return Engine(field, "eager", dtype), self._noise.to(dtype), conditions, empty
 
     def solve(self, table: Tensor, evaluated: Callable[[], None]) -> Tensor:  # b n d
         """The final tokens by the float32 network; `evaluated` is called after every row."""

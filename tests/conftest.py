@@ -115,13 +115,15 @@ class Recorder:
 @pytest.fixture
 def graphs(monkeypatch):
     """An engine that believes to be on a GPU, and the count of what it captures."""
+    from tiny import field_of
+
     from wavflow.sampling import engine
 
     recorder = Recorder()
     monkeypatch.setattr(engine, "capture", recorder)
 
     def make(model, limit=4):
-        made = engine.Engine(model, "eager", limit=limit)
+        made = engine.Engine(field_of(model), "eager", limit=limit)
         made.kind = "graph"
         return made, recorder
 

@@ -17,6 +17,7 @@ from test_model import golden_model, inputs
 from test_ops import test_forward, test_gradient
 from test_properties import normal
 from test_sampler import CPU, mixed, tiny_sampler
+from tiny import field_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,7 +94,7 @@ def a_guided_step_is_right() -> None:
     table = solver_table("euler", torch.tensor([0.4, 0.5], dtype=torch.float64), guidance=4.5)
 
     def step(network: WavflowModel, dtype: torch.dtype) -> Tensor:
-        engine, wide = Engine(network, "eager", dtype), dtype == torch.float64
+        engine, wide = Engine(field_of(network), "eager", dtype), dtype == torch.float64
         given = [x.double() if wide else x for x in (latent, *features)]
         with torch.inference_mode(), engine.cast():
             conditions = network.preprocess_conditions(*given[1:])

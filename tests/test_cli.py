@@ -106,7 +106,7 @@ def test_generate_with_every_option(trained, tmp_path, capsys):
         assert message in capsys.readouterr().err
     table = ["--csv", root / "toy/heldout.csv", "--negative-caption", "a drum"]
     assert run("generate", "--checkpoint", checkpoint, *table, "--out", tmp_path / "all") == 2
-    assert "--negative-caption goes with" in capsys.readouterr().err
+    assert "--csv and --negative-caption do not go together" in capsys.readouterr().err
 
 
 def test_generate_from_a_table(trained, tmp_path, capsys):

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from test_model import golden_model, inputs
+from tiny import field_of
 
 from wavflow.flow.guidance import mix_guidance, rescale_guidance
 from wavflow.flow.solvers import solve, solver_table
@@ -43,7 +44,7 @@ def by_solve(model, noise, table, conditions, empty):
 def test_eager_and_replayed_steps_agree_with_solve(graphs, method, interval):
     model, *given = problem(method=method, interval=interval)
     wanted = by_solve(model, *given)
-    torch.testing.assert_close(Engine(model).solve(*given), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(Engine(field_of(model)).solve(*given), wanted, rtol=1e-5, atol=1e-6)
     replayed, recorder = graphs(model)
     torch.testing.assert_close(replayed.solve(*given), wanted, rtol=1e-5, atol=1e-6)
     assert recorder.captured == (1 if interval == (0.0, 1.0) else 2)
@@ -95,7 +96,7 @@ def test_a_prediction_is_the_networks_from_any_kind(graphs):
     model, noise, _, conditions, empty = problem(guidance=2.0)
     replayed, recorder = graphs(model)
     for t, weight in ((0.3, 2.0), (0.7, 1.0), (0.9, 3.0)):
-        wanted = Engine(model).predict(t, noise, conditions, empty, weight)
+        wanted = Engine(field_of(model)).predict(t, noise, conditions, empty, weight)
         with torch.inference_mode():
             pair = model.predict_flow_pair(noise, torch.tensor(t), conditions, empty)
         assert isinstance(wanted, tuple) == (weight > 1)
@@ -132,7 +133,7 @@ def test_a_failed_capture_is_logged_and_compiled(monkeypatch, graphs, caplog):
 
 def test_compiled_steps_agree():
     model, *given = problem(method="euler")
-    made, wanted = Engine(model, "compile").solve(*given), by_solve(model, *given)
+    made, wanted = Engine(field_of(model), "compile").solve(*given), by_solve(model, *given)
     assert (made - wanted).norm() < 1e-5 * wanted.norm()
 
 
@@ -143,7 +144,7 @@ def test_predictions_by_cuda_graphs_agree_with_eager_ones():
     features = [each.cuda() for each in inputs(model, 2)[1:-1]]
     with torch.inference_mode():
         conditions = [model.preprocess_conditions(*features), model.get_empty_conditions(2)]
-    graph, eager = Engine(model, "graph"), Engine(model, "eager")
+    graph, eager = Engine(field_of(model), "graph"), Engine(field_of(model), "eager")
     for t, weight in ((0.3, 2.0), (0.7, 1.0), (0.9, 3.0)):
         made, wanted = (
             mix_guidance(engine.predict(t, noise, *conditions, weight), weight)
@@ -162,7 +163,7 @@ def test_cuda_graphs_agree_with_eager_steps(dtype):
     if dtype == torch.bfloat16:
         model = prepare_inference(model, dtype)
     _, *features, _ = inputs(model, 2)
-    graph, eager = Engine(model, "graph", dtype), Engine(model, "eager", dtype)
+    graph, eager = Engine(field_of(model), "graph", dtype), Engine(field_of(model), "eager", dtype)
     with torch.inference_mode(), eager.cast():
         conditions = model.preprocess_conditions(*(f.cuda() for f in features))
         empty = model.get_empty_conditions(2)
@@ -176,7 +177,7 @@ def test_cuda_graphs_agree_with_eager_steps(dtype):
 def test_steps_are_told_what_the_network_saw():
     model, noise, table, conditions, empty = problem(method="euler")
     seen = []
-    end = Engine(model).solve(
+    end = Engine(field_of(model)).solve(
         noise,
         table,
         conditions,
@@ -202,7 +203,7 @@ def test_rescaling_guidance():
     assert half.dtype == torch.float32
     torch.testing.assert_close(std(half), (std(cond) + std(guided)) / 2, rtol=0.02, atol=0)
     model, noise, table, conditions, empty = problem(method="euler")
-    end = Engine(model).solve(noise, table[-1:], conditions, empty, rescale=1.0)
+    end = Engine(field_of(model)).solve(noise, table[-1:], conditions, empty, rescale=1.0)
     with torch.inference_mode():
         alone = model.predict_flow(noise, table[-1:, 0].float().expand(2), conditions)
     torch.testing.assert_close(std(end), std(alone), rtol=1e-4, atol=1e-6)
@@ -211,6 +212,6 @@ def test_rescaling_guidance():
 def test_wrong_engines():
     model, *_ = problem()
     with pytest.raises(ValueError, match="engine is 'warp', wanted one of auto, eager"):
-        Engine(model, "warp")
+        Engine(field_of(model), "warp")
     with pytest.raises(ValueError, match="engine 'graph' needs a model on a GPU, it is on cpu"):
-        Engine(model, "graph")
+        Engine(field_of(model), "graph")

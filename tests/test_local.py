@@ -287,7 +287,7 @@ LONG = """
 import sys, torch
 from test_local import local_model
 from test_model import inputs
-from wavflow.base.memory import clip_bytes
+from wavflow.systems.wavflow.footprint import clip_bytes
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)

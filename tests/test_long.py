@@ -30,7 +30,9 @@ from wavflow.features.encode import encode_video, load_encoders
 from wavflow.flow.guidance import mix_guidance
 from wavflow.flow.solvers import solve
 from wavflow.media.audio import load_audio, save_wav
-from wavflow.sampling.windowed import _Run, known
+from wavflow.sampling.batched import Budget
+from wavflow.sampling.field import Size
+from wavflow.sampling.windowed import _Run
 from wavflow.sampling.windows import Windows
 from wavflow.systems.wavflow.scenes import film, stored
 from wavflow.training import checkpoint
@@ -38,6 +40,14 @@ from wavflow.training import checkpoint
 pytest.importorskip("omegaconf")
 TOY = load_config("toy_8k").data
 PUBLIC = load_config("medium_16k").data
+
+
+def size_of(data):
+    """The size of a clip."""
+    return Size(data.audio_duration, data.target_sample_rate, data.audio_dim)
+
+
+CLIP = size_of(TOY)
 CAPTION = {k: v for k, v in random_features(1).items() if k == "text_features"}
 
 
@@ -53,7 +63,7 @@ CAPTION = {k: v for k, v in random_features(1).items() if k == "text_features"}
 def test_windows_cover_a_sound(seconds, overlap, grid, loop):
     if grid == Fraction(8, 25) and overlap is not None and overlap > 1.6:
         overlap = 1.6
-    windows = Windows.cover(seconds, TOY, overlap=overlap, grid=grid, loop=loop)
+    windows = Windows.cover(seconds, CLIP, overlap=overlap, grid=grid, loop=loop)
     rate = Fraction(TOY.target_sample_rate, TOY.audio_dim)
     assert windows.times[0] == 0 and list(windows.times) == sorted(set(windows.times))
     for time_, start in zip(windows.times, windows.starts, strict=True):
@@ -78,7 +88,7 @@ def test_windows_cover_a_sound(seconds, overlap, grid, loop):
 
 
 def test_windows_at_44_khz_begin_at_the_nearest_token():
-    windows = Windows.cover(60, load_config("medium_44k").data, grid=Fraction(8, 25))
+    windows = Windows.cover(60, size_of(load_config("medium_44k").data), grid=Fraction(8, 25))
     rate = Fraction(44_100, 200)
     apart = [abs(s - t * rate) for t, s in zip(windows.times, windows.starts, strict=True)]
     assert windows.size == 1764 and 0 < max(apart) <= Fraction(1, 2)  # of 4.5 ms
@@ -86,12 +96,12 @@ def test_windows_at_44_khz_begin_at_the_nearest_token():
 
 
 def test_windows_of_the_public_model():
-    windows = Windows.cover(60, PUBLIC, grid=Fraction(8, 25))
+    windows = Windows.cover(60, size_of(PUBLIC), grid=Fraction(8, 25))
     assert windows.size == 640 and windows.reach == 1
     assert max(b - a for a, b in zip(windows.times, windows.times[1:], strict=False)) <= 6.4
     assert windows.starts[-1] + 640 == windows.tokens == 4813  # 52.16 + 8 s, from 60 s
     with pytest.raises(InputError, match=r"overlap is 7.8 s; wanted 0 to 7.68 s"):
-        Windows.cover(60, PUBLIC, overlap=7.8, grid=Fraction(8, 25))
+        Windows.cover(60, size_of(PUBLIC), overlap=7.8, grid=Fraction(8, 25))
 
 
 # What is computed.
@@ -113,23 +123,20 @@ def by_hand(sampler, windows, plan, seed, features):
 
         return predict
 
-    model = sampler.model
-    model.update_seq_lengths(200, 16, 48)
+    field = sampler.field
     with torch.inference_mode():
-        conditions = sampler._conditions([features])
-        empty = sampler._empty_conditions([features])
+        conditions = field.conditions([features], CLIP)
+        empty = field.empty([features], CLIP)
         guided = blended(
-            lambda t, x: mix_guidance(
-                model.predict_flow_pair(x, t, conditions, empty), plan.guidance
-            )
+            lambda t, x: mix_guidance(field.predict_pair(t, x, conditions, empty), plan.guidance)
         )
-        plain = blended(lambda t, x: model.predict_flow(x, t.expand(1), conditions))
+        plain = blended(lambda t, x: field.predict(t, x, conditions))
         tokens = solve(
             lambda t, x: (guided if plan.weight(float(t)) > 1 else plain)(t, x),
             noise,
-            sampler._table(plan),
+            plan.table(sampler.config.sampling),
         )
-    return sampler._sounds(tokens, TOY, False)[0].audio
+    return sampler.generator.sounds(tokens)[0].audio
 
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
@@ -137,7 +144,7 @@ def by_hand(sampler, windows, plan, seed, features):
 def test_windows_share_noise_and_are_blended_at_every_step(prediction, solver):
     sampler = tiny_sampler(prediction_type=prediction)
     options = {"solver": solver, "steps": 3, "guidance": 2.0, "guidance_interval": (0.0, 0.6)}
-    wanted = by_hand(sampler, Windows.cover(5.3, TOY), sampler.plan(**options), 7, CAPTION)
+    wanted = by_hand(sampler, Windows.cover(5.3, CLIP), sampler.plan(**options), 7, CAPTION)
     (made,) = sampler.generate_features([CAPTION], [7], seconds=5.3, **options)
     assert made.audio.numel() == 42400
     torch.testing.assert_close(made.audio, wanted[:42400], atol=3e-5, rtol=1e-4)
@@ -175,7 +182,7 @@ def test_replayed_windows_have_one_batch_size(graphs):
     sampler = tiny_sampler()
     options = {"seconds": 11.0, "steps": 3, "guidance": 2.0, "seed": 4}
     wanted = torch.cat([part.audio for part in sampler.stream("a bell", batch_size=3, **options)])
-    sampler.engine, recorder = graphs(sampler.model)
+    sampler.generator.engine, recorder = graphs(sampler.field.network)
     made = torch.cat([part.audio for part in sampler.stream("a bell", batch_size=3, **options)])
     torch.testing.assert_close(made, wanted, atol=3e-5, rtol=1e-4)
     assert recorder.captured == 2  # with guidance and without
@@ -187,7 +194,7 @@ def test_attention_settings_may_differ_from_the_trainings(saved):
     options = {"seconds": 5.0, "window": 0, "seed": 1, "loudness": None}
     made, other = (s("a bell", **options).audio for s in (sampler, plain))
     assert made.shape == other.shape and (made - other).norm() > 0.01 * other.norm()
-    assert sampler.model.config.attention_window == 50
+    assert sampler.field.network.config.attention_window == 50
     with pytest.raises(InputError, match=r"model.rope_scaling is 'cubic'; wanted one of none"):
         wavflow.load(saved, rope_scaling="cubic")
     with pytest.raises(InputError, match=r"model.attention_window is -1.0; wanted > 0"):
@@ -208,7 +215,7 @@ def test_what_is_far_away_changes_nothing():
     short, long = (
         sampler("a bell", seconds=s, seed=1, steps=2, loudness=None).audio for s in (10.0, 18.0)
     )
-    times = [Windows.cover(s, TOY).times for s in (10.0, 18.0)]
+    times = [Windows.cover(s, CLIP).times for s in (10.0, 18.0)]
     assert times[0] == times[1][:6] and times[0][1] == Fraction(8, 5)
     # The last of 6 windows lacks a neighbour: the 5th hears of it at once, the 4th a step later.
     near = int(times[0][4] * 8000)
@@ -220,7 +227,9 @@ def test_memory_does_not_grow_with_the_sound():
     sampler = tiny_sampler()
 
     def longest(seconds):
-        sound, _ = sampler._single("a bell", None, seconds=seconds, steps=3, batch_size=2)
+        plan, budget = sampler.plan(steps=3), Budget(2)
+        features = sampler.encode("a bell")
+        sound = sampler.generator.long(features, seconds, 0, plan, 2.0, budget=budget)
         run = _Run(sound, None, None)
         run._ahead = Now()
         return max(run.state.shape[1] + len(run.conditions) * 200 for _ in run.parts(2))
@@ -341,9 +350,11 @@ def test_a_gap_is_filled(tmp_path):
 @pytest.mark.parametrize("solver", ["euler", "2m", "heun"])
 def test_kept_tokens_are_the_noised_truth_at_every_step(solver, prediction):
     sampler = tiny_sampler(prediction_type=prediction)
-    sound, _ = sampler._single("a bell", None, seconds=4.0, solver=solver, steps=4)
+    plan = sampler.plan(solver=solver, steps=4)
+    sound = sampler.generator.long(sampler.encode("a bell"), 4.0, 0, plan, 2.0)
     wave = torch.randn(16000, generator=torch.Generator().manual_seed(0)) * 0.1
-    given, _ = known(wave, torch.ones(16000, dtype=torch.bool), sound)
+    kept = torch.ones(16000, dtype=torch.bool)
+    given, _ = sampler.maker.known(wave, kept, sound.windows.tokens)
     noise = kernels.philox_normal(torch.tensor([0]), 200, 80)[0]
     times = sound.table[1:, 0].tolist()
 
@@ -362,7 +373,7 @@ def test_kept_tokens_are_the_noised_truth_at_every_step(solver, prediction):
 def test_a_loop_is_a_ring_of_windows(seconds):
     sampler = tiny_sampler()
     options = {"steps": 3, "guidance": 2.0, "guidance_interval": (0.0, 1.0)}
-    windows = Windows.cover(seconds, TOY, loop=True)
+    windows = Windows.cover(seconds, CLIP, loop=True)
     wanted = by_hand(sampler, windows, sampler.plan(**options), 7, sampler.encode("a bell"))
     made = sampler.loop("a bell", seconds=seconds, seed=7, **options)
     assert made.audio.numel() == round(seconds * 100) * 80
@@ -540,10 +551,10 @@ def test_the_command_line(saved, tmp_path, capsys):
     generate(*table, "--overlap", 0.5)
     assert json.loads((tmp_path / "o/r.json").read_text())["overlap"] == 0.5
     for wrong, message in (
-        (["--caption", "x", "--loop", "--stream"], "--stream and --loop do not go together"),
-        (["--caption", "x", "--gap", 1, 2], "--gap wants --recording"),
-        (["--loop", "--video", "v.mp4"], "--loop wants --caption, and no video"),
-        (["--stream", "--csv", "t.csv"], "--stream and --csv do not go together"),
+        (["--caption", "x", "--loop", "--stream"], "stream and loop do not go together"),
+        (["--caption", "x", "--gap", 1, 2], "gap wants a recording"),
+        (["--loop", "--video", "v.mp4"], "loop wants a caption, and no video"),
+        (["--stream", "--csv", "t.csv"], "--csv and --stream do not go together"),
     ):
         assert message in generate(*wrong, "--out", tmp_path / "d.wav")
     said = generate("--caption", "x", "--stream", "--out", tmp_path / "d.flac")

@@ -19,7 +19,7 @@ from toy_task import ALONE, SETTINGS, Fit, Points, make_trainer
 from wavflow.base import processes, state_dict
 from wavflow.base.errors import InputError
 from wavflow.base.processes import World
-from wavflow.training import checkpoint, sharded_checkpoint
+from wavflow.training import checkpoint, parallel, sharded_checkpoint
 from wavflow.training.run_log import read_metrics
 from wavflow.training.run_state import convert
 from wavflow.training.trainer import Trainer
@@ -172,7 +172,7 @@ def test_one_process_goes_on(tmp_path: Path, done: Path, first: str, second: str
         going = alone(tmp_path / "run", strategy=second, world=world, **settings)
         assert going.resume() and going.step == 13
         going.run()
-        found = {n: processes.whole(p.detach()) for n, p in going.model.named_parameters()}
+        found = {n: parallel.whole(p.detach()) for n, p in going.model.named_parameters()}
         assert distance(found, weights(whole)) < 1e-9
     assert position(tmp_path / "run" / LATEST[second]) == (88, 13 + 36 // 4)
 

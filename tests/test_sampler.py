@@ -120,7 +120,7 @@ def test_agrees_with_the_drop_in_path(prediction, shift, guidance, solver):
     sampler = tiny_sampler(prediction_type=prediction, noise_shift=shift, noise_scale=0.8)
     rows = [random_features(1), random_features(2)]
     made = sampler.generate_features(rows, [3, 4], guidance=guidance, solver=solver)
-    model = sampler.model
+    model = sampler.field.network
     flow = FlowMatching(
         num_steps=4, prediction_type=prediction, noise_shift=shift, inference_mode=solver
     )
@@ -146,8 +146,8 @@ def test_adaptive_agrees_with_many_euler_steps():
 def test_bfloat16_is_close_and_prepares_only_large_matrices():
     reference = tiny_sampler().generate_features(mixed(), range(5), guidance=2.0)
     sampler = tiny_sampler(torch.bfloat16)
-    assert all(p.dtype == torch.float32 for p in sampler.model.parameters())
-    left = {n for n, p in sampler.model.named_parameters() if p.ndim > 1}
+    assert all(p.dtype == torch.float32 for p in sampler.field.network.parameters())
+    left = {n for n, p in sampler.field.network.named_parameters() if p.ndim > 1}
     kept = ("t_embed.", "clip_cond_proj.", "text_cond_proj.", "empty_", "sync_pos_emb")
     assert left and all(name.startswith(kept) for name in left)
     made = sampler.generate_features(mixed(), range(5), guidance=2.0)
@@ -263,9 +263,9 @@ def test_lengths_are_mixed_and_rows_come_as_they_finish():
 def test_guidance_outside_its_interval_runs_one_pass(monkeypatch):
     sampler, row = tiny_sampler(), [random_features(1)]
     rows = []
-    transform = type(sampler.model)._transform
+    transform = type(sampler.field.network)._transform
     monkeypatch.setattr(
-        type(sampler.model),
+        type(sampler.field.network),
         "_transform",
         lambda m, x, *a: rows.append(len(x)) or transform(m, x, *a),
     )
@@ -349,7 +349,7 @@ def test_cancelling():
 
 def test_memory_splits_batches_and_refuses_what_cannot_fit(caplog):
     sampler = tiny_sampler()
-    clip = clip_bytes(sampler.model.config, torch.float32, True, CPU)
+    clip = clip_bytes(sampler.field.network.config, torch.float32, True, CPU)
     rows = []
     options = {"solver": "euler", "on_step": lambda s: s.done == 1 and rows.append(s.rows)}
     with caplog.at_level("INFO", "wavflow"):
@@ -367,8 +367,8 @@ def test_memory_splits_batches_and_refuses_what_cannot_fit(caplog):
 PEAK = """
 import sys, torch
 from test_sampler import CPU, random_model
-from wavflow.config.schema import load_config
-from wavflow.base.memory import clip_bytes
+from wavflow.config.load import load_config
+from wavflow.systems.wavflow.footprint import clip_bytes
 from wavflow.pipeline.sampler import Sampler
 
 torch.set_num_threads(1)
@@ -387,7 +387,7 @@ before = status("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 sampler.generate_features([{}] * 48, range(48), steps=2, batch_size=48)
-print((status("VmHWM") - before) / 48 / clip_bytes(sampler.model.config, dtype, True, CPU))
+print((status("VmHWM") - before) / 48 / clip_bytes(sampler.field.network.config, dtype, True, CPU))
 """
 
 
@@ -409,9 +409,9 @@ def test_memory_stays_below_the_estimate(dtype):
 def test_empty_conditions_are_made_once_for_a_length(monkeypatch):
     sampler = tiny_sampler()
     made = []
-    empty = type(sampler.model).get_empty_conditions
+    empty = type(sampler.field.network).get_empty_conditions
     monkeypatch.setattr(
-        type(sampler.model),
+        type(sampler.field.network),
         "get_empty_conditions",
         lambda model, count, **options: made.append(count) or empty(model, count, **options),
     )

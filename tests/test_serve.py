@@ -23,7 +23,7 @@ from wavflow.cli.app import main
 from wavflow.media.sound import Sound
 from wavflow.pipeline.sampler import Sampler
 from wavflow.sampling.plan import Step
-from wavflow.serve.studio import PREVIEWS, Limits, Request, Studio, Watch
+from wavflow.serve.studio import PREVIEWS, Form, Limits, Studio, Watch
 
 av = pytest.importorskip("av")
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'wavflow[serve]'")
@@ -167,7 +167,7 @@ def test_an_adaptive_solver_has_previews_along_its_path() -> None:
 
 def test_a_studio_that_closes_ends_its_work(saved, tmp_path) -> None:
     studio = Studio(Sampler.load(saved, dtype="float32", ema="none"), tmp_path, Limits())
-    views = studio.generate(Request("a bell", "", None, 20.0, 1, 4.0, 200, "rk4"))
+    views = studio.generate(Form("a bell", "", None, 20.0, 1, 4.0, 200, "rk4"))
     next(views)
     studio.close()
     assert list(views)[-1].text.startswith("cancelled ")

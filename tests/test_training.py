@@ -11,8 +11,8 @@ from wavflow.base.seeding import Draw
 from wavflow.config.load import load_config
 from wavflow.config.schema import Config
 from wavflow.flow.solvers import BEST
-from wavflow.pipeline.sampler import Sampler
 from wavflow.pipeline.train import try_out
+from wavflow.sampling.plan import Plan
 from wavflow.training import checkpoint
 from wavflow.training.run_log import read_metrics
 
@@ -65,9 +65,9 @@ def test_wavflow_leaves_samples(table, tmp_path, monkeypatch):
     # A public file's way to sample has no part in it: the library's own is taken.
     public = ("eval.cfg=2.0", "sampling.num_steps=3", "sampling.method=heun")
     plans = []
-    plan = Sampler.plan
+    table_of = Plan.table
     monkeypatch.setattr(
-        Sampler, "plan", lambda self, **given: plans.append(plan(self, **given)) or plans[-1]
+        Plan, "table", lambda self, flow: plans.append(self) or table_of(self, flow)
     )
     result = wavflow.train("toy_8k", options(table, tmp_path, *more, *public))
     assert [(p.solver, p.steps, p.times, p.guidance_interval) for p in plans] == [BEST]

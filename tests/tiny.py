@@ -1,4 +1,4 @@
-"""A network of the smallest size, without training, on disk."""
+"""Networks of the smallest size, without training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 
 from wavflow.config.load import load_config
 from wavflow.systems.wavflow.build import build_model
+from wavflow.systems.wavflow.conditioner import WavflowField
+from wavflow.systems.wavflow.network import WavflowModel
 from wavflow.training import checkpoint
 
 TINY = [
@@ -17,6 +19,11 @@ TINY = [
     "model.num_heads=1",
     "sampling.num_steps=3",
 ]
+
+
+def field_of(model: WavflowModel, dtype: torch.dtype = torch.float32) -> WavflowField:
+    """The field of a network, as any configuration has it."""
+    return WavflowField(model, load_config("toy_8k", TINY), dtype)
 
 
 def save_tiny(path: Path) -> Path:

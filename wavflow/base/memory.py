@@ -43,6 +43,11 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def bytes_text(count: int) -> str:
+    """A number of bytes for people: "1.2 GB" or "34 MB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
 def used_memory(device: torch.device) -> int:
     """Bytes that this process has taken at most: of the GPU by torch, or of the machine."""
     if device.type == "cuda":

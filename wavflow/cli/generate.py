@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wavflow.base.console import counter
 from wavflow.base.errors import InputError
 from wavflow.cli.shared import Checkpoint, ConfigFile, Overrides, Seed, finish, say
+
+if TYPE_CHECKING:
+    from wavflow.pipeline.request import Options
+    from wavflow.sampling.plan import Step
 
 
 def generate(
@@ -111,43 +115,56 @@ def generate(
     from wavflow.media import video_worker
     from wavflow.media.audio import WavWriter, load_audio
     from wavflow.media.sound import Sound
+    from wavflow.pipeline.request import Request
     from wavflow.pipeline.sampler import Sampler
     from wavflow.pipeline.table import infer
 
-    given = [name for name, value in (("--caption", caption), ("--video", video)) if value]
-    if (csv is None) == (not given and recording is None):
+    request = Request(
+        caption=caption,
+        video=video,
+        negative_caption=negative_caption,
+        seconds=seconds,
+        seed=seed,
+        recording=recording,
+        gap=gap,
+        loop=loop,
+        stream=stream,
+    )
+    given = {
+        "--caption": caption,
+        "--video": video,
+        "--recording": recording,
+        "--negative-caption": negative_caption,
+        "--gap": gap,
+        "--loop": loop,
+        "--stream": stream,
+    }
+    others = [name for name, value in given.items() if value]
+    if not others and csv is None:
         raise InputError("give --caption, --video or both, or --csv alone")
-    special = {"--stream": stream, "--recording": recording is not None, "--loop": loop}
-    asked = [name for name, is_asked in special.items() if is_asked]
-    if len(asked) > 1 or (asked and csv is not None):
-        others = " and ".join([*asked, *(["--csv"] if csv is not None else [])])
-        raise InputError(f"{others} do not go together")
-    if loop and (caption is None or video is not None):
-        raise InputError("--loop wants --caption, and no video")
-    if gap is not None and recording is None:
-        raise InputError("--gap wants --recording: what it is a gap of")
-    if csv is None and out.suffix.lower() not in (".wav", ".flac"):
-        raise InputError(f"--out is {out}; wanted a .wav or .flac file")
-    if stream and out.suffix.lower() != ".wav":
-        raise InputError(f"--out is {out}; wanted a .wav file with --stream")
-    if csv is not None and negative_caption is not None:
-        raise InputError("--negative-caption goes with --caption or --video, not with --csv")
+    if csv is not None and others:
+        raise InputError(f"--csv and {', '.join(others)} do not go together")
+    if csv is None:
+        request.check()
+        if out.suffix.lower() not in (".wav", ".flac"):
+            raise InputError(f"--out is {out}; wanted a .wav or .flac file")
+        if stream and out.suffix.lower() != ".wav":
+            raise InputError(f"--out is {out}; wanted a .wav file with --stream")
+        if mux and video is None:
+            raise InputError("--mux wants --video: what the sound goes into")
     if format not in ("wav", "flac"):
         raise InputError(f"--format is {format!r}; wanted wav or flac")
-    if mux and csv is None and video is None:
-        raise InputError("--mux wants --video: what the sound goes into")
     # A recording's level stands; that of a stream is known at its end only.
     level = None if keep_loudness or stream or recording is not None else loudness
     if video is not None:
         video_worker.start()
-    options: dict[str, Any] = {
+    options: Options = {
         "solver": solver,
         "steps": steps,
         "times": times,
         "guidance": guidance,
         "guidance_interval": guidance_interval,
         "guidance_rescale": guidance_rescale,
-        "seconds": seconds,
         "window": window,
         "overlap": overlap,
         "batch_size": batch_size,
@@ -172,6 +189,7 @@ def generate(
                 csv,
                 out,
                 seed=seed,
+                seconds=seconds,
                 loudness=level,
                 format=format,
                 mux=mux,
@@ -179,34 +197,41 @@ def generate(
                 progress=progress,
                 **options,
             )
-        else:
-            if world.is_main:
-                options["on_step"] = lambda step: step.total and progress(step.done, step.total)
-            options |= {"seed": seed, "negative_caption": negative_caption}
-            if stream:
-                writer = WavWriter(out, sampler.sample_rate) if world.is_main else nullcontext()
-                with writer as file:
-                    for part in sampler.stream(caption, video, **options):
-                        if file is not None:
-                            file.write(part.audio)
-            elif recording is not None:
-                sound = sampler.complete(recording, caption, video, gap=gap, **options)
-            elif loop and caption is not None:
-                sound = sampler.loop(caption, **options)
-            else:
-                sound = sampler(caption, video, loudness=level, **options)
-    if csv is not None:
-        say(f"{result.out}: {result.done} generated, {result.failed} failed")
-        finish(result.done, result.failed, result.report)
-    elif world.is_main:
+            say(f"{result.out}: {result.done} generated, {result.failed} failed")
+            return finish(result.done, result.failed, result.report)
+
+        def show(step: Step) -> None:
+            if step.total is not None:  # as of an adaptive solver
+                progress(step.done, step.total)
+
+        if world.is_main:
+            options["on_step"] = show
         if stream:
-            sound = Sound(load_audio(out, sampler.sample_rate), sampler.sample_rate)
+            parts = sampler.stream(
+                caption,
+                video,
+                negative_caption=negative_caption,
+                seconds=seconds,
+                seed=seed,
+                **options,
+            )
+            with WavWriter(out, sampler.sample_rate) if world.is_main else nullcontext() as file:
+                for part in parts:
+                    if file is not None:
+                        file.write(part.audio)
         else:
-            sound.save(out)
-        say(f"{out}: {sound.seconds:.2f} s at {sound.sample_rate} Hz")
-        if mux and video is not None:
-            sound.save_video(video, out.with_suffix(".mp4"))
-            say(str(out.with_suffix(".mp4")))
+            sound = sampler.make(request, **options)
+    if not world.is_main:
+        return
+    if stream:
+        sound = Sound(load_audio(out, sampler.sample_rate), sampler.sample_rate)
+    else:
+        sound = sound if level is None or loop else sound.loud(level)
+        sound.save(out)
+    say(f"{out}: {sound.seconds:.2f} s at {sound.sample_rate} Hz")
+    if mux and video is not None:
+        sound.save_video(video, out.with_suffix(".mp4"))
+        say(str(out.with_suffix(".mp4")))
 
 
 def serve(

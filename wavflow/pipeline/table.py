@@ -18,9 +18,13 @@ from wavflow.base.version import __version__
 from wavflow.config.schema import Config
 from wavflow.data.manifest import ReportRow, Row, needed, read_manifest, write_report
 from wavflow.features.weights import identity
+from wavflow.pipeline.request import Settings
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from wavflow.media.sound import Sound
+    from wavflow.pipeline.request import Options
     from wavflow.pipeline.sampler import Sampler
     from wavflow.sampling.scene import Features
 
@@ -47,13 +51,14 @@ def infer(
     *,
     data_root: str | os.PathLike[str] | None = None,
     seed: int = 42,
-    batch_size: int = 8,
     loudness: float | None = -23.0,
     format: str = "wav",
     mux: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    **options: Any,
+    seconds: float | None = None,
+    trim: bool = True,
+    **options: Unpack[Options],
 ) -> InferResult:
     """Generates `<out>/<id>.wav` for every row of a table, and `<id>.json` beside it.
 
@@ -69,14 +74,15 @@ def infer(
         out: gets the sounds and report.csv.
         data_root: where relative video paths start, by default the table's folder.
         seed: base seed; each row's own is `row_seed`.
-        batch_size: rows that are decoded together and generated at a time, at most.
         loudness: LUFS of the output, None leaves it.
         format: "wav" or "flac".
         mux: whether rows with a video also get `<id>.mp4`, the video with the sound.
         overwrite: whether sounds that were made from something else are replaced; else their rows
             fail.
         progress: called with (rows finished, rows in all).
-        options: as of `Sampler.generate_features`.
+        seconds: of every sound, by default as trained.
+        trim: cut to the asked duration, else whole tokens are kept.
+        options: as in `wavflow.pipeline.request.Settings`.
 
     Raises:
         InputError: the table cannot be read, or has neither video_path nor caption. A row that
@@ -89,7 +95,9 @@ def infer(
     weights = dict(sampler.weights)
     if weights:
         weights["sha256"] = identity(weights["file"])
-    job = _Job(sampler, weights, out, seed, loudness, format, mux, options)
+    settings = Settings(trim=trim, **options)
+    job = _Job(sampler, weights, out, seed, seconds, loudness, format, mux, settings)
+    batch_size = settings.batch_size  # rows that are decoded together, too
     outcome = {e.row_number: ReportRow(e.id, "skipped", str(e)) for e in rows.errors}
     todo = []
     for row in rows:
@@ -110,7 +118,8 @@ def infer(
             sounds = sampler.generate_features(
                 [f for _, f in good],
                 [row_seed(seed, row.id) for row, _ in good],
-                batch_size=batch_size,
+                seconds=seconds,
+                trim=trim,
                 **options,
             )
             for row, reason in zip(batch, encoded, strict=True):
@@ -135,26 +144,24 @@ class _Job:
     weights: dict[str, Any]
     out: Path
     seed: int
+    seconds: float | None
     loudness: float | None
     format: str
     mux: bool
-    options: dict[str, Any]
+    how: Settings
 
     def settings(self, row: Row) -> dict[str, Any]:
         """Everything the row's sound depends on, but for rounding."""
-        lengths = ("trim", "seconds", "window", "overlap")
-        given = {k: v for k, v in self.options.items() if k not in lengths}
-        plan = asdict(self.sampler.plan(**given))
-        seconds = self.options.get("seconds") or self.sampler.config.data.audio_duration
+        plan = asdict(self.how.plan(self.sampler.config))
         return {
             "id": row.id,
             "caption": row.caption if row.text_exist else None,
             "video": str(row.video_path) if row.video_exist else None,
             "seed": row_seed(self.seed, row.id),
-            "seconds": seconds,
-            "window": self.options.get("window"),
-            "overlap": self.options.get("overlap"),
-            "trim": self.options.get("trim", True),
+            "seconds": self.seconds or self.sampler.maker.seconds,
+            "window": self.how.window,
+            "overlap": self.how.overlap,
+            "trim": self.how.trim,
             **plan,
             "guidance_interval": list(plan["guidance_interval"]),
             "loudness": self.loudness,
@@ -190,8 +197,8 @@ class _Job:
             return self.sampler.encode(
                 row.caption if row.text_exist else None,
                 row.video_path if row.video_exist else None,
-                self.options.get("seconds"),
-                window=self.options.get("window"),
+                self.seconds,
+                window=self.how.window,
             )
         except InputError as error:
             return f"row {row.number}: {error}"

@@ -1,45 +1,70 @@
-"""From features and noise to sound: what runs the network of a sampler."""
+"""From features and seeds to sounds: batches of sounds of one length, and long ones in windows."""
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Event
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import wavflow_kernels as kernels
 from wavflow.base.errors import Cancelled, InputError
-from wavflow.base.memory import available_memory, keep_freed_memory
+from wavflow.base.memory import available_memory, bytes_text, keep_freed_memory
 from wavflow.base.processes import World
-from wavflow.config.schema import Config, DataConfig
-from wavflow.features.encode import load_encoders
+from wavflow.config.schema import SamplingConfig
 from wavflow.flow.guidance import Output, mix_guidance
-from wavflow.flow.solvers import SolverError, adaptive, solver_table, table_slots
-from wavflow.flow.times import sampling_times
-from wavflow.layers.prepare import prepare_inference
+from wavflow.flow.solvers import SolverError, adaptive, table_slots
 from wavflow.media.sound import Sound
 from wavflow.sampling.engine import Engine
+from wavflow.sampling.field import Maker, Size
 from wavflow.sampling.plan import Plan, Step
 from wavflow.sampling.scene import Features, Scene
 from wavflow.sampling.windowed import Evaluation, LongSound
 from wavflow.sampling.windows import Windows
-from wavflow.systems.wavflow.conditions import Conditions
-from wavflow.systems.wavflow.config import WavflowConfig
-from wavflow.systems.wavflow.footprint import clip_bytes
-from wavflow.systems.wavflow.network import WavflowModel
-from wavflow.systems.wavflow.scenes import stored
 
 log = logging.getLogger("wavflow")
 
 #: Share of the free memory that generation plans to use.
 MEMORY_SHARE = 0.8
-#: Lengths whose empty conditions are kept.
-KEPT_LENGTHS = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is generated at a time.
+
+    Attributes:
+        batch_size: sounds, or windows, at most.
+        memory: bytes that generation may add to what is in use; None for a share of what is free.
+    """
+
+    batch_size: int = 8
+    memory: int | None = None
+
+    def bytes(self, device: torch.device) -> int:
+        """What generation may add to the memory in use, in bytes."""
+        if self.memory is not None:
+            return self.memory
+        return int(MEMORY_SHARE * available_memory(device))
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Who is told of the steps of a generation, and who ends it.
+
+    Attributes:
+        on_step: called with a `Step` after every step.
+        cancel: once it is set, the next step is not taken.
+    """
+
+    on_step: Callable[[Step], None] | None = None
+    cancel: Event | None = None
+
+    def check(self, done: str) -> None:
+        """Raises Cancelled, saying what was done, where `cancel` is set."""
+        if self.cancel is not None and self.cancel.is_set():
+            raise Cancelled(f"cancelled after {done}")
 
 
 @dataclass(frozen=True)
@@ -47,166 +72,199 @@ class _Batch:
     """Rows of one length that are generated together."""
 
     rows: tuple[int, ...]
-    data: DataConfig
+    size: Size
 
 
 class Generator:
-    """A trained network at work: features and noise in, sounds out.
+    """Follows a system's field from noise to sounds.
 
-    Matrices are prepared for `dtype` once; biases, norms, the timestep embedding (t near 1 needs
-    more than 8 bits), the solver's state and the noise stay float32. A clip's noise depends on its
-    seed alone, whatever else is in the batch.
+    Matrices run in `dtype`; the solver's state and the noise are float32. A sound's noise depends
+    on its seed alone, whatever else is in the batch. Sounds that are longer than a window are made
+    of windows (`wavflow.sampling.windowed`). Several processes share the windows of such a sound,
+    or the tokens of one that is made at once.
 
-    A sound longer than the clips of the training is made of windows (`wavflow.sampling.windowed`).
-    Several processes share the windows of a long sound, or the tokens of one that is made at once.
-
-    On a CPU the process keeps the memory it frees from then on (``wavflow.base.memory``).
+    On a CPU the process keeps the memory it frees from then on (`wavflow.base.memory`).
 
     Args:
-        model: the network with the weights to use, or its copy prepared for `dtype`.
-        config: what it was trained with.
-        device: where it runs.
-        dtype: of its matrix products.
+        maker: the system's side.
+        flow: path, prediction and noise of the flow.
+        dtype: of the matrix products.
         engine: how steps run, one of `wavflow.sampling.engine.ENGINES`.
         world: processes that share every sound; by default this one alone.
+
+    Raises:
+        InputError: an unknown engine, or one that cannot run here.
     """
 
     def __init__(
         self,
-        model: WavflowModel,
-        config: Config,
-        device: torch.device,
+        maker: Maker,
+        flow: SamplingConfig,
         dtype: torch.dtype,
         engine: str = "auto",
         world: World | None = None,
     ) -> None:
-        self.world = world or World(0, 1, device)
-        self.config, self.device, self.dtype = config, device, dtype
-        if device.type == "cpu":
+        self.maker, self.field, self.flow = maker, maker.field, flow
+        self.device = self.field.device
+        self.rate = maker.size(maker.seconds).rate
+        self.world = world or World(0, 1, self.device)
+        if self.device.type == "cpu":
             keep_freed_memory()
-        model = model.to(device).eval().requires_grad_(False)
-        # torch.compile cannot trace weights in oneDNN's layout.
-        plain = model.is_prepared or (engine == "compile" and device.type == "cpu")
-        self.model = model if plain else prepare_inference(model, dtype)
         try:
-            self.engine = Engine(self.model, engine, dtype)
+            self.engine = Engine(self.field, engine, dtype)
         except ValueError as error:
             raise InputError(str(error)) from None
-        self._empty: OrderedDict[tuple[int, ...], Conditions] = OrderedDict()
         self._reported: dict[float, int] = {}
-        #: Where the weights come from, for the record.
-        self.weights: dict[str, Any] = {}
 
-    @property
-    def sample_rate(self) -> int:
-        """Samples per second."""
-        return self.config.data.target_sample_rate
-
-    def _sizes(self, seconds: float) -> DataConfig:
-        """The configuration's data sizes for clips of `seconds`."""
-        data = self.config.data
-        if seconds == data.audio_duration:
-            return data
-        video = load_encoders(self.config.model, self.device).video
-        clip, sync = video.clip_rows(seconds), video.sync_rows(seconds)
-        if min(clip, sync) < 1:
-            raise InputError(f"seconds is {seconds}; its video has no frame, wanted more")
-        return replace(data, audio_duration=seconds, clip_seq_len=clip, sync_seq_len=sync)
-
-    def _batches(
+    def generate(
         self,
-        lasting: Sequence[float | None],
-        sizes: dict[float, DataConfig],
+        features: Sequence[Features],
+        seeds: Sequence[int],
         plan: Plan,
-        batch_size: int,
-        memory: int | None,
-    ) -> list[_Batch]:
-        """Batches of rows of one length, which fit into the memory; none of rows of None."""
-        batches: list[_Batch] = []
-        for length, data in sizes.items():
-            rows = [row for row, seconds in enumerate(lasting) if seconds == length]
-            if rows:
-                size = self._fitting(data, plan, min(batch_size, len(rows)), memory)
-                batches += [
-                    _Batch(tuple(rows[at : at + size]), data) for at in range(0, len(rows), size)
-                ]
-        return batches
+        *,
+        seconds: Sequence[float] | None = None,
+        window: float | None = None,
+        overlap: float | None = None,
+        budget: Budget | None = None,
+        trim: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+        monitor: Monitor | None = None,
+    ) -> Iterator[tuple[int, Sound]]:
+        """Checks everything there is to check, then yields (row, sound) batch by batch.
 
-    def _fitting(self, data: DataConfig, plan: Plan, wanted: int, memory: int | None) -> int:
-        """How many clips of up to `wanted` fit into the memory."""
-        if memory is None:
-            memory = int(MEMORY_SHARE * available_memory(self.device))
-        clip, length = (
-            clip_bytes(self._network_sizes(data), self.dtype, plan.guided, self.device),
-            data.audio_duration,
-        )
-        if clip > memory:
-            raise InputError(
-                f"a clip of {length:g} s needs about {_size(clip)}, and generation may use "
-                f"{_size(memory)}: ask for fewer seconds"
+        Args:
+            features: what each sound is generated from.
+            seeds: of the noise, one per row.
+            plan: how.
+            seconds: of each sound, by default as trained.
+            window: seconds of the windows that a longer sound is made of, by default as trained; 0
+                makes any sound at once.
+            overlap: seconds that neighbouring windows have in common, by default a fifth of one.
+            budget: how much at a time.
+            trim: cut to the asked duration, else whole tokens are kept.
+            progress: called with (rows done, rows in all).
+            monitor: who is told of the steps.
+
+        Raises:
+            InputError: features that do not fit, a sound too long for the memory.
+            Cancelled: as `monitor` says.
+        """
+        budget, monitor = budget or Budget(), monitor or Monitor()
+        seconds = [self.maker.seconds] * len(features) if seconds is None else seconds
+        sizes = {length: self.maker.size(length) for length in dict.fromkeys(seconds)}
+        spans = [self.window(length, window) for length in seconds]
+        at_once: dict[float, list[int]] = {}
+        for row, given in enumerate(features):
+            if not isinstance(given, Scene):
+                self.maker.check(row, given, sizes[seconds[row]])
+            if spans[row] is None:
+                at_once.setdefault(seconds[row], []).append(row)
+        batches = [
+            _Batch(tuple(rows[at : at + count]), sizes[length])
+            for length, rows in at_once.items()
+            for count in [self.fitting(sizes[length], plan, len(rows), budget)]
+            for at in range(0, len(rows), count)
+        ]
+        long = {
+            row: self.long(
+                features[row], seconds[row], seeds[row], plan, span, overlap=overlap, budget=budget
             )
-        size = min(wanted, memory // clip)
-        if self._reported.get(length) != size:
-            self._reported[length] = size
+            for row, span in enumerate(spans)
+            if span is not None
+        }
+
+        def run() -> Iterator[tuple[int, Sound]]:
+            done = 0
+            for batch in batches:
+                rows: list[Mapping[str, Tensor]] = []
+                for row in batch.rows:
+                    given = features[row]
+                    assert not isinstance(given, Scene)  # a scene is made of windows
+                    rows.append(given)
+                states = self._solve(batch, rows, [seeds[row] for row in batch.rows], plan, monitor)
+                sounds = self.sounds(states, batch.size.samples if trim else None)
+                done += len(sounds)
+                if progress is not None:
+                    progress(done, len(features))
+                yield from zip(batch.rows, sounds, strict=True)
+            for row, sound in long.items():
+                states = torch.cat(list(self.parts(row, sound, None, monitor)))[None]
+                (made,) = self.sounds(states, sizes[seconds[row]].samples if trim else None)
+                done += 1
+                if progress is not None:
+                    progress(done, len(features))
+                yield row, made
+
+        return run()
+
+    def window(self, seconds: float, window: float | None) -> float | None:
+        """Seconds of the windows that make a sound of `seconds`; None where it is made at once.
+
+        Raises:
+            InputError: a negative window.
+        """
+        window = self.maker.seconds if window is None else window
+        if window < 0:
+            raise InputError(f"window is {window:g}; wanted seconds, or 0 for none")
+        return window if 0 < window < seconds else None
+
+    def fitting(self, size: Size, plan: Plan, wanted: int, budget: Budget) -> int:
+        """How many sounds of a size, up to `wanted`, are generated at a time.
+
+        Raises:
+            InputError: not even one fits into the memory.
+        """
+        memory = budget.bytes(self.device)
+        wanted = min(wanted, budget.batch_size)
+        one, length = self.field.bytes(size, plan.guided), size.seconds
+        if one > memory:
+            raise InputError(
+                f"a clip of {length:g} s needs about {bytes_text(one)}, and generation may use "
+                f"{bytes_text(memory)}: ask for fewer seconds"
+            )
+        count = min(wanted, memory // one)
+        if self._reported.get(length) != count:
+            self._reported[length] = count
             log.info(
                 "clips of %g s, %d at a time: about %s of %s",
                 length,
-                size,
-                _size(size * clip),
-                _size(memory),
+                count,
+                bytes_text(count * one),
+                bytes_text(memory),
             )
-        return size
-
-    def _network_sizes(self, data: DataConfig) -> WavflowConfig:
-        return replace(
-            self.model.config,
-            latent_seq_len=data.latent_seq_len,
-            clip_seq_len=data.clip_seq_len,
-            sync_seq_len=data.sync_seq_len,
-        )
+        return count
 
     @torch.inference_mode()
-    def _sample(
+    def _solve(
         self,
         batch: _Batch,
         features: Sequence[Mapping[str, Tensor]],
         seeds: Sequence[int],
         plan: Plan,
-        on_step: Callable[[Step], None] | None,
-        cancel: Event | None,
+        monitor: Monitor,
     ) -> Tensor:  # (b n d) float32
-        data, sampling = batch.data, self.config.sampling
-        self.model.sharing.among(self.world.rank, self.world.size)
-        self.model.update_seq_lengths(data.latent_seq_len, data.clip_seq_len, data.sync_seq_len)
-        noise = kernels.philox_normal(
-            torch.tensor(seeds, dtype=torch.int64, device=self.device),
-            data.latent_seq_len,
-            data.audio_dim,
-            noise_scale=sampling.noise_scale,
+        self.field.among(self.world.rank, self.world.size)
+        noise = self.field.start(
+            torch.tensor(seeds, dtype=torch.int64, device=self.device), 0, batch.size.tokens
         )
-        kind = sampling.prediction_type
         times: list[float] = []
-
-        def check_cancelled() -> None:
-            if cancel is not None and cancel.is_set():
-                raise Cancelled(f"cancelled after {len(times)} steps")
 
         def after(total: int | None, t: float, weight: float, x: Tensor, pred: Output) -> None:
             times.append(t)
-            if on_step is not None:
+            if monitor.on_step is not None:
 
                 def preview() -> list[Sound]:
                     guided = mix_guidance(pred, weight)
-                    clean = guided if kind == "x" else x + (1 - t) * guided
-                    return self._sounds(clean, data, True)
+                    clean = guided if self.field.prediction == "x" else x + (1 - t) * guided
+                    return self.sounds(clean, batch.size.samples)
 
-                on_step(Step(batch.rows, len(times), total, t, preview))
-            check_cancelled()
+                monitor.on_step(Step(batch.rows, len(times), total, t, preview))
+            monitor.check(f"{len(times)} steps")
 
-        check_cancelled()
+        monitor.check("0 steps")
         with self.engine.cast():
-            conditions = self._conditions(features)
-            empty = self._empty_conditions(features) if plan.guided else None
+            conditions = self.field.conditions(features, batch.size)
+            empty = self.field.empty(features, batch.size) if plan.guided else None
         if plan.solver == "adaptive":
 
             def predict(t: Tensor, x: Tensor) -> Tensor:
@@ -217,11 +275,12 @@ class Generator:
                 after(None, float(t), weight, x, pred)
                 return mix_guidance(pred, weight)
 
+            end = 1.0 - self.flow.min_sigma
             try:
-                return adaptive(predict, noise, 0.0, 1.0 - sampling.min_sigma, prediction=kind)
+                return adaptive(predict, noise, 0.0, end, prediction=self.field.prediction)
             except SolverError as error:
                 raise InputError(f"solver adaptive: {error}") from None
-        table = self._table(plan)
+        table = plan.table(self.flow)
         rows = table[:, :2].tolist()
         return self.engine.solve(
             noise,
@@ -232,154 +291,90 @@ class Generator:
             after=lambda row, x, pred: after(len(rows), rows[row][0], rows[row][1], x, pred),
         )
 
-    def _table(self, plan: Plan) -> Tensor:  # (evaluations, 2 + k (k + 1))
-        sampling = self.config.sampling
-        end = 1.0 - sampling.min_sigma
-        return solver_table(
-            plan.solver,
-            sampling_times(plan.times, plan.steps, end, sampling.noise_shift),
-            prediction=sampling.prediction_type,
-            guidance=plan.weight(plan.guidance_interval[0]),
-            interval=plan.guidance_interval,
-        )
-
-    def _long(
+    def long(
         self,
         features: Features,
         seconds: float,
         seed: int,
         plan: Plan,
         window: float,
-        overlap: float | None,
-        batch_size: int,
-        memory: int | None,
         *,
+        overlap: float | None = None,
+        budget: Budget | None = None,
         loop: bool = False,
         whole: bool = True,
     ) -> LongSound:
-        """
+        """A sound that is made of windows, of one if it is no longer.
+
         Args:
-            window: seconds of a window; a sound that is no longer than one is made of one.
+            features, seconds, seed, plan, overlap, budget: as in `generate`.
+            window: seconds of a window.
             loop: the sound's end leads into its beginning.
             whole: all of it will be in memory.
+
+        Raises:
+            InputError: an adaptive solver, an overlap that leaves no step, too little memory.
         """
+        budget = budget or Budget()
         if plan.solver == "adaptive":
             raise InputError(
                 f"solver is 'adaptive', and {seconds:g} s are made of windows; wanted a solver of "
                 "fixed steps, or window 0"
             )
-        if memory is None:
-            memory = int(MEMORY_SHARE * available_memory(self.device))
-        data, table = self._sizes(window), self._table(plan)
+        size, table = self.maker.size(window), plan.table(self.flow)
+        memory = budget.bytes(self.device)
         # The state, the sums of its predictions and the sound itself.
-        needed = 4 * int(seconds * self.sample_rate) * (2 * table_slots(table) + 4)
+        needed = 4 * int(seconds * size.rate) * (2 * table_slots(table) + 4)
         if whole and needed > memory:
             raise InputError(
-                f"{seconds:g} s take about {_size(needed)} at once, and generation may use "
-                f"{_size(memory)}: ask for fewer seconds, or stream them"
+                f"{seconds:g} s take about {bytes_text(needed)} at once, and generation may use "
+                f"{bytes_text(memory)}: ask for fewer seconds, or stream them"
             )
-        scene = features if isinstance(features, Scene) else stored(features, data)
-        windows = Windows.cover(seconds, data, overlap=overlap, grid=scene.grid, loop=loop)
-        seeds = torch.tensor([seed], dtype=torch.int64, device=self.device)
-
-        def noise(first: int, tokens: int) -> Tensor:
-            scale = self.config.sampling.noise_scale
-            return kernels.philox_normal(
-                seeds, tokens, data.audio_dim, noise_scale=scale, first=first
-            )[0]
-
+        scene = features if isinstance(features, Scene) else self.maker.scene(features, size)
+        windows = Windows.cover(seconds, size, overlap=overlap, grid=scene.grid, loop=loop)
         return LongSound(
             engine=self.engine,
             windows=windows,
-            data=data,
-            samples=self._sizes(seconds).samples,
+            size=size,
+            samples=self.maker.size(seconds).samples,
+            seed=seed,
             table=table,
-            prediction=self.config.sampling.prediction_type,
             rescale=plan.guidance_rescale,
+            guided=plan.guided,
             scene=scene,
-            conditions=self._conditions,
-            empty=self._empty_conditions if plan.guided else None,
-            noise=noise,
-            known=None,
-            batch=self._fitting(data, plan, min(batch_size, len(windows)), memory),
+            batch=self.fitting(size, plan, len(windows), budget),
             world=self.world,
         )
 
-    def _long_parts(
-        self,
-        row: int,
-        sound: LongSound,
-        group: int | None,
-        on_step: Callable[[Step], None] | None,
-        cancel: Event | None,
+    def parts(
+        self, row: int, sound: LongSound, group: int | None, monitor: Monitor
     ) -> Iterator[Tensor]:  # (n d) float32
+        """The tokens of a long sound from its beginning on (`LongSound.parts`), step by step told.
+
+        Args:
+            row: its number, for whoever is told.
+            group: windows that go through the evaluations together; None for all.
+        """
         done = 0
 
-        def check_cancelled() -> None:
-            if cancel is not None and cancel.is_set():
-                raise Cancelled(f"cancelled after {done} of {sound.evaluations} evaluations")
+        def check() -> None:
+            monitor.check(f"{done} of {sound.evaluations} evaluations")
 
         def after(evaluation: Evaluation) -> None:
             nonlocal done
             done += evaluation.windows
-            if on_step is not None:
-                data = self.config.data
+            if monitor.on_step is not None:
 
                 def preview() -> list[Sound]:
-                    return self._sounds(evaluation.clean[None], data, False)
+                    return self.sounds(evaluation.clean[None])
 
-                on_step(Step((row,), done, sound.evaluations, evaluation.t, preview))
-            check_cancelled()
+                monitor.on_step(Step((row,), done, sound.evaluations, evaluation.t, preview))
+            check()
 
-        check_cancelled()
+        check()
         return sound.parts(group, after)
 
-    def _sounds(
-        self, tokens: Tensor, data: DataConfig, trim: bool, gain: float = 1.0
-    ) -> list[Sound]:
-        waves = kernels.unpatchify(
-            tokens.float(),
-            samples=data.samples if trim else None,
-            audio_scale=data.audio_scale * gain,
-        )
-        return [Sound(wave.clone(), self.sample_rate) for wave in waves.clamp(-1, 1).cpu()]
-
-    def _conditions(self, features: Sequence[Mapping[str, Tensor]]) -> Conditions:
-        missing = {
-            "clip_features": self.model.get_empty_clip_sequence(1)[0],
-            "sync_features": self.model.get_empty_sync_sequence(1)[0],
-            "text_features": self.model.get_empty_string_sequence(1)[0],
-        }
-        return self.model.preprocess_conditions(
-            *(self._stack(features, key, empty) for key, empty in missing.items())
-        )
-
-    def _empty_conditions(self, features: Sequence[Mapping[str, Tensor]]) -> Conditions:
-        key = "negative_text_features"
-        if any(key in row for row in features):
-            negative = self._stack(features, key, self.model.get_empty_string_sequence(1)[0])
-            return self.model.get_empty_conditions(len(features), negative_text_features=negative)
-        sizes = self.model.config
-        lengths = (sizes.latent_seq_len, sizes.clip_seq_len, sizes.sync_seq_len)
-        one = self._empty.pop(lengths, None) or self.model.get_empty_conditions(1)
-        self._empty[lengths] = one
-        while len(self._empty) > KEPT_LENGTHS:
-            self._empty.popitem(last=False)
-        return one.expand(len(features))
-
-    def _stack(self, features: Sequence[Mapping[str, Tensor]], key: str, empty: Tensor) -> Tensor:
-        return torch.stack([row.get(key, empty).to(self.device) for row in features])
-
-    def _check(self, row: int, features: Mapping[str, Tensor], data: DataConfig) -> None:
-        if ("clip_features" in features) != ("sync_features" in features):
-            raise InputError(f"row {row}: clip_features and sync_features go together")
-        shapes = data.feature_shapes
-        shapes["negative_text_features"] = shapes["text_features"]
-        for key, shape in shapes.items():
-            found = tuple(features[key].shape) if key in features else shape
-            if found != shape:
-                raise InputError(f"row {row}: {key} is {found}; the model wants {shape}")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    def sounds(self, states: Tensor, samples: int | None = None, gain: float = 1.0) -> list[Sound]:
+        """The sounds of clean states (b n d), whole tokens where `samples` is None."""
+        waves = self.field.waves(states, samples, gain)
+        return [Sound(wave.clone(), self.rate) for wave in waves]

@@ -1,4 +1,4 @@
-"""How the steps of a solver run on a network: one by one, as CUDA graphs, or compiled."""
+"""How the steps of a solver run on a field: one by one, as CUDA graphs, or compiled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from wavflow.flow.guidance import Output, rescale_guidance
 from wavflow.flow.solvers import advance, is_unguided, table_slots
-from wavflow.sampling.graphs import capture
-from wavflow.systems.wavflow.conditions import Conditions
-from wavflow.systems.wavflow.network import WavflowModel
+from wavflow.sampling.field import Conditions, Field
+from wavflow.sampling.graphs import capture, clone, copy_into
 
 log = logging.getLogger("wavflow")
 
@@ -31,13 +29,13 @@ After = Callable[[int, Tensor, Output], None]
 
 
 class Engine:
-    """Runs a model through a solver's table.
+    """Runs a field through a solver's table.
 
     - ``eager``: the network's operations one by one.
     - ``graph``: a step is captured once as a CUDA graph and replayed: the table, the row's number,
       the state and the conditions lie on the device at fixed places, so that one graph serves
-      every step, solver and clip of one batch size, length and window; a step without guidance has
-      one of its own. The last `limit` of them are kept.
+      every step, solver and clip of one batch size and of conditions of one key; a step without
+      guidance has one of its own. The last `limit` of them are kept.
     - ``compile``: the step by ``torch.compile``, for the kinds of GPU code that cannot be captured.
     - ``auto``: ``graph`` on a GPU, else ``eager``. If a capture fails, the reason is logged and
       ``compile`` takes over for good.
@@ -45,38 +43,38 @@ class Engine:
     ``kind`` says which of them runs. Results agree within the tolerances of the ops.
 
     Args:
-        model: the network, or its prepared copy.
+        field: what is followed.
         kind: one of ENGINES.
         dtype: what autocast casts to, float32 or float64 for no autocast.
         limit: batch sizes and lengths that are kept captured.
 
     Raises:
-        ValueError: an unknown kind, or ``graph`` for a model that is not on a GPU.
+        ValueError: an unknown kind, or ``graph`` for a field that is not on a GPU.
     """
 
     def __init__(
         self,
-        model: WavflowModel,
+        field: Field,
         kind: str = "auto",
         dtype: torch.dtype = torch.float32,
         limit: int = 4,
     ) -> None:
         if kind not in ENGINES:
             raise ValueError(f"engine is {kind!r}, wanted one of {', '.join(ENGINES)}")
-        gpu = model.device.type == "cuda"
+        gpu = field.device.type == "cuda"
         if kind == "graph" and not gpu:
-            raise ValueError(f"engine 'graph' needs a model on a GPU, it is on {model.device}")
+            raise ValueError(f"engine 'graph' needs a model on a GPU, it is on {field.device}")
         self.may_fall_back = kind == "auto"
         self.kind = ("graph" if gpu else "eager") if kind == "auto" else kind
-        self.model, self.dtype, self.limit = model, dtype, limit
+        self.field, self.dtype, self.limit = field, dtype, limit
         self._kept: OrderedDict[tuple[Any, ...], _Steps] = OrderedDict()
         self._compiled: Callable[..., Output] | None = None
 
     def cast(self) -> AbstractContextManager[Any]:
-        """The autocast that the network runs under."""
+        """The autocast that the field runs under."""
         half = self.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(
-            self.model.device.type,
+            self.field.device.type,
             self.dtype if half else None,
             enabled=half,
             cache_enabled=self.kind != "graph",  # a graph cannot hold what was cast outside of it
@@ -119,7 +117,7 @@ class Engine:
         weight: float,
         rescale: float = 0.0,
     ) -> Output:
-        """What the network says of x at t; the next call overwrites it.
+        """What the field says of x at t; the next call overwrites it.
 
         A pair (with, without conditions), unless `empty` is None, `weight` 1 or they are rescaled.
         """
@@ -151,7 +149,7 @@ class Engine:
                 self._kept.clear()
         if self.kind == "compile" and self._compiled is None:
             self._compiled = torch.compile(_predict, dynamic=False)
-        return _Steps(self.model, self._compiled or _predict, *given)
+        return _Steps(self.field, self._compiled or _predict, *given)
 
     def _captured(
         self,
@@ -165,15 +163,14 @@ class Engine:
         """Captured steps of these shapes, which hold the given values."""
         rows = -(-len(table) // TABLE_ROWS) * TABLE_ROWS
         room = F.pad(table, (0, 0, 0, rows - len(table)))
-        tokens = (len(conditions.rope), len(conditions.sync_tokens.index), conditions.window)
-        shared = (self.model.sharing.rank, self.model.sharing.size)
-        key = (noise.shape, noise.dtype, tokens, shared, room.shape, empty is None, rescale)
+        kind = self.field.key(conditions)
+        key = (noise.shape, noise.dtype, kind, room.shape, empty is None, rescale)
         steps = self._kept.pop(key, None)
         if steps is None:
             while len(self._kept) >= self.limit:
                 self._kept.popitem(last=False)
-            own = _clone(conditions), None if empty is None else _clone(empty)
-            steps = _Steps(self.model, _predict, noise, room, *own, rescale)
+            own = clone(conditions), None if empty is None else clone(empty)
+            steps = _Steps(self.field, _predict, noise, room, *own, rescale)
         self._kept[key] = steps
         with self.cast():
             steps.capture(kinds)
@@ -182,7 +179,7 @@ class Engine:
 
 
 def _predict(
-    model: WavflowModel,
+    field: Field,
     t: Tensor,
     x: Tensor,
     conditions: Conditions,
@@ -190,10 +187,10 @@ def _predict(
     weight: Tensor,
     rescale: float,
 ) -> Output:
-    """What the network says of x (b n d) at a 0-d t."""
+    """What the field says of x (b n d) at a 0-d t."""
     if empty is None:
-        return model.predict_flow(x, t.expand(len(x)), conditions)
-    pair = model.predict_flow_pair(x, t, conditions, empty)
+        return field.predict(t, x, conditions)
+    pair = field.predict_pair(t, x, conditions, empty)
     return rescale_guidance(*pair, weight, rescale) if rescale else pair
 
 
@@ -202,7 +199,7 @@ class _Steps:
 
     def __init__(
         self,
-        model: WavflowModel,
+        field: Field,
         predict: Callable[..., Output],
         noise: Tensor,
         table: Tensor,
@@ -210,7 +207,7 @@ class _Steps:
         empty: Conditions | None,
         rescale: float,
     ) -> None:
-        self.model, self.predict, self.rescale = model, predict, rescale
+        self.field, self.predict, self.rescale = field, predict, rescale
         self.conditions, self.empty = conditions, empty
         self.state = noise.new_zeros(table_slots(table), *noise.shape)
         self.state[0] = noise
@@ -228,16 +225,16 @@ class _Steps:
         self.state[0] = noise
         self.table.copy_(table)
         self.index.zero_()
-        _copy(self.conditions, conditions)
+        copy_into(self.conditions, conditions)
         if empty is not None and self.empty is not None:
-            _copy(self.empty, empty)
+            copy_into(self.empty, empty)
 
     def step(self, alone: bool) -> Output:
-        """Evaluates the network for row `index` and takes the state there; returns the former."""
+        """Evaluates the field for row `index` and takes the state there; returns the former."""
         row = self.table.index_select(0, self.index)[0]
         self.point.copy_(self.state[0])
         predicted = self.predict(
-            self.model,
+            self.field,
             row[0],
             self.point,
             self.conditions,
@@ -269,18 +266,3 @@ class _Steps:
         replay, predicted = self.graphs[alone]
         replay()
         return predicted
-
-
-def _tensors(conditions: Conditions) -> dict[str, Tensor]:
-    values = {f.name: getattr(conditions, f.name) for f in fields(conditions)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
-def _clone(conditions: Conditions) -> Conditions:
-    copies: dict[str, Any] = {n: t.clone() for n, t in _tensors(conditions).items()}
-    return replace(conditions, **copies)
-
-
-def _copy(to: Conditions, conditions: Conditions) -> None:
-    for name, tensor in _tensors(conditions).items():
-        getattr(to, name).copy_(tensor)

@@ -1,11 +1,13 @@
-"""Capturing a step as a CUDA graph."""
+"""Capturing a step as a CUDA graph, and the places that its inputs keep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wavflow.flow.guidance import Output
 
@@ -35,3 +37,21 @@ def capture(
         with torch.cuda.graph(graph):
             output = step()
     return graph.replay, output
+
+
+def clone(conditions: Any) -> Any:
+    """Conditions, a dataclass, whose tensors are copies."""
+    return replace(conditions, **{name: value.clone() for name, value in _tensors(conditions)})
+
+
+def copy_into(places: Any, conditions: Any) -> None:
+    """Copies the tensors of conditions into those of `places`, of the same shapes."""
+    for name, value in _tensors(conditions):
+        getattr(places, name).copy_(value)
+
+
+def _tensors(conditions: Any) -> Iterator[tuple[str, Tensor]]:
+    for field in fields(conditions):
+        value = getattr(conditions, field.name)
+        if isinstance(value, Tensor):
+            yield field.name, value

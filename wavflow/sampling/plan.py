@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from wavflow.base.errors import InputError
-from wavflow.flow.solvers import SOLVERS
-from wavflow.flow.times import TIMES
+from wavflow.config.schema import SamplingConfig
+from wavflow.flow.solvers import BEST, SOLVERS, solver_table
+from wavflow.flow.times import TIMES, sampling_times
 from wavflow.media.sound import Sound
 
 
@@ -55,13 +58,29 @@ class Plan:
             if wrong:
                 raise InputError(text)
 
+    @classmethod
+    def best(cls, guidance: float) -> Plan:
+        """The plan measured best (`wavflow.flow.solvers.BEST`), with a guidance of one's own."""
+        return cls(BEST.solver, BEST.steps, BEST.times, guidance, BEST.guidance_interval)
+
+    def table(self, flow: SamplingConfig) -> Tensor:  # (evaluations, 2 + k (k + 1))
+        """The solver's table for a flow (`wavflow.flow.solvers.solver_table`)."""
+        end = 1.0 - flow.min_sigma
+        return solver_table(
+            self.solver,
+            sampling_times(self.times, self.steps, end, flow.noise_shift),
+            prediction=flow.prediction_type,
+            guidance=self.weight(self.guidance_interval[0]),
+            interval=self.guidance_interval,
+        )
+
     @property
     def guided(self) -> bool:
         """Whether any step needs both passes."""
         return self.guidance > 1
 
     def weight(self, t: float) -> float:
-        """Of guidance at time t."""
+        """Guidance weight at time t."""
         low, high = self.guidance_interval
         return self.guidance if self.guided and low <= t <= high else 1.0
 

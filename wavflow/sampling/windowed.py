@@ -15,43 +15,32 @@ and only the windows of a group and those that wait for the next are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 import wavflow_kernels as kernels
 from wavflow.base.processes import World
-from wavflow.config.schema import DataConfig
 from wavflow.flow.guidance import mix_guidance
 from wavflow.flow.solvers import MIN_REMAINDER, table_slots
 from wavflow.sampling.engine import Engine
+from wavflow.sampling.field import Conditions, Known, Size
 from wavflow.sampling.scene import Scene
 from wavflow.sampling.windows import Windows
-from wavflow.systems.wavflow.conditions import Conditions
-
-
-class Known(NamedTuple):
-    """What is known of a sound.
-
-    tokens: (n d) float32, anything where unknown.
-    mask: (n,) bool, the known ones.
-    """
-
-    tokens: Tensor
-    mask: Tensor
 
 
 class Evaluation(NamedTuple):
     """One evaluation of some windows.
 
-    windows: how many. t: the time. clean: what the sound is expected to be where the evaluation is
-    complete, (n d).
+    Attributes:
+        windows: how many.
+        t: the time.
+        clean: (n d), what the sound is expected to be where the evaluation is complete.
     """
 
     windows: int
@@ -64,46 +53,43 @@ class LongSound:
     """How one long sound is made.
 
     Attributes:
-        engine: evaluates the network.
+        engine: evaluates the field.
         windows: where they are.
-        data: sizes of a window.
+        size: how long a window is.
         samples: of the sound.
+        seed: of its noise.
         table: of the solver, (evaluations, 2 + k (k + 1)).
-        prediction: what the network predicts, "x" or "v".
         rescale: share of `wavflow.flow.guidance.rescale_guidance`.
+        guided: whether any evaluation needs the empty conditions.
         scene: the features of the windows.
-        conditions: of rows of features.
-        empty: of rows of features, what guidance leads away from; None without guidance.
-        noise: standard noise of tokens [first, first + count), (count d) float32.
-        known: of the sound, all its tokens.
         batch: windows that are evaluated at a time.
         world: processes among which the windows are shared; all get the whole sound.
+        known: what is known of the sound, all its tokens.
     """
 
     engine: Engine
     windows: Windows
-    data: DataConfig
+    size: Size
     samples: int
+    seed: int
     table: Tensor
-    prediction: str
     rescale: float
+    guided: bool
     scene: Scene
-    conditions: Callable[[Sequence[Mapping[str, Tensor]]], Conditions]
-    empty: Callable[[Sequence[Mapping[str, Tensor]]], Conditions] | None
-    noise: Callable[[int, int], Tensor]
-    known: Known | None
     batch: int
     world: World
-
-    @property
-    def token_size(self) -> int:
-        """Samples of a token."""
-        return self.data.audio_dim
+    known: Known | None = None
 
     @property
     def evaluations(self) -> int:
-        """Of windows by the network, in all."""
+        """How many window evaluations the whole sound takes."""
         return len(self.windows) * len(self.table)
+
+    def noise(self, first: int, count: int) -> Tensor:  # (count d) float32
+        """The state of tokens [first, first + count) at t = 0."""
+        field = self.engine.field
+        seeds = torch.tensor([self.seed], dtype=torch.int64, device=field.device)
+        return field.start(seeds, first, count)[0]
 
     def parts(
         self, group: int | None = None, after: Callable[[Evaluation], None] | None = None
@@ -128,32 +114,6 @@ class LongSound:
             ahead.shutdown(wait=False, cancel_futures=True)
 
 
-def known(
-    wave: Tensor,  # t
-    kept: Tensor,  # t
-    sound: LongSound,
-) -> tuple[Known, float]:
-    """The tokens of which every sample is kept, lifted as clips of the training are.
-
-    Args:
-        wave: samples from the sound's beginning on; fewer or more than the tokens'.
-        kept: bool, which of them are known; the level is theirs alone.
-        sound: whose they are.
-
-    Returns:
-        What is known, and the gain of the lift.
-    """
-    data, tokens, heard = sound.data, sound.windows.tokens, wave[kept]
-    lifted = kernels.lift_patchify(heard[None], token_size=len(heard), tokens=1, audio_scale=1.0)
-    lifted = lifted.flatten()
-    free = lifted.abs() < 1  # of clipping
-    gain = float(lifted[free].abs().sum() / heard[free].abs().sum().clamp_min(1e-12)) or 1.0
-    size = tokens * data.audio_dim
-    wave, kept = (F.pad(x[:size], (0, max(0, size - len(x)))) for x in (wave, kept))
-    clean = data.audio_scale * (gain * wave).clamp(-1, 1)
-    return Known(clean.view(tokens, -1), kept.view(tokens, -1).all(1)), gain
-
-
 class _Run:
     """A sound in the making."""
 
@@ -164,6 +124,7 @@ class _Run:
         after: Callable[[Evaluation], None] | None,
     ) -> None:
         self.sound, self.windows, self.after = sound, sound.windows, after
+        self.field = sound.engine.field
         self.weights = [(t, w) for t, w, *_ in sound.table.tolist()]
         # The state of tokens [begin, end) that are begun and not done, and each evaluation's
         # weighted sum of predictions, with the weights in the last column, of tokens that windows
@@ -205,15 +166,12 @@ class _Run:
         """Lets windows [first, last) in, and has the features of the next encoded meanwhile."""
         windows, sound = self.windows, self.sound
         # Whoever waits for parts may use the network meanwhile.
-        sound.engine.model.sharing.among(0, 1)
-        sound.engine.model.update_seq_lengths(
-            sound.data.latent_seq_len, sound.data.clip_seq_len, sound.data.sync_seq_len
-        )
+        self.field.among(0, 1)
         if first == last:
             return
-        if sound.empty is not None and self.empty is None:
+        if sound.guided and self.empty is None:
             with sound.engine.cast():
-                self.empty = sound.empty([sound.scene.text])
+                self.empty = self.field.empty([sound.scene.text], sound.size)
         end = windows.tokens if windows.loop else windows.starts[last - 1] + windows.size
         noise = sound.noise(self.end, end - self.end)
         fresh = noise.new_zeros(table_slots(sound.table), *noise.shape)
@@ -229,7 +187,7 @@ class _Run:
                 features = self.features.pop(window).result()
                 if self._last is None or self._last[0] is not features:
                     with sound.engine.cast():
-                        self._last = features, sound.conditions([features])
+                        self._last = features, self.field.conditions([features], sound.size)
                 self.conditions[window] = self._last[1]
 
     def _evaluate(self, row: int, first: int, last: int) -> None:
@@ -298,10 +256,10 @@ class _Run:
         if sound.known is not None:
             mask = sound.known.mask[tokens, None]
             truth = sound.known.tokens[tokens]
-            if sound.prediction == "v":
+            if self.field.prediction == "v":
                 truth = truth - sound.noise(tokens.start, len(truth))
             predicted = torch.where(mask, truth, predicted)
-        clean = predicted if sound.prediction == "x" else x + rest * predicted
+        clean = predicted if self.field.prediction == "x" else x + rest * predicted
         index = torch.tensor([row], device=state.device)
         state.copy_(
             kernels.ode_step(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wavflow.base.errors import InputError
 from wavflow.base.seconds import exact
-from wavflow.config.schema import DataConfig
+from wavflow.sampling.field import Size
 
 #: Share of a window that the next one repeats, where nothing else is asked for.
 OVERLAP = Fraction(1, 5)
@@ -42,7 +42,7 @@ class Windows:
     def cover(
         cls,
         seconds: float,
-        data: DataConfig,
+        window: Size,
         *,
         overlap: float | None = None,
         grid: Fraction = Fraction(1, 25),
@@ -52,7 +52,7 @@ class Windows:
 
         Args:
             seconds: of the sound.
-            data: sizes of one window.
+            window: how long one window is.
             overlap: seconds that neighbours have in common, at least; a fifth of a window.
             grid: seconds that windows begin at multiples of.
             loop: the sound is of `seconds` to the nearest token, and a window may reach around it.
@@ -60,8 +60,8 @@ class Windows:
         Raises:
             InputError: an overlap that leaves no step of the grid.
         """
-        rate = Fraction(data.target_sample_rate, data.audio_dim)
-        length, whole = exact(data.audio_duration), exact(seconds)
+        rate = window.token_rate
+        length, whole = exact(window.seconds), exact(seconds)
         shared = length * OVERLAP if overlap is None else exact(overlap)
         hop = (length - shared) // grid * grid
         if not (0 <= shared and hop > 0):
@@ -69,7 +69,7 @@ class Windows:
                 f"overlap is {float(shared):g} s; wanted 0 to {float(length - grid):g} s, less "
                 f"than a window of {float(length):g} s"
             )
-        size, tokens = data.latent_seq_len, math.ceil(whole * rate)
+        size, tokens = window.tokens, math.ceil(whole * rate)
         if loop:
             tokens = max(1, round(whole * rate))
             count = math.ceil(whole / hop)

@@ -12,7 +12,7 @@ import gradio as gr
 from wavflow.base.errors import InputError
 from wavflow.flow.solvers import BEST, SOLVERS
 from wavflow.pipeline.sampler import Sampler
-from wavflow.serve.studio import MAX_GUIDANCE, MAX_SEED, MIN_SECONDS, Request, Studio, View
+from wavflow.serve.studio import MAX_GUIDANCE, MAX_SEED, MIN_SECONDS, Form, Studio, View
 
 #: Seconds that files are kept, and between looks at their age.
 KEPT, CHECKED = 3600, 300
@@ -165,7 +165,7 @@ def _generate(studio: Studio) -> Callable[..., Iterator[list[Any]]]:
         solver: str,
         steps: int,
     ) -> Iterator[list[Any]]:
-        request = Request(
+        form = Form(
             caption=caption,
             negative_caption=negative_caption,
             video=None if video is None else Path(video["path"]),
@@ -176,7 +176,7 @@ def _generate(studio: Studio) -> Callable[..., Iterator[list[Any]]]:
             solver=_solver(solver),
         )
         try:
-            for view in studio.generate(request):
+            for view in studio.generate(form):
                 files = [_file(path) for path in (view.sound, view.picture, view.video)]
                 yield [_progress(view), *files, view.seed]
         except InputError as error:

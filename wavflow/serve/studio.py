@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 from wavflow.base.errors import Cancelled, InputError
 from wavflow.media.sound import Sound
+from wavflow.pipeline.request import PlanOptions, Request
 from wavflow.pipeline.sampler import Sampler
 from wavflow.sampling.plan import Plan, Step
 
@@ -59,8 +59,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One sound to generate. An empty caption is none; a seed is drawn where it is None."""
+class Form:
+    """What a page asks for. An empty caption is none; a seed is drawn where it is None."""
 
     caption: str
     negative_caption: str
@@ -89,8 +89,21 @@ class Request:
             if not isinstance(value, kinds) or not low <= value <= high:
                 whole = "a whole number from " if kinds == (int,) else ""
                 raise InputError(f"{name} is {value!r:.40}; wanted {whole}{low} to {high:.16g}")
-        if not self.caption.strip() and self.video is None:
-            raise InputError("nothing to generate: give a caption, a video or both")
+        self.request().check()
+
+    def request(self) -> Request:
+        """The sound that is asked for."""
+        return Request(
+            caption=self.caption.strip() or None,
+            video=self.video,
+            negative_caption=self.negative_caption.strip() or None,
+            seconds=self.seconds,
+            seed=self.seed or 0,
+        )
+
+    def options(self) -> PlanOptions:
+        """How it is generated."""
+        return {"solver": self.solver, "steps": self.steps, "guidance": self.guidance}
 
 
 @dataclass(frozen=True)
@@ -146,30 +159,25 @@ class Studio:
             cancel.set()
         self._thread.shutdown()
 
-    def generate(self, request: Request) -> Iterator[View]:
-        """Views of a request, from its beginning to its sound.
+    def generate(self, form: Form) -> Iterator[View]:
+        """Views of what a form asks for, from its beginning to its sound.
 
         Closing the iterator ends the work after the step that runs.
 
         Raises:
-            InputError: the request is beyond the limits or cannot be met.
+            InputError: the form is beyond the limits or cannot be met.
         """
-        request.check(self.limits)
-        seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
-        request = replace(request, seed=seed)
-        options: dict[str, Any] = {
-            "solver": request.solver,
-            "steps": request.steps,
-            "guidance": request.guidance,
-        }
-        plan = self.sampler.plan(**options)
+        form.check(self.limits)
+        seed = secrets.randbelow(DRAWN_SEEDS) if form.seed is None else form.seed
+        form = replace(form, seed=seed)
+        plan = self.sampler.plan(**form.options())
         folder = Path(tempfile.mkdtemp(prefix="sound-", dir=self.folder))
-        view = View("starting" if request.video is None else "reading the video", 0.0, seed)
+        view = View("starting" if form.video is None else "reading the video", 0.0, seed)
         told: queue.SimpleQueue[News | None] = queue.SimpleQueue()
         cancel, begun = Event(), time.monotonic()
         self._cancels.add(cancel)
         try:
-            work = self._thread.submit(self._sample, request, options, Watch(told.put), cancel)
+            work = self._thread.submit(self._sample, form, Watch(told.put), cancel)
             work.add_done_callback(lambda _: told.put(None))
             yield view
             for news in _newest(told):
@@ -179,46 +187,34 @@ class Studio:
                         view = _show(view, news.preview.loud(), folder / f"preview-{news.done}.wav")
                 yield view
             sound = work.result().loud()
-            view = _show(view, sound, folder / f"wavflow-{request.seed}.wav")
+            view = _show(view, sound, folder / f"wavflow-{seed}.wav")
             text = f"{_describe(sound, plan)}, in {time.monotonic() - begun:.1f} s"
             view = replace(view, text=text, share=1.0)
-            if request.video is not None:
-                view = _add_video(view, sound, request.video)
-            log.info("seed %d: %s", request.seed, view.text)
+            if form.video is not None:
+                view = _add_video(view, sound, form.video)
+            log.info("seed %d: %s", seed, view.text)
             yield view
         except Cancelled as error:
             yield replace(view, text=str(error))
         except InputError as error:
-            raise InputError(_without_folder(error, request.video)) from None
+            raise InputError(_without_folder(error, form.video)) from None
         finally:
             cancel.set()
             self._cancels.discard(cancel)
 
-    def _sample(
-        self, request: Request, options: dict[str, object], watch: Watch, cancel: Event
-    ) -> Sound:
+    def _sample(self, form: Form, watch: Watch, cancel: Event) -> Sound:
         if cancel.is_set():
             raise Cancelled("cancelled before the first step")
         try:
-            (sound,) = self.sampler.generate(
-                [request.caption.strip() or None],
-                [request.video],
-                negative_captions=[request.negative_caption.strip() or None],
-                seconds=request.seconds,
-                seed=request.seed,
-                on_step=watch,
-                cancel=cancel,
-                **options,
-            )
+            return self.sampler.make(form.request(), on_step=watch, cancel=cancel, **form.options())
         except Cancelled as error:
-            log.info("seed %d: %s", request.seed, error)
+            log.info("seed %s: %s", form.seed, error)
             raise
-        return sound
 
 
 @dataclass(frozen=True)
 class News:
-    """Of a step that is done; some have a preview."""
+    """What is told of a step that is done; some of it with a preview."""
 
     text: str
     share: float

@@ -1,1 +1,37 @@
-"""WavFlow: sound from video and text by flow matching on raw audio."""
+"""WavFlow: sound from video and text by flow matching on raw audio.
+
+Its parts are imported when they are asked for: reading a configuration needs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from wavflow.systems import System
+
+if TYPE_CHECKING:
+    from wavflow.config.schema import Config
+    from wavflow.systems.wavflow.conditioner import WavflowMaker
+    from wavflow.systems.wavflow.network import WavflowModel
+    from wavflow.systems.wavflow.objective import WavflowObjective
+
+
+def _build(config: Config) -> WavflowModel:
+    from wavflow.systems.wavflow.build import build_model
+
+    return build_model(config)
+
+
+def _objective(config: Config) -> WavflowObjective:
+    from wavflow.systems.wavflow.objective import WavflowObjective
+
+    return WavflowObjective(config)
+
+
+def _maker(*args: Any, **options: Any) -> WavflowMaker:
+    from wavflow.systems.wavflow.conditioner import WavflowMaker
+
+    return WavflowMaker(*args, **options)
+
+
+SYSTEM = System(build=_build, objective=_objective, maker=_maker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -163,6 +164,14 @@ class WavflowModel(Preparing):
             clip_seq_len=clip_seq_len,
             sync_seq_len=sync_seq_len,
         )
+
+    def with_seq_lengths(
+        self, latent_seq_len: int, clip_seq_len: int, sync_seq_len: int
+    ) -> WavflowModel:
+        """This network for clips of other lengths; it shares all modules and weights with it."""
+        view = copy.copy(self)
+        view.update_seq_lengths(latent_seq_len, clip_seq_len, sync_seq_len)
+        return view
 
     def update_attention(self, attention_window: int | None, rope_scaling: str) -> None:
         """Sets what tokens see and how longer clips are rotated; earlier conditions do not fit."""

@@ -11,8 +11,10 @@ from wavflow.base.seeding import Draw
 from wavflow.config.schema import Config
 from wavflow.data.dataset import ClipBatch, Clips
 from wavflow.flow.matching import FlowMatching
-from wavflow.pipeline.sampler import Sampler
+from wavflow.sampling.batched import Generator
+from wavflow.sampling.plan import Plan
 from wavflow.systems.wavflow.build import build_model, empty_caption
+from wavflow.systems.wavflow.conditioner import WavflowMaker
 from wavflow.systems.wavflow.network import WavflowModel
 from wavflow.training.micro_batch import to_device
 from wavflow.training.objective import LossTerms
@@ -96,12 +98,13 @@ class WavflowObjective:
         dtype = precision.resolve_dtype(config.training.dtype, device)
         clips = [dataset[i] for i in range(min(SAMPLE_CLIPS, len(dataset)))]
         assert isinstance(model, WavflowModel)
-        sounds = Sampler(model, config, device, dtype).generate_features(
+        maker = WavflowMaker(config, model, device, dtype)
+        sounds = Generator(maker, config.sampling, dtype).generate(
             [clip.features for clip in clips],
-            list(range(len(clips))),
-            guidance=config.eval.cfg,
+            range(len(clips)),
+            Plan.best(config.eval.cfg),
         )
         return [
-            Sample(clip.id, sound.sample_rate, sound.audio, clip.wave)
-            for clip, sound in zip(clips, sounds, strict=True)
+            Sample(clips[row].id, sound.sample_rate, sound.audio, clips[row].wave)
+            for row, sound in sorted(sounds, key=lambda made: made[0])
         ]
