@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from wavflow.audio import save_wav
-from wavflow.config import DataConfig
+from wavflow.base.seeding import Draw
+from wavflow.config.schema import DataConfig
 from wavflow.data.dataset import ClipBatch, Loaded
 from wavflow.data.order import Order
-from wavflow.draw import Draw
+from wavflow.media.audio import save_wav
 
 SEED = 0
 

@@ -27,20 +27,21 @@ from torch import Tensor
 
 import wavflow_kernels as wk
 from bench.harness import fail, machine
-from wavflow.build import build_model
-from wavflow.checkpoint import load_into, read_weights
-from wavflow.config import config_from_dict
-from wavflow.console import counter
+from wavflow.base.console import counter
+from wavflow.base.errors import InputError
+from wavflow.base.files import write_json
+from wavflow.base.precision import resolve_device
+from wavflow.base.state_dict import load_into
+from wavflow.config.load import config_from_dict
 from wavflow.demo.sounds import BATCH, read_heldout
-from wavflow.errors import InputError
 from wavflow.evaluation.signals import FLOOR_DB, log_spectral_distance
 from wavflow.evaluation.toy import Listener
-from wavflow.files import write_json
-from wavflow.infer import row_seed
-from wavflow.model.inference import prepare_inference
-from wavflow.precision import resolve_device
-from wavflow.sampler import Sampler
-from wavflow.solvers import BEST, Recommended
+from wavflow.flow.solvers import BEST, Recommended
+from wavflow.layers.prepare import prepare_inference
+from wavflow.pipeline.sampler import Sampler
+from wavflow.pipeline.table import row_seed
+from wavflow.systems.wavflow.build import build_model
+from wavflow.training.checkpoint import read_weights
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ SITE = WORK / "site"
 TABLES = Path("wavflow_kernels") / "tuned"
 TOTAL_SECONDS = 530.0
 MODULES = (
-    "triton", "pybind11", "setuptools", "numpy", "einops", "pytest", "hypothesis", "safetensors",
+    "triton", "pybind11", "setuptools", "numpy", "pytest", "hypothesis", "safetensors",
     "torchdiffeq", "typer", "rich",
 )  # fmt: skip
 PROGRAMS = ("cmake", "ninja")

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch
 
-from wavflow.memory import available_memory
+from wavflow.base.memory import available_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.harness import fail, machine
-from wavflow import memory
-from wavflow.build import build_model
-from wavflow.config import Config, load_config
-from wavflow.files import write_json
-from wavflow.sampler import Sampler
+from wavflow.base import memory
+from wavflow.base.files import write_json
+from wavflow.config.load import load_config
+from wavflow.config.schema import Config
+from wavflow.pipeline.sampler import Sampler
+from wavflow.systems.wavflow.build import build_model
 
 WAYS = ("native", "sliding", "windowed", "streamed")
 LENGTHS = (8.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -195,7 +196,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    from wavflow import pictures
+    from wavflow.media import pictures
 
     models = list(dict.fromkeys(result["model"] for result in results))
     colours = dict(zip(WAYS, ("#c8556b", "#f2a13a", "#4c78a8", "#54a868"), strict=True))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wavflow.flops import matmul_rate
+from wavflow.base.flops import matmul_rate
 from wavflow_kernels._timing import interleaved
 
 COPY_BYTES = 2**28  # read, and as many written: far beyond any cache

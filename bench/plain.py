@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import wavflow_kernels as wk
-from wavflow.config import Config
+from wavflow.config.schema import Config
 from wavflow.data.dataset import ClipBatch
-from wavflow.ema import warmed_up_decay
-from wavflow.model.blocks import RMS_NORM_EPS, AttentionInput, TransformerBlock
-from wavflow.model.flow_matching import log_normal_sample
-from wavflow.model.networks import SYNC_SEGMENT, Conditions, WavflowModel
-from wavflow.solvers import shift_time
+from wavflow.flow.matching import log_normal_sample
+from wavflow.flow.times import shift_time
+from wavflow.layers.attention import RMS_NORM_EPS, AttentionInput
+from wavflow.systems.wavflow.blocks import TransformerBlock
+from wavflow.systems.wavflow.conditions import Conditions
+from wavflow.systems.wavflow.config import SYNC_SEGMENT
+from wavflow.systems.wavflow.network import WavflowModel
+from wavflow.training.ema import warmed_up_decay
 
 
 def conv(layer: Any, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from bench.harness import fail
-from wavflow.pictures import INK, QUIET, RULE, STYLE, can_draw
+from wavflow.media.pictures import INK, QUIET, RULE, STYLE, can_draw
 
 # In this order from the top of each group; the same colour means the same peer everywhere.
 PEERS = {"reference": ("eager torch", "#4c78a8"), "compile": ("torch.compile", "#f2a13a")}

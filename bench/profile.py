@@ -28,10 +28,10 @@ from bench.harness import fail, machine
 from bench.sample import inputs
 from bench.stages import PARTS, Meter
 from bench.train import MODELS, Job, network, our_step
-from wavflow.files import write_json
-from wavflow.memory import keep_freed_memory
-from wavflow.model.networks import WavflowModel
-from wavflow.precision import resolve_device, resolve_dtype
+from wavflow.base.files import write_json
+from wavflow.base.memory import keep_freed_memory
+from wavflow.base.precision import resolve_device, resolve_dtype
+from wavflow.systems.wavflow.network import WavflowModel
 
 STEP, PYTHON = "step", "(Python between the operations)"
 DTYPES = ("auto", "bfloat16", "float32")

@@ -34,8 +34,8 @@ import wavflow_kernels as wk
 from bench.harness import fail, free_memory, machine
 from bench.peaks import Peaks, measure
 from bench.peers import PEERS, TRAINED, backward_flops, reference_bytes
-from wavflow.files import write_json
-from wavflow.memory import keep_freed_memory
+from wavflow.base.files import write_json
+from wavflow.base.memory import keep_freed_memory
 from wavflow_kernels import REGISTRY, _backend
 from wavflow_kernels._registry import Op, tensors
 from wavflow_kernels._timing import interleaved

@@ -5,7 +5,7 @@ Ours runs through the drop-in path alone: ``inference_mode``, autocast, ``prepro
 it: the network as it is usually written (:mod:`bench.plain`) under autocast and with its weights
 cast, compiled if asked for, and another checkout's ``wavflow.model.networks`` in a process of its
 own. On a GPU there is also our step as the sampler runs it there, a CUDA graph with the solver's
-update (:mod:`wavflow.engine`). Differences are relative to the plain network in float32.
+update (:mod:`wavflow.sampling.engine`). Differences are relative to the plain network in float32.
 
 Then, apart from the comparison: the seconds of our stages (:mod:`bench.stages`), their share of
 this machine's own matrix-product peak, and the memory that a generation needs in a fresh process
@@ -35,12 +35,14 @@ from torch import Tensor
 
 from bench import peaks, plain, stages
 from bench.harness import fail, machine
-from wavflow.engine import Engine, Output, mix_guidance
-from wavflow.files import write_json
-from wavflow.memory import keep_freed_memory
-from wavflow.model.inference import prepare_inference
-from wavflow.model.networks import PRESETS, WavflowModel, get_wavflow_model
-from wavflow.solvers import solver_table
+from wavflow.base.files import write_json
+from wavflow.base.memory import keep_freed_memory
+from wavflow.flow.guidance import Output, mix_guidance
+from wavflow.flow.solvers import solver_table
+from wavflow.layers.prepare import prepare_inference
+from wavflow.sampling.engine import Engine
+from wavflow.systems.wavflow.config import PRESETS
+from wavflow.systems.wavflow.network import WavflowModel, get_wavflow_model
 from wavflow_kernels._timing import interleaved
 
 T, SEED = 0.4, 0

@@ -37,14 +37,16 @@ import wavflow_kernels as wk
 from bench.fidelity import Clips, relative_l2
 from bench.harness import fail, machine
 from bench.plot import INK, RULE
-from wavflow.console import counter
-from wavflow.engine import Engine, mix_guidance
-from wavflow.errors import InputError
-from wavflow.files import atomic_write, write_json
-from wavflow.model.networks import Conditions
-from wavflow.precision import resolve_device, resolve_dtype
-from wavflow.sampler import Sampler
-from wavflow.solvers import ADAPTIVE_END, adaptive, sampling_times, solver_table, time_grid
+from wavflow.base.console import counter
+from wavflow.base.errors import InputError
+from wavflow.base.files import atomic_write, write_json
+from wavflow.base.precision import resolve_device, resolve_dtype
+from wavflow.flow.guidance import mix_guidance
+from wavflow.flow.solvers import ADAPTIVE_END, adaptive, solver_table
+from wavflow.flow.times import sampling_times, time_grid
+from wavflow.pipeline.sampler import Sampler
+from wavflow.sampling.engine import Engine
+from wavflow.systems.wavflow.conditions import Conditions
 
 #: Evaluations that are compared.
 BUDGETS = (8, 10, 14, 20, 28, 50)

@@ -1,7 +1,7 @@
 """Where the time, the arithmetic and the memory of a generation go, stage by stage.
 
-A generation is what :class:`wavflow.sampler.Sampler` does with features, here without its noise:
-conditions with the empty ones, weights prepared for the dtype, Euler steps, the wave.
+A generation is what :class:`wavflow.pipeline.sampler.Sampler` does with features, here without its
+noise: conditions with the empty ones, weights prepared for the dtype, Euler steps, the wave.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import wavflow_kernels as wk
-from wavflow.model.networks import WavflowModel, get_wavflow_model
-from wavflow.solvers import solver_table, time_grid
+from wavflow.flow.solvers import solver_table
+from wavflow.flow.times import time_grid
+from wavflow.systems.wavflow.network import WavflowModel, get_wavflow_model
 
 PARTS = ("audio input", "joint blocks", "fused blocks", "final layer")
 

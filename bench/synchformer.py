@@ -4,8 +4,8 @@ Ours is the network that makes sync features (:mod:`wavflow.features.synchformer
 weights, on normalised pixels that lie on the device: all segments of a batch in one call. Against
 it, in turns, the same network with torch's own Linear, and ours with one call for each segment.
 
-A way's MFU is the arithmetic of ours (:mod:`wavflow.flops`) in the way's time, over the machine's
-own matrix-product rate in the same dtype.
+A way's MFU is the arithmetic of ours (:mod:`wavflow.base.flops`) in the way's time, over the
+machine's own matrix-product rate in the same dtype.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from bench import stages
 from bench.harness import fail, free_memory, machine
+from wavflow.base.files import write_json
+from wavflow.base.flops import count_flops, matmul_rate
+from wavflow.base.memory import keep_freed_memory
 from wavflow.features.synchformer import (
     FRAMES,
     PLACES,
@@ -33,9 +36,6 @@ from wavflow.features.synchformer import (
     Synchformer,
     SynchformerConfig,
 )
-from wavflow.files import write_json
-from wavflow.flops import count_flops, matmul_rate
-from wavflow.memory import keep_freed_memory
 from wavflow_kernels._timing import interleaved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,14 +1,14 @@
 """``python -m bench.run train``: a whole training step against the plain way's.
 
-Ours is the trainer's own step (:class:`wavflow.trainer.Trainer`) on clips that lie on the device:
-lift, noise, network, loss, backward, clipping, fused AdamW, both averages. Against it, in turns,
-the same step as it is usually written: the plain network (:mod:`bench.plain`) under autocast, torch
-operations for the rest, ``torch.optim.AdamW`` as it comes, averages parameter by parameter; both
-compiled if asked for; and another checkout's network in a process of its own, with loss, backward,
-clipping, fused AdamW and averages.
+Ours is the trainer's own step (:class:`wavflow.training.trainer.Trainer`) on clips that lie on the
+device: lift, noise, network, loss, backward, clipping, fused AdamW, both averages. Against it, in
+turns, the same step as it is usually written: the plain network (:mod:`bench.plain`) under
+autocast, torch operations for the rest, ``torch.optim.AdamW`` as it comes, averages parameter by
+parameter; both compiled if asked for; and another checkout's network in a process of its own, with
+loss, backward, clipping, fused AdamW and averages.
 
 Losses of all ways on the same weights, noise and times are compared before. A way's MFU is the
-arithmetic that our step needs (:mod:`wavflow.flops`) in the way's time, over the machine's own
+arithmetic that our step needs (:mod:`wavflow.base.flops`) in the way's time, over the machine's own
 matrix-product rate. Then the trainer runs on clips that it reads from files: how much of its time
 it waits for them.
 """
@@ -34,17 +34,19 @@ from bench import plain, stages
 from bench.clips import HeldClips, clips, write_clips
 from bench.harness import fail, free_memory, machine
 from bench.sample import Checkout, fill
-from wavflow.config import Config, load_config
+from wavflow.base.files import write_json
+from wavflow.base.memory import keep_freed_memory
+from wavflow.base.processes import World
+from wavflow.base.seeding import Draw
+from wavflow.config.load import load_config
+from wavflow.config.schema import Config
 from wavflow.data.dataset import ClipBatch
-from wavflow.data.store import open_dataset
-from wavflow.draw import Draw
-from wavflow.files import write_json
-from wavflow.memory import keep_freed_memory
-from wavflow.model.networks import PRESETS, WavflowModel
-from wavflow.objective import WavflowObjective
-from wavflow.parallel import World
-from wavflow.trainer import Trainer
-from wavflow.window import Pace
+from wavflow.data.open import open_dataset
+from wavflow.systems.wavflow.config import PRESETS
+from wavflow.systems.wavflow.network import WavflowModel
+from wavflow.systems.wavflow.objective import WavflowObjective
+from wavflow.training.step_figures import Pace
+from wavflow.training.trainer import Trainer
 from wavflow_kernels._timing import interleaved
 
 #: Sizes beside the presets: of medium_16k's clips, for a CPU.

@@ -115,7 +115,7 @@ class Recorder:
 @pytest.fixture
 def graphs(monkeypatch):
     """An engine that believes to be on a GPU, and the count of what it captures."""
-    from wavflow import engine
+    from wavflow.sampling import engine
 
     recorder = Recorder()
     monkeypatch.setattr(engine, "capture", recorder)

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wavflow_kernels as wk
-from wavflow import precision
-from wavflow.config import TrainingConfig
-from wavflow.engine import Engine
-from wavflow.model.inference import prepare_inference
-from wavflow.model.networks import WavflowModel
-from wavflow.solvers import solver_table
-from wavflow.trainer import make_optimizer
+from wavflow.base import precision
+from wavflow.config.schema import TrainingConfig
+from wavflow.flow.solvers import solver_table
+from wavflow.layers.prepare import prepare_inference
+from wavflow.sampling.engine import Engine
+from wavflow.systems.wavflow.network import WavflowModel
+from wavflow.training.optimizer import make_optimizer
 from wavflow_kernels import REGISTRY, cpu
 from wavflow_kernels._registry import tensors
 from wavflow_kernels.ops import conv1d, conv_swiglu

@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 
 _fork = multiprocessing.get_context("forkserver")
-_fork.set_forkserver_preload(["wavflow.training", "wavflow.cli"])
+_fork.set_forkserver_preload(["wavflow.pipeline.train", "wavflow.cli.app"])
 
 
 class Command:
@@ -50,6 +50,6 @@ def _run(arguments: list[str], said: Path, limit: int | None) -> None:
         os.dup2(file.fileno(), 2)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    from wavflow.cli import main
+    from wavflow.cli.app import main
 
     main(arguments)

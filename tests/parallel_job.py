@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from toy_task import SETTINGS, Fit, Points, make_trainer
 
-from wavflow.console import show_log
-from wavflow.errors import InputError
-from wavflow.parallel import World, join, whole
+from wavflow.base.console import show_log
+from wavflow.base.errors import InputError
+from wavflow.base.processes import World, join
+from wavflow.training.parallel import whole
 
 
 class Dying(Points):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from wavflow.audio import save_wav
-from wavflow.config import DataConfig
+from wavflow.config.schema import DataConfig
 from wavflow.data.manifest import write_csv
+from wavflow.media.audio import save_wav
 
 SIZES = DataConfig(
     target_sample_rate=8000,

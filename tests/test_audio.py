@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from wavflow.audio import is_silent, load_audio, normalize_loudness, save_wav
-from wavflow.errors import InputError
-from wavflow.files import atomic_write, check_id, write_json
+from wavflow.base.errors import InputError
+from wavflow.base.files import atomic_write, check_id, write_json
+from wavflow.media.audio import is_silent, load_audio, save_wav
+from wavflow.media.loudness import normalize_loudness
 
 LSB = 2.0**-15
 
@@ -206,7 +207,7 @@ def test_json_is_strict_and_files_get_the_usual_permissions(tmp_path):
 
 def test_importing_audio_loads_no_codec():
     code = (
-        "import sys, wavflow.audio, wavflow.data.manifest, wavflow.features.base\n"
+        "import sys, wavflow.media.audio, wavflow.data.manifest, wavflow.features.encoder\n"
         "print([m for m in ('soundfile', 'soxr', 'pyloudnorm', 'av') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

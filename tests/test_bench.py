@@ -17,14 +17,16 @@ from test_model import golden_model, inputs
 
 from bench import fidelity, gpu, harness, peers, plain, plot, run, sample, solvers, stages
 from bench.peaks import Peaks
-from wavflow import checkpoint, memory
-from wavflow.build import build_model
-from wavflow.config import load_config
-from wavflow.data.toy import write_toy_world
+from wavflow.base import memory
+from wavflow.config.load import load_config
 from wavflow.evaluation.signals import FLOOR_DB
 from wavflow.features.extract import extract
-from wavflow.model.networks import PRESETS
-from wavflow.solvers import solve, solver_table, time_grid
+from wavflow.flow.solvers import solve, solver_table
+from wavflow.flow.times import time_grid
+from wavflow.systems.wavflow.build import build_model
+from wavflow.systems.wavflow.config import PRESETS
+from wavflow.toy.world import write_toy_world
+from wavflow.training import checkpoint
 from wavflow_kernels import REGISTRY, unpatchify
 from wavflow_kernels._registry import tensors
 

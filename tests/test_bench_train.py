@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bench import harness, plain, train
 from bench.clips import clips, write_clips
-from wavflow.draw import Draw
-from wavflow.objective import WavflowObjective
+from wavflow.base.seeding import Draw
+from wavflow.systems.wavflow.objective import WavflowObjective
 from wavflow_kernels import philox_normal
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 UNOPTIMISED = "-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1"
 USE = (
     "import wavflow_kernels as wk, torch, wavflow, sys\n"
-    "from wavflow.config import load_config\n"
+    "from wavflow.config.schema import load_config\n"
     "from wavflow_kernels import _backend\n"
     "assert load_config('toy_8k').data.target_sample_rate == 8000\n"
     "assert wk.philox_normal(torch.arange(2), 3, 4).shape == (2, 3, 4)\n"

@@ -12,9 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from wavflow import __version__, console
-from wavflow.audio import load_audio
-from wavflow.cli import main
+from wavflow import __version__
+from wavflow.base import console
+from wavflow.cli.app import main
+from wavflow.media.audio import load_audio
 
 TINY = [
     "model.hidden_dim=32",
@@ -249,12 +250,12 @@ def test_imports_are_lazy():
     code = (
         "import sys, wavflow\n"
         "assert 'torch' not in sys.modules, 'wavflow imports torch'\n"
-        "import wavflow.model.networks, wavflow.sampler, wavflow.trainer, wavflow_kernels\n"
-        "import wavflow.features.extract, wavflow.features.clip_synchformer\n"
+        "import wavflow.pipeline.sampler, wavflow.training.trainer, wavflow_kernels\n"
+        "import wavflow.features.extract, wavflow.features.public\n"
         f"loaded = [m for m in {heavy!r} if m in sys.modules]\n"
         "assert not loaded, loaded\n"
         "assert 'train' in dir(wavflow) and callable(wavflow.train)\n"
-        "assert wavflow.Sampler is wavflow.sampler.Sampler\n"
+        "assert wavflow.Sampler is wavflow.pipeline.sampler.Sampler\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

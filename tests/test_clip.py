@@ -23,16 +23,17 @@ from test_hostile import Payload
 from test_synchformer import TINY, content
 from torch import Tensor, nn
 
-from wavflow.build import empty_caption
-from wavflow.config import load_config
-from wavflow.data.toy import write_toy_world
-from wavflow.errors import InputError
-from wavflow.features import clip_synchformer, extract, synchformer
-from wavflow.features.base import get_encoders
-from wavflow.features.clip import MEAN, STD, Clip
-from wavflow.features.extract import load_encoders
-from wavflow.features.video import CLIP_STREAM, SYNC_STREAM
-from wavflow.files import read_json
+from wavflow.base.errors import InputError
+from wavflow.base.files import read_json
+from wavflow.config.load import load_config
+from wavflow.features import encode, extract, synchformer
+from wavflow.features import public as clip_synchformer
+from wavflow.features.clip import CLIP_STREAM, MEAN, STD, Clip
+from wavflow.features.encode import load_encoders
+from wavflow.features.registry import get_encoders
+from wavflow.features.synchformer import SYNC_STREAM
+from wavflow.systems.wavflow.build import empty_caption
+from wavflow.toy.world import write_toy_world
 
 NAME = "Test-378"
 SIZES = {
@@ -390,7 +391,7 @@ def test_fetched_weights_must_be_those_of_the_folder(tiny, stand_in, world, tmp_
 
         monkeypatch.setattr(stand_in, "create_model", create_model)
         stand_in.cached.clear()
-        extract._encoders.cache_clear()
+        encode._encoders.cache_clear()
 
     def run(table: Path) -> extract.ExtractResult:
         return extract.extract(table, tmp_path / "out", config=config)

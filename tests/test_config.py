@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from wavflow.config import Config, config_from_dict, load_config, preset_names, save_config
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
+from wavflow.config.load import config_from_dict, load_config, preset_names, save_config
+from wavflow.config.schema import Config
 
 
 def write(path, text):
@@ -14,7 +15,7 @@ def write(path, text):
 
 
 def test_presets_load_and_agree_with_the_networks():
-    from wavflow.model.networks import PRESETS
+    from wavflow.systems.wavflow.config import PRESETS
 
     assert preset_names() == ["large_16k", "large_44k", "medium_16k", "medium_44k", "toy_8k"]
     for name in preset_names():
@@ -150,7 +151,7 @@ def test_config_is_frozen():
 
 
 def test_solvers_are_those_there_are():
-    from wavflow.config import SOLVERS
-    from wavflow.model.flow_matching import INFERENCE_MODES
+    from wavflow.config.schema import SOLVERS
+    from wavflow.flow.matching import INFERENCE_MODES
 
     assert SOLVERS == INFERENCE_MODES

@@ -12,7 +12,7 @@ import torch
 
 import wavflow
 import wavflow_kernels as wk
-from wavflow import precision
+from wavflow.base import precision
 from wavflow_kernels import cpu
 from wavflow_kernels.__main__ import report
 

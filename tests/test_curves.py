@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wavflow import pictures
-from wavflow.cli import main
-from wavflow.curves import PANELS, Curve, plot_runs, read_run
-from wavflow.errors import InputError
-from wavflow.runlog import RunLog
+from wavflow.base.errors import InputError
+from wavflow.cli.app import main
+from wavflow.media import pictures
+from wavflow.training.curves import PANELS, Curve, plot_runs, read_run
+from wavflow.training.run_log import RunLog
 
 
 def make_run(folder: Path, steps: int = 30, **also: float) -> Path:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from tables import sizes, write_clip, write_table
 
-from wavflow.audio import load_audio, save_wav
-from wavflow.config import DataConfig
+from wavflow.base.errors import InputError
+from wavflow.base.seeding import Draw
+from wavflow.config.schema import DataConfig
 from wavflow.data.crop import Grid, Place
 from wavflow.data.dataset import ClipDataset
 from wavflow.data.manifest import write_csv
 from wavflow.data.recording import read_features
-from wavflow.draw import Draw
-from wavflow.errors import InputError
+from wavflow.media.audio import load_audio, save_wav
 
 
 def read(path):
@@ -425,7 +425,7 @@ COUNT_THREADS = """
 import os, sys, threading
 import torch
 from wavflow.data.dataset import ClipDataset
-from wavflow.draw import Draw
+from wavflow.base.seeding import Draw
 sys.path.insert(0, sys.argv[1])
 from tables import sizes
 

@@ -19,18 +19,15 @@ pytest.importorskip("sklearn")
 
 from tiny import save_tiny
 
-from wavflow import checkpoint
-from wavflow.audio import load_audio
-from wavflow.config import load_config
-from wavflow.data.toy import KINDS, make_scene, write_split, write_toy_world
-from wavflow.data.toy_sound import synthesize
+from wavflow.base import state_dict
+from wavflow.base.errors import InputError
+from wavflow.config.load import load_config
 from wavflow.demo import score, ship
 from wavflow.demo.page import write_page
 from wavflow.demo.report import draw_pictures, spectrogram
 from wavflow.demo.run import HELDOUT_CLIPS, run_demo
 from wavflow.demo.score import CONTROLS, FULL, JUDGED, MODES, QUICK, SHIPPED, recompute
 from wavflow.demo.sounds import BATCH, generate, jobs_of, other_conditions, read_heldout
-from wavflow.errors import InputError
 from wavflow.evaluation.toy import (
     KindClassifier,
     Matches,
@@ -41,7 +38,12 @@ from wavflow.evaluation.toy import (
     share,
 )
 from wavflow.features.extract import extract
-from wavflow.sampler import Sampler
+from wavflow.media.audio import load_audio
+from wavflow.pipeline.sampler import Sampler
+from wavflow.toy.scene import KINDS, make_scene
+from wavflow.toy.sound import synthesize
+from wavflow.toy.world import write_split, write_toy_world
+from wavflow.training import checkpoint
 from wavflow_kernels import lift_patchify, unpatchify
 
 RATE = 8000
@@ -383,7 +385,7 @@ TINY = (
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint to hear first, in the place of the packaged one."""
     path = save_tiny(tmp_path_factory.mktemp("weights") / "tiny.pth")
-    content = checkpoint.load(path)
+    content = state_dict.load(path)
     checkpoint.save(path, {**content, "model_ema1": content["model"], "ema_age": 900})
     return path
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wavflow.data.manifest import read_manifest
-from wavflow.data.toy import KINDS, make_scene, write_toy_world
-from wavflow.features.base import get_encoders
-from wavflow.features.video import decode
+from wavflow.features.registry import get_encoders
+from wavflow.media.video import decode
+from wavflow.toy.scene import KINDS, make_scene
+from wavflow.toy.world import write_toy_world
 
 ENCODERS = get_encoders("embedded")
 VIDEO, TEXT = ENCODERS.video, ENCODERS.text
@@ -65,7 +66,7 @@ def test_any_caption_is_encoded_and_alone_as_in_company(caption):
 
 def test_text_is_the_same_in_every_process():
     code = (
-        "from wavflow.features.base import get_encoders\n"
+        "from wavflow.features.registry import get_encoders\n"
         "x = get_encoders().text.encode(['the big bell rings twice'])\n"
         "print(x.numpy().tobytes().hex())"
     )

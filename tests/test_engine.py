@@ -8,9 +8,11 @@ import pytest
 import torch
 from test_model import golden_model, inputs
 
-from wavflow import engine
-from wavflow.engine import TABLE_ROWS, Engine, mix_guidance, rescale_guidance
-from wavflow.solvers import solve, solver_table, time_grid
+from wavflow.flow.guidance import mix_guidance, rescale_guidance
+from wavflow.flow.solvers import solve, solver_table
+from wavflow.flow.times import time_grid
+from wavflow.sampling import engine
+from wavflow.sampling.engine import TABLE_ROWS, Engine
 
 
 def problem(seed=0, batch=2, steps=3, method="2m", guidance=3.0, interval=(0.0, 1.0)):
@@ -153,7 +155,7 @@ def test_predictions_by_cuda_graphs_agree_with_eager_ones():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_graphs_agree_with_eager_steps(dtype):
-    from wavflow.model.inference import prepare_inference
+    from wavflow.layers.prepare import prepare_inference
 
     model, noise, table, *_ = problem()
     model, noise = model.cuda(), noise.cuda()

@@ -21,9 +21,8 @@ pytest.importorskip("soundfile")
 import soundfile
 from scipy import linalg, special, stats
 
-from wavflow.cli import main
-from wavflow.data.toy import write_toy_world
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
+from wavflow.cli.app import main
 from wavflow.evaluation import distances, listen
 from wavflow.evaluation.distances import (
     Moments,
@@ -45,6 +44,7 @@ from wavflow.evaluation.scores import (
 )
 from wavflow.evaluation.signals import check, compare
 from wavflow.evaluation.toy import Matches, match, onsets
+from wavflow.toy.world import write_toy_world
 
 RATE = 8000
 

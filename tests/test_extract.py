@@ -9,17 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wavflow.audio import load_audio
-from wavflow.config import load_config
+from wavflow.base.errors import InputError
+from wavflow.base.seeding import Draw
+from wavflow.config.load import load_config
 from wavflow.data.crop import Grid
 from wavflow.data.dataset import ClipDataset
 from wavflow.data.recording import read_features
-from wavflow.data.toy import SIDE, make_scene, write_toy_world
-from wavflow.data.toy_look import draw
-from wavflow.draw import Draw
-from wavflow.errors import InputError
-from wavflow.features.base import get_encoders
-from wavflow.features.extract import encode_video, extract
+from wavflow.features.encode import encode_video
+from wavflow.features.extract import extract
+from wavflow.features.registry import get_encoders
+from wavflow.media.audio import load_audio
+from wavflow.toy.look import draw
+from wavflow.toy.scene import make_scene
+from wavflow.toy.world import SIDE, write_toy_world
 
 
 @functools.cache
@@ -108,7 +110,7 @@ def test_text_only_rows_never_decode(world, monkeypatch):
     def refuse(*args):
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("wavflow.features.guard.decode", refuse)
+    monkeypatch.setattr("wavflow.media.video_worker.decode", refuse)
     rows = [row for row in read(world / "toy/train.csv") if row["video_exist"] == "0"]
     assert rows
     rewrite(world / "toy/text.csv", rows)

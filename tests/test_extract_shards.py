@@ -16,21 +16,20 @@ import pytest
 import torch
 
 from wavflow import __version__
-from wavflow.cli import main
-from wavflow.config import load_config
+from wavflow.base.errors import InputError
+from wavflow.base.files import locked, read_json, working_in, write_json
+from wavflow.cli.app import main
+from wavflow.config.load import load_config
 from wavflow.data.manifest import write_csv
+from wavflow.data.pack import pack
 from wavflow.data.shards import PackedDataset
-from wavflow.data.store import pack
-from wavflow.data.toy import write_toy_world
-from wavflow.errors import InputError
 from wavflow.features import extract as module
 from wavflow.features.embedded import EmbeddedText
 from wavflow.features.extract import extract
 from wavflow.features.index import Index
 from wavflow.features.provenance import check_model
-from wavflow.features.weights import locked
-from wavflow.files import read_json, working_in, write_json
-from wavflow.training import try_out
+from wavflow.pipeline.train import try_out
+from wavflow.toy.world import write_toy_world
 
 CLIPS = 11
 

@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry
 
 from bench import peaks, plain, sample
-from wavflow.flops import count_flops, matmul_rate
-from wavflow.model.networks import PRESETS, WavflowModel
+from wavflow.base.flops import count_flops, matmul_rate
+from wavflow.systems.wavflow.config import PRESETS
+from wavflow.systems.wavflow.network import WavflowModel
 from wavflow_kernels import REGISTRY, conv1d, prepare_conv, use_backend
 
 CPU, BATCH = torch.device("cpu"), 2

@@ -12,20 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_recorded
 
-from wavflow.model.flow_matching import FlowMatching, log_normal_sample
-from wavflow.model.networks import WavflowModel
-from wavflow.solvers import (
+from wavflow.flow.matching import FlowMatching, log_normal_sample
+from wavflow.flow.solvers import SOLVERS, adaptive, solve, solver_table
+from wavflow.flow.times import (
     LOG_SNR,
     SIGMOID_SLOPE,
-    SOLVERS,
-    adaptive,
     log_snr_grid,
     sampling_times,
     shift_time,
-    solve,
-    solver_table,
     time_grid,
 )
+from wavflow.systems.wavflow.network import WavflowModel
 from wavflow_kernels import use_backend
 
 TOLERANCE = 1e-5

@@ -355,8 +355,8 @@ def test_training_steps_wait_for_no_device(tmp_path: Any) -> None:
     pytest.importorskip("soundfile")
     from toy_task import SETTINGS, Fit, Points
 
-    from wavflow.parallel import World
-    from wavflow.trainer import Trainer
+    from wavflow.base.processes import World
+    from wavflow.training.trainer import Trainer
 
     trainer = Trainer(
         Fit(),

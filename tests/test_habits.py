@@ -69,7 +69,7 @@ def test_a_wrong_type_is_found(tmp_path: Path) -> None:
     user = tmp_path / "user.py"
     user.write_text(
         "import torch\nimport wavflow_kernels as wk\n"
-        "from wavflow.config import load_config\n"
+        "from wavflow.config.schema import load_config\n"
         "good: torch.Tensor = wk.philox_normal(torch.arange(2), 3, 4)\n"
         "bad: int = wk.philox_normal(torch.arange(2), 3, 4)\n"
         "worse: int = load_config('toy_8k')\n"

@@ -19,18 +19,19 @@ import numpy as np
 import pytest
 import torch
 
-from wavflow import sharded
-from wavflow.audio import load_audio, save_wav
-from wavflow.checkpoint import load as load_checkpoint
-from wavflow.cli import main
-from wavflow.config import DecodingConfig, load_config
+from wavflow.base.errors import InputError
+from wavflow.base.files import check_id, write_json
+from wavflow.base.processes import World
+from wavflow.base.state_dict import load as load_checkpoint
+from wavflow.cli.app import main
+from wavflow.config.load import load_config
+from wavflow.config.schema import DecodingConfig
 from wavflow.data.recording import read_features
-from wavflow.errors import InputError
-from wavflow.features import guard, video
 from wavflow.features.extract import extract
-from wavflow.features.video import FrameStream
-from wavflow.files import check_id, write_json
-from wavflow.parallel import World
+from wavflow.media import video, video_worker
+from wavflow.media.audio import load_audio, save_wav
+from wavflow.media.video import FrameStream
+from wavflow.training import sharded_checkpoint
 
 STREAMS = [FrameStream(8, 32, "squash"), FrameStream(25, 48, "crop")]
 
@@ -97,7 +98,7 @@ def files(tmp_path_factory) -> Path:
 
 def refused(path: Path, *words: str, **limits: float) -> str:
     with pytest.raises(InputError) as caught:
-        guard.decode(path, STREAMS, 1.0, DecodingConfig(**limits))
+        video_worker.decode(path, STREAMS, 1.0, DecodingConfig(**limits))
     text = str(caught.value)
     assert text.startswith(f"{path}: ") and "\n" not in text and len(text) < 1200
     for word in words:
@@ -112,19 +113,19 @@ def test_guarded_and_unguarded_frames_are_the_same(files):
     for name in ("good.mp4", "ffv1.mkv", "x.gif"):
         plain = video.decode(files / name, STREAMS, 2.0)
         for threads in (0, 1, 3):
-            found = guard.decode(files / name, STREAMS, 2.0, threads=threads)
+            found = video_worker.decode(files / name, STREAMS, 2.0, threads=threads)
             assert [each.dtype for each in found] == [torch.uint8] * 2
             assert all(map(torch.equal, plain, found))
     with pytest.raises(ValueError, match="no frame"):
-        guard.decode(files / "good.mp4", STREAMS, 0.01)
+        video_worker.decode(files / "good.mp4", STREAMS, 0.01)
 
 
 def test_paths_are_relative_to_the_callers_folder_and_never_protocols(files, tmp_path, monkeypatch):
-    wanted = guard.decode(files / "good.mp4", STREAMS, 1.0)
+    wanted = video_worker.decode(files / "good.mp4", STREAMS, 1.0)
     for name in ("concat:x.mp4", "data:x.mp4", "späße %d.mp4"):
         (tmp_path / name).write_bytes((files / "good.mp4").read_bytes())
         monkeypatch.chdir(tmp_path)
-        assert all(map(torch.equal, wanted, guard.decode(name, STREAMS, 1.0)))
+        assert all(map(torch.equal, wanted, video_worker.decode(name, STREAMS, 1.0)))
 
 
 def test_many_threads_and_a_forked_process_decode_at_once(files):
@@ -133,7 +134,7 @@ def test_many_threads_and_a_forked_process_decode_at_once(files):
 
     def work() -> None:
         for _ in range(5):
-            found = guard.decode(files / "good.mp4", STREAMS, 2.0, threads=1)
+            found = video_worker.decode(files / "good.mp4", STREAMS, 2.0, threads=1)
             same.append(all(map(torch.equal, wanted, found)))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -146,9 +147,9 @@ def test_many_threads_and_a_forked_process_decode_at_once(files):
         warnings.simplefilter("ignore")  # of forking with threads
         child = os.fork()
     if child == 0:
-        os._exit(0 if not guard._idle else 1)
+        os._exit(0 if not video_worker._idle else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert all(map(torch.equal, wanted, guard.decode(files / "good.mp4", STREAMS, 2.0)))
+    assert all(map(torch.equal, wanted, video_worker.decode(files / "good.mp4", STREAMS, 2.0)))
 
 
 def test_warnings_come_through(files, tmp_path):
@@ -156,7 +157,7 @@ def test_warnings_come_through(files, tmp_path):
     struct.pack_into(">5i", data, data.index(b"tkhd") + 44, 0, 1 << 16, 0, -(1 << 16), 0)
     (tmp_path / "x.mp4").write_bytes(data)
     with pytest.warns(UserWarning, match=r"x\.mp4: the rotation tag"):
-        guard.decode(tmp_path / "x.mp4", STREAMS, 1.0)
+        video_worker.decode(tmp_path / "x.mp4", STREAMS, 1.0)
 
 
 # What files claim
@@ -172,7 +173,7 @@ def test_every_limit_is_named_with_what_was_found(files, tmp_path):
     refused(slow, "decoding.seconds allows 0.3", seconds=0.3)
     still = repeat(tmp_path / "still.mkv", jpeg(64), 64, 60, 0)
     refused(still, "51 packets", "decoding.idle_packets allows 50", idle_packets=50)
-    assert len(guard.decode(good, STREAMS, 1.0, DecodingConfig(memory_gb=0.15))[1]) == 25
+    assert len(video_worker.decode(good, STREAMS, 1.0, DecodingConfig(memory_gb=0.15))[1]) == 25
     # The worker that has just decoded holds more than this beside its frames.
     refused(good, "decoding.memory_gb allows 0.0001", memory_gb=1e-4)
 
@@ -182,7 +183,7 @@ def test_headers_that_claim_too_much(files, tmp_path):
     struct.pack_into(">d", data, data.index(b"\x44\x89\x88") + 3, 1000 * 3600e3)  # in ms
     (tmp_path / "hours.mkv").write_bytes(data)
     refused(tmp_path / "hours.mkv", "claims 1000.0 hours", "decoding.hours allows 24")
-    frames = guard.decode(tmp_path / "hours.mkv", STREAMS, 1.0, DecodingConfig(hours=1001.0))
+    frames = video_worker.decode(tmp_path / "hours.mkv", STREAMS, 1.0, DecodingConfig(hours=1001.0))
     assert len(frames[1]) == 25
 
     for side, reason in ((10_000, "10000 x 10000 pixels, decoding.megapixels"), (65535, "")):
@@ -205,12 +206,12 @@ def test_headers_that_claim_too_much(files, tmp_path):
 @pytest.mark.parametrize("name", ["good.mp4", "streamed.mp4"])
 def test_files_cut_anywhere(files, tmp_path, name):
     whole = (files / name).read_bytes()
-    wanted = guard.decode(files / name, STREAMS, 1.0)
+    wanted = video_worker.decode(files / name, STREAMS, 1.0)
     cut, kept = tmp_path / "cut.mp4", 0
     for size in np.linspace(0, len(whole) - 1, 40).astype(int):
         cut.write_bytes(whole[:size])
         try:
-            found = guard.decode(cut, STREAMS, 1.0)
+            found = video_worker.decode(cut, STREAMS, 1.0)
         except InputError as error:
             assert str(error).startswith(f"{cut}: ") and "\n" not in str(error)
         else:
@@ -235,7 +236,7 @@ def test_noise_and_flipped_bits(files, tmp_path):
         data[generator.integers(0, end, 12)] ^= np.uint8(1 << generator.integers(0, 8))
         path.write_bytes(data.tobytes())
         try:
-            outcomes.append(len(guard.decode(path, STREAMS, 1.0)[1]) == 25)
+            outcomes.append(len(video_worker.decode(path, STREAMS, 1.0)[1]) == 25)
         except InputError as error:
             assert str(error).startswith(f"{path}: ")
             outcomes.append(None)
@@ -319,9 +320,9 @@ def test_safetensors_with_a_lying_header(tmp_path, length):
     data = struct.pack("<Q", length) + b'{"x":{}}' + bytes(100)
     (tmp_path / "shard.safetensors").write_bytes(data)
     entry = {"shard.safetensors": [len(data), zlib.crc32(data)]}
-    write_json(tmp_path / sharded.WHOLE, entry)
+    write_json(tmp_path / sharded_checkpoint.WHOLE, entry)
     with pytest.raises(InputError, match=r"shard\.safetensors: not a readable safetensors file"):
-        sharded.check(tmp_path, World(0, 1, torch.device("cpu")))
+        sharded_checkpoint.check(tmp_path, World(0, 1, torch.device("cpu")))
 
 
 def test_sound_files_with_lying_headers(tmp_path):
@@ -357,10 +358,10 @@ def test_sound_files_with_lying_headers(tmp_path):
 def test_sound_files_that_go_on(tmp_path, monkeypatch):
     save_wav(tmp_path / "x.wav", torch.sin(torch.arange(80000) / 10), 8000)
     whole = load_audio(tmp_path / "x.wav", 8000)
-    monkeypatch.setattr("wavflow.audio._BLOCK", 999)
+    monkeypatch.setattr("wavflow.media.audio._BLOCK", 999)
     assert torch.equal(load_audio(tmp_path / "x.wav", 8000), whole)
     assert torch.equal(load_audio(tmp_path / "x.wav", 8000, 1.5), whole[:12000])
-    monkeypatch.setattr("wavflow.audio.MAX_SAMPLES", 79_999)
+    monkeypatch.setattr("wavflow.media.audio.MAX_SAMPLES", 79_999)
     with pytest.raises(InputError, match=r"x\.wav: more than 79999 samples"):
         load_audio(tmp_path / "x.wav", 8000)
     assert torch.equal(load_audio(tmp_path / "x.wav", 8000, 1.5), whole[:12000])
@@ -410,8 +411,8 @@ def test_ids_that_try_to_leave_the_folder(files, tmp_path):
 def test_a_worker_that_dies_or_hangs_costs_one_row(files, tmp_path, sent, seconds, reason):
     import psutil
 
-    while guard._idle:
-        guard._idle.pop().end()
+    while video_worker._idle:
+        video_worker._idle.pop().end()
     rows = [("first", files / "good.mp4"), ("bad", files / "slow.mkv")]
     rows += [("last", files / "good.mp4")]
     hit = []
@@ -419,7 +420,7 @@ def test_a_worker_that_dies_or_hangs_costs_one_row(files, tmp_path, sent, second
     def strike(done: int, total: int) -> None:
         if done == 1:
             children = psutil.Process().children()
-            (worker,) = (each for each in children if guard.__name__ in str(each.cmdline()))
+            (worker,) = (each for each in children if video_worker.__name__ in str(each.cmdline()))
             begun = sum(worker.cpu_times()[:2])
             while sum(worker.cpu_times()[:2]) < begun + 0.1:  # it is at the slow video
                 pass
@@ -448,7 +449,7 @@ def test_a_batch_of_the_worst(files, tmp_path, capsys):
     for i, path in enumerate(bad):
         rows += [(f"bad{i}", path), (f"good{i + 1}", files / "good.mp4")]
     (tmp_path / "c.yaml").write_text("_base_: toy.yaml\ndecoding: {memory_gb: 0.05}\n")
-    toy = Path(video.__file__).parents[1] / "configs/toy_8k.yaml"
+    toy = Path(video.__file__).parents[1] / "config/presets/toy_8k.yaml"
     (tmp_path / "toy.yaml").write_text(toy.read_text())
     options = ["--config", str(tmp_path / "c.yaml"), "--workers", "2"]
     argv = ["extract", "--csv", str(table(tmp_path / "t.csv", rows)), "--out", str(tmp_path / "o")]

@@ -13,12 +13,14 @@ import torch
 from tiny import save_tiny
 
 import wavflow
-from wavflow import checkpoint
-from wavflow.audio import load_audio, mux
-from wavflow.errors import InputError
-from wavflow.infer import infer, row_seed
-from wavflow.sampler import Sampler
-from wavflow.sound import Sound
+from wavflow.base import state_dict
+from wavflow.base.errors import InputError
+from wavflow.media.audio import load_audio
+from wavflow.media.mux import mux
+from wavflow.media.sound import Sound
+from wavflow.pipeline.sampler import Sampler
+from wavflow.pipeline.table import infer, row_seed
+from wavflow.training import checkpoint
 
 av = pytest.importorskip("av")
 soundfile = pytest.importorskip("soundfile")
@@ -181,7 +183,7 @@ def test_sounds_made_otherwise_are_not_replaced_unasked(sampler, table, tmp_path
 
 def test_other_weights_of_the_same_name_and_step_are_noticed(saved, table, tmp_path) -> None:
     path, out = tmp_path / "checkpoint.pth", tmp_path / "out"
-    content = checkpoint.load(saved)
+    content = state_dict.load(saved)
     for expected in ((5, 0), (0, 5)):
         checkpoint.save(path, content)
         result = infer(Sampler.load(path, "cpu", ema="none"), table, out, steps=1)

@@ -13,8 +13,8 @@ from golden_weights import relative_error
 from test_model import golden_model, inputs
 
 import wavflow_kernels as wk
-from wavflow.model import inference
-from wavflow.model.inference import prepare_inference
+from wavflow.layers import prepare as inference
+from wavflow.layers.prepare import prepare_inference
 from wavflow_kernels import _panels
 
 NAMES = ("model_tiny", "model_head64")

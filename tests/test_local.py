@@ -14,12 +14,13 @@ from test_model import inputs
 
 import wavflow
 import wavflow_kernels as wk
-from wavflow.build import build_model
-from wavflow.config import load_config
-from wavflow.errors import InputError
-from wavflow.flops import count_flops
-from wavflow.model.inference import prepare_inference
-from wavflow.model.networks import WavflowConfig, WavflowModel
+from wavflow.base.errors import InputError
+from wavflow.base.flops import count_flops
+from wavflow.config.load import load_config
+from wavflow.layers.prepare import prepare_inference
+from wavflow.systems.wavflow.build import build_model
+from wavflow.systems.wavflow.config import WavflowConfig
+from wavflow.systems.wavflow.network import WavflowModel
 from wavflow_kernels import Window
 
 SIZES = {
@@ -286,7 +287,7 @@ LONG = """
 import sys, torch
 from test_local import local_model
 from test_model import inputs
-from wavflow.memory import clip_bytes
+from wavflow.base.memory import clip_bytes
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)

@@ -23,17 +23,17 @@ from test_video import make_video
 
 import wavflow
 import wavflow_kernels as kernels
-from wavflow import checkpoint
-from wavflow.audio import load_audio, save_wav
-from wavflow.cli import main
-from wavflow.config import load_config
-from wavflow.engine import mix_guidance
-from wavflow.errors import Cancelled, InputError
-from wavflow.features.extract import encode_video, load_encoders
-from wavflow.long import _Run, known
-from wavflow.scene import film, stored
-from wavflow.solvers import solve
-from wavflow.windows import Windows
+from wavflow.base.errors import Cancelled, InputError
+from wavflow.cli.app import main
+from wavflow.config.load import load_config
+from wavflow.features.encode import encode_video, load_encoders
+from wavflow.flow.guidance import mix_guidance
+from wavflow.flow.solvers import solve
+from wavflow.media.audio import load_audio, save_wav
+from wavflow.sampling.windowed import _Run, known
+from wavflow.sampling.windows import Windows
+from wavflow.systems.wavflow.scenes import film, stored
+from wavflow.training import checkpoint
 
 pytest.importorskip("omegaconf")
 TOY = load_config("toy_8k").data
@@ -496,7 +496,7 @@ def test_a_killed_stream_leaves_a_valid_file(saved, tmp_path):
 PEAK = """
 import sys
 import torch, wavflow
-from wavflow.memory import used_memory
+from wavflow.base.memory import used_memory
 torch.set_num_threads(1)
 pipe = wavflow.load(sys.argv[1], dtype="float32")
 sound = pipe.stream("a bell", seconds=float(sys.argv[2]), steps=2, guidance=1.0, batch_size=4)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wavflow.base.errors import InputError
 from wavflow.data.manifest import read_manifest, write_csv, write_report
-from wavflow.errors import InputError
 
 
 def write(path, text: str, encoding: str = "utf-8"):

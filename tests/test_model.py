@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wavflow_kernels as wk
-from wavflow.model import blocks
-from wavflow.model.blocks import SwiGLU
-from wavflow.model.networks import WavflowConfig, WavflowModel, get_wavflow_model
+from wavflow.layers import token_layers
+from wavflow.layers.token_layers import SwiGLU
+from wavflow.systems.wavflow.config import WavflowConfig
+from wavflow.systems.wavflow.network import WavflowModel, get_wavflow_model
 
 GOLDEN_MODELS = ("model_tiny", "model_head64")
 TOLERANCE = 1e-5
@@ -249,8 +250,8 @@ def test_stretches_of_a_long_sequence_equal_the_whole(kernel_size, batch, tokens
     lengths = []
     whole = layer._whole
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setitem(blocks.INNER_BYTES, "cpu", 0)
-        patch.setattr(blocks, "SHORTEST_STRETCH", shortest)
+        patch.setitem(token_layers.INNER_BYTES, "cpu", 0)
+        patch.setattr(token_layers, "SHORTEST_STRETCH", shortest)
         patch.setattr(layer, "_whole", lambda x: lengths.append(x.shape[1]) or whole(x))
         found = layer(x)
     assert relative_error(found, wanted) < 1e-12

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wavflow.data.order import Order, plan, prefetch
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
+from wavflow.data.order import Order, plan
+from wavflow.data.prefetch import prefetch
 
 SEEDS = st.integers(0, 2**31)
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 from tables import sizes, write_clip, write_table
 
-from wavflow.cli import main
+from wavflow.base.errors import InputError
+from wavflow.base.seeding import Draw
+from wavflow.cli.app import main
 from wavflow.data.dataset import ClipDataset
 from wavflow.data.manifest import write_csv
+from wavflow.data.open import open_dataset
+from wavflow.data.pack import pack
 from wavflow.data.shards import PackedDataset
-from wavflow.data.store import open_dataset, pack
-from wavflow.draw import Draw
-from wavflow.errors import InputError
 
 CLIPS = 31
 # An id with a dot, and another that only "%25" tells apart from it.
@@ -216,7 +217,7 @@ def test_an_interrupted_pack_goes_on_with_whole_shards(table, packed, copy, left
     calls = []
     monkeypatch.setattr(
         "wavflow.data.recording.load_audio",
-        lambda path, rate, load=sys.modules["wavflow.audio"].load_audio: (
+        lambda path, rate, load=sys.modules["wavflow.media.audio"].load_audio: (
             calls.append(path) or load(path, rate)
         ),
     )
@@ -233,7 +234,7 @@ def test_killed_at_any_time(table, packed, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from tables import sizes\n"
-        "from wavflow.data.store import pack\n"
+        "from wavflow.data.pack import pack\n"
         "print('begun', flush=True)\n"
         "pack(sys.argv[2], sys.argv[3], sizes(), shard_mb=1, workers=1)\n"
     )

@@ -16,12 +16,13 @@ import pytest
 import torch
 from toy_task import ALONE, SETTINGS, Fit, Points, make_trainer
 
-from wavflow import checkpoint, parallel, sharded
-from wavflow.errors import InputError
-from wavflow.parallel import World
-from wavflow.runlog import read_metrics
-from wavflow.state import convert
-from wavflow.trainer import Trainer
+from wavflow.base import processes, state_dict
+from wavflow.base.errors import InputError
+from wavflow.base.processes import World
+from wavflow.training import checkpoint, sharded_checkpoint
+from wavflow.training.run_log import read_metrics
+from wavflow.training.run_state import convert
+from wavflow.training.trainer import Trainer
 
 HERE = Path(__file__).parent
 
@@ -105,7 +106,11 @@ def weights(run: Trainer) -> dict[str, torch.Tensor]:
 def position(checkpoint_path: Path) -> tuple[int, int]:
     """Examples seen and steps taken."""
     folder = checkpoint_path.is_dir()
-    meta = sharded.read_meta(checkpoint_path) if folder else checkpoint.load(checkpoint_path)
+    meta = (
+        sharded_checkpoint.read_meta(checkpoint_path)
+        if folder
+        else state_dict.load(checkpoint_path)
+    )
     return meta["position"], meta["global_step"]
 
 
@@ -163,11 +168,11 @@ def test_one_process_goes_on(tmp_path: Path, done: Path, first: str, second: str
     whole = alone(tmp_path / "alone", **settings)
     whole.run()
     assert (tmp_path / "run" / LATEST[first]).exists()
-    with parallel.join("cpu", group=True) as world:
+    with processes.join("cpu", group=True) as world:
         going = alone(tmp_path / "run", strategy=second, world=world, **settings)
         assert going.resume() and going.step == 13
         going.run()
-        found = {n: parallel.whole(p.detach()) for n, p in going.model.named_parameters()}
+        found = {n: processes.whole(p.detach()) for n, p in going.model.named_parameters()}
         assert distance(found, weights(whole)) < 1e-9
     assert position(tmp_path / "run" / LATEST[second]) == (88, 13 + 36 // 4)
 
@@ -189,7 +194,7 @@ def test_shards_become_the_public_file(tmp_path: Path, done: Path) -> None:
     assert (run.step, run.position) == (22, 88)
     reference = alone(tmp_path / "third", torch.float32)
     reference.run()
-    other = checkpoint.load(tmp_path / "third" / checkpoint.LATEST)
+    other = state_dict.load(tmp_path / "third" / checkpoint.LATEST)
     for part in ("model", "model_ema1", "model_ema2"):
         assert distance(content[part], other[part]) < 1e-4
     for index, state in other["optimizer"]["state"].items():
@@ -202,7 +207,7 @@ def test_shards_become_the_public_file(tmp_path: Path, done: Path) -> None:
     shard.write_bytes(raw)
     with pytest.raises(InputError, match="its bytes are not those that were written"):
         convert(broken, tmp_path / "two.pth")
-    (broken / sharded.WHOLE).unlink()
+    (broken / sharded_checkpoint.WHOLE).unlink()
     with pytest.raises(InputError, match="the checkpoint is not whole"):
         convert(broken, tmp_path / "two.pth")
 
@@ -231,18 +236,18 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_one_process_needs_no_group() -> None:
-    with parallel.join("cpu") as world:
+    with processes.join("cpu") as world:
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
         assert not torch.distributed.is_initialized()
-    with parallel.join("cpu", group=True) as world:
+    with processes.join("cpu", group=True) as world:
         assert torch.distributed.is_initialized() and world.gather(3) == [3]
     assert not torch.distributed.is_initialized()
 
 
 def test_wavflow_in_two_processes_is_wavflow_in_one(tmp_path: Path) -> None:
     """`torchrun -m wavflow.train`: the same gradients as one process with the joint batch."""
-    from wavflow.data.toy import write_toy_world
     from wavflow.features.extract import extract
+    from wavflow.toy.world import write_toy_world
 
     write_toy_world(tmp_path / "toy", 10, 5, heldout=0, workers=1)
     table = extract(tmp_path / "toy/train.csv", tmp_path / "features", workers=0).csv

@@ -16,25 +16,26 @@ from tables import SIZES, sizes
 from test_video import make_video
 
 import wavflow_kernels as kernels
-from wavflow import checkpoint
-from wavflow.audio import SoundFile, load_audio
-from wavflow.cli import main
-from wavflow.config import load_config
+from wavflow.base import state_dict
+from wavflow.base.errors import InputError
+from wavflow.base.seeding import Draw
+from wavflow.cli.app import main
+from wavflow.config.load import load_config
 from wavflow.data.crop import Grid
 from wavflow.data.dataset import ClipDataset
 from wavflow.data.manifest import write_csv
+from wavflow.data.pack import pack
 from wavflow.data.recording import Level, measure
 from wavflow.data.shards import PackedDataset
-from wavflow.data.store import pack
-from wavflow.data.toy import write_toy_world
-from wavflow.draw import Draw
-from wavflow.errors import InputError
-from wavflow.features import extract as extraction
-from wavflow.features import guard
-from wavflow.features.base import get_encoders
-from wavflow.features.extract import encode_video, encode_whole_video, extract
-from wavflow.features.video import FrameStream, decode
-from wavflow.objective import WavflowObjective
+from wavflow.features import encode
+from wavflow.features.encode import encode_video, encode_whole_video
+from wavflow.features.extract import extract
+from wavflow.features.registry import get_encoders
+from wavflow.media import video_worker
+from wavflow.media.audio import SoundFile, load_audio
+from wavflow.media.video import FrameStream, decode
+from wavflow.systems.wavflow.objective import WavflowObjective
+from wavflow.toy.world import write_toy_world
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -310,7 +311,7 @@ def test_silence_is_refused_of_whole_recordings_alone(tmp_path):
 
 
 class Counting:
-    """`guard.decode`, and the seconds it was asked for."""
+    """`video_worker.decode`, and the seconds it was asked for."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -320,7 +321,7 @@ class Counting:
         return guard_decode(path, streams, seconds, *args, **kwargs)
 
 
-guard_decode = guard.decode
+guard_decode = video_worker.decode
 
 
 @pytest.mark.parametrize("frames", [50, 100, 101, 103, 109])
@@ -328,9 +329,9 @@ def test_pieces_join_to_the_whole(tmp_path, monkeypatch, frames):
     path, encoders = make_video(tmp_path / "x.mp4", frames, 25), get_encoders("embedded")
     wanted = encode_video(encoders, path, frames / 25)
     decoded = Counting()
-    monkeypatch.setattr(guard, "decode", decoded)
+    monkeypatch.setattr(video_worker, "decode", decoded)
     for piece in (1, 2, 32):
-        monkeypatch.setattr(extraction, "PIECE", piece)
+        monkeypatch.setattr(encode, "PIECE", piece)
         decoded.seconds.clear()
         found, seconds = encode_whole_video(encoders, path)
         assert seconds == frames / 25
@@ -349,10 +350,10 @@ def test_the_end_is_where_every_stream_ends(tmp_path, fps, frames):
     assert [len(each) for each in shown] == [stream.count(length) for stream in streams]
     for one, two in zip(decode(path, streams, length), shown, strict=True):
         assert torch.equal(one, two)
-    beyond = guard.decode(path, streams, 5, start=10, to_end=True)
+    beyond = video_worker.decode(path, streams, 5, start=10, to_end=True)
     assert [len(each) for each in beyond] == [0, 0]
     with pytest.raises(InputError, match="frames at 8 fps"):
-        guard.decode(path, streams, 60)
+        video_worker.decode(path, streams, 60)
 
 
 def test_streams_that_round_the_end_apart(tmp_path):
@@ -462,5 +463,5 @@ def test_a_run_on_whole_recordings_goes_on_as_if_never_stopped(encoded, tmp_path
 
     run("stopped", 2)
     whole, joined = run("whole", 5), run("stopped", 5)
-    one, two = (checkpoint.load(result.checkpoint)["model"] for result in (whole, joined))
+    one, two = (state_dict.load(result.checkpoint)["model"] for result in (whole, joined))
     assert all(torch.equal(one[name], two[name]) for name in one)

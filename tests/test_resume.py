@@ -14,8 +14,9 @@ import pytest
 import torch
 from forked import Command
 
-from wavflow import checkpoint
-from wavflow.runlog import read_metrics
+from wavflow.base import state_dict
+from wavflow.training import checkpoint
+from wavflow.training.run_log import read_metrics
 
 TIMING = ("clips_per_second", "data_wait", "memory_gb", "seconds", "mfu")
 STEPS = 24
@@ -39,8 +40,8 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Path:
-    from wavflow.data.toy import write_toy_world
     from wavflow.features.extract import extract
+    from wavflow.toy.world import write_toy_world
 
     root = tmp_path_factory.mktemp("toy")
     write_toy_world(root / "toy", 10, 5, heldout=0, workers=1)
@@ -75,7 +76,7 @@ def unbroken(table: Path, tmp_path_factory) -> Path:
 
 def assert_same(run: Path, wanted: Path) -> None:
     """The whole loss sequence, and all weights, averages and moments, bit for bit."""
-    one, two = (checkpoint.load(folder / checkpoint.LATEST) for folder in (run, wanted))
+    one, two = (state_dict.load(folder / checkpoint.LATEST) for folder in (run, wanted))
     for part in ("model", "model_ema1", "model_ema2"):
         assert all(torch.equal(one[part][name], value) for name, value in two[part].items())
     for index, state in two["optimizer"]["state"].items():
@@ -149,7 +150,7 @@ def test_told_to_stop_it_saves_within_seconds(table, unbroken, tmp_path, signum)
     said = finish(child, 128 + signum)
     assert time.monotonic() - begun < 10
     assert "Traceback" not in said and "the same command goes on" in said
-    assert 5 <= checkpoint.load(run / checkpoint.LATEST)["global_step"] < STEPS
+    assert 5 <= state_dict.load(run / checkpoint.LATEST)["global_step"] < STEPS
     finish(start(table, tmp_path))
     assert_same(run, unbroken)
 

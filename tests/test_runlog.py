@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from wavflow import pictures, runlog
-from wavflow.audio import load_audio
-from wavflow.errors import InputError
-from wavflow.runlog import RunLog, Sample, log_file, read_metrics
+from wavflow.base.errors import InputError
+from wavflow.media import pictures
+from wavflow.media.audio import load_audio
+from wavflow.training import run_log
+from wavflow.training.run_log import RunLog, Sample, log_file, read_metrics
 
 RATE = 8000
 
@@ -170,7 +171,7 @@ def test_progress_is_a_line_every_ten_seconds(
 ) -> None:
     caplog.set_level(logging.INFO, "wavflow")
     now = 0.0
-    monkeypatch.setattr(runlog.time, "monotonic", lambda: now)
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: now)
     with RunLog(tmp_path, tensorboard=False) as run:
         run.progress(0.1, 5.0, "step 1")
         assert "step 1" not in caplog.text
@@ -187,18 +188,18 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Mon
 
     screen = StringIO()
     terminal = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr(runlog, "console", lambda: terminal)
-    monkeypatch.setattr("wavflow.console.console", lambda: terminal)
+    monkeypatch.setattr(run_log, "console", lambda: terminal)
+    monkeypatch.setattr("wavflow.base.console.console", lambda: terminal)
     with RunLog(tmp_path, tensorboard=False) as run:
         run.progress(0.5, 3600.0, "step 7")
     assert "50 %" in screen.getvalue() and "step 7  1:00:00 left" in screen.getvalue()
 
 
 def test_the_log_file_keeps_debug_lines_and_the_level(tmp_path: Path) -> None:
-    level = runlog.log.level
+    level = run_log.log.level
     with log_file(tmp_path / "training.log"):
-        runlog.log.debug("figures")
-    runlog.log.debug("later")
-    assert runlog.log.level == level
+        run_log.log.debug("figures")
+    run_log.log.debug("later")
+    assert run_log.log.level == level
     text = (tmp_path / "training.log").read_text(encoding="utf-8")
     assert "DEBUG figures" in text and "later" not in text

@@ -12,16 +12,18 @@ import pytest
 import torch
 
 import wavflow
-from wavflow import checkpoint
-from wavflow.audio import load_audio
-from wavflow.build import build_model
-from wavflow.config import Config, DataConfig, ModelConfig, load_config
-from wavflow.errors import Cancelled, InputError
-from wavflow.infer import infer, infer_config, row_seed
-from wavflow.memory import clip_bytes
-from wavflow.sampler import Sampler
-from wavflow.solvers import BEST, time_grid
-from wavflow.sound import Sound
+from wavflow.base.errors import Cancelled, InputError
+from wavflow.config.load import load_config
+from wavflow.config.schema import Config, DataConfig, ModelConfig
+from wavflow.flow.solvers import BEST
+from wavflow.flow.times import time_grid
+from wavflow.media.audio import load_audio
+from wavflow.media.sound import Sound
+from wavflow.pipeline.sampler import Sampler
+from wavflow.pipeline.table import infer, infer_config, row_seed
+from wavflow.systems.wavflow.build import build_model
+from wavflow.systems.wavflow.footprint import clip_bytes
+from wavflow.training import checkpoint
 
 TINY = ["model.hidden_dim=32", "model.depth=2", "model.fused_depth=1", "model.num_heads=1"]
 CPU = torch.device("cpu")
@@ -113,7 +115,7 @@ def test_seed_and_conditions_matter():
 @pytest.mark.parametrize(("guidance", "solver"), [(4.5, "euler"), (0.5, "heun"), (4.5, "2m")])
 def test_agrees_with_the_drop_in_path(prediction, shift, guidance, solver):
     import wavflow_kernels as kernels
-    from wavflow.model.flow_matching import FlowMatching
+    from wavflow.flow.matching import FlowMatching
 
     sampler = tiny_sampler(prediction_type=prediction, noise_shift=shift, noise_scale=0.8)
     rows = [random_features(1), random_features(2)]
@@ -365,9 +367,9 @@ def test_memory_splits_batches_and_refuses_what_cannot_fit(caplog):
 PEAK = """
 import sys, torch
 from test_sampler import CPU, random_model
-from wavflow.config import load_config
-from wavflow.memory import clip_bytes
-from wavflow.sampler import Sampler
+from wavflow.config.schema import load_config
+from wavflow.base.memory import clip_bytes
+from wavflow.pipeline.sampler import Sampler
 
 torch.set_num_threads(1)
 config = load_config("toy_8k")

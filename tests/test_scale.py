@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from wavflow import checkpoint
-from wavflow.build import build_model
-from wavflow.config import load_config
-from wavflow.data.toy import write_toy_world
+from wavflow.config.load import load_config
+from wavflow.systems.wavflow.build import build_model
+from wavflow.toy.world import write_toy_world
+from wavflow.training import checkpoint
 
 psutil = pytest.importorskip("psutil")
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 import wavflow
-from wavflow.audio import load_audio
-from wavflow.config import load_config
+from wavflow.base.files import read_json
+from wavflow.config.load import load_config
 from wavflow.data.manifest import read_manifest
 from wavflow.evaluation.toy import match, onsets
 from wavflow.features.extract import extract
-from wavflow.files import read_json
-from wavflow.sampler import Sampler
-from wavflow.training import train
-from wavflow.windows import Windows
+from wavflow.media.audio import load_audio
+from wavflow.pipeline.sampler import Sampler
+from wavflow.pipeline.train import train
+from wavflow.sampling.windows import Windows
 
 pytestmark = pytest.mark.slow
 

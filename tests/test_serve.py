@@ -19,11 +19,11 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from wavflow.cli import main
-from wavflow.plan import Step
-from wavflow.sampler import Sampler
+from wavflow.cli.app import main
+from wavflow.media.sound import Sound
+from wavflow.pipeline.sampler import Sampler
+from wavflow.sampling.plan import Step
 from wavflow.serve.studio import PREVIEWS, Limits, Request, Studio, Watch
-from wavflow.sound import Sound
 
 av = pytest.importorskip("av")
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'wavflow[serve]'")

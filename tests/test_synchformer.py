@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import synchformer as benchmark
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
 from wavflow.features import synchformer
 from wavflow.features.synchformer import (
     PREFIX,

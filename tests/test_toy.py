@@ -6,20 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from wavflow.audio import is_silent, load_audio
 from wavflow.data.manifest import read_manifest
-from wavflow.data.toy import (
-    GAP,
-    KINDS,
-    LEAD,
-    TAIL,
-    is_heldout_schedule,
-    make_scene,
-    write_toy_world,
-)
-from wavflow.data.toy_sound import synthesize
-from wavflow.data.toy_words import HELDOUT_PATTERNS, TRAIN_PATTERNS
-from wavflow.features.video import FrameStream, decode
+from wavflow.media.audio import is_silent, load_audio
+from wavflow.media.video import FrameStream, decode
+from wavflow.toy.scene import GAP, KINDS, LEAD, TAIL, is_heldout_schedule, make_scene
+from wavflow.toy.sound import synthesize
+from wavflow.toy.words import HELDOUT_PATTERNS, TRAIN_PATTERNS
+from wavflow.toy.world import write_toy_world
 
 CLIPS, HELDOUT = 24, 8
 

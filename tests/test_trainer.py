@@ -17,14 +17,16 @@ import torch
 from torch import nn
 from toy_task import SETTINGS, Fit, Points, make_trainer
 
-from wavflow import checkpoint, runlog
-from wavflow.draw import Draw
-from wavflow.dry_run import dry_run
-from wavflow.ema import Ema
-from wavflow.errors import InputError
-from wavflow.runlog import read_metrics
-from wavflow.trainer import Trainer, loss_text, make_optimizer
-from wavflow.window import Pace
+from wavflow.base import state_dict
+from wavflow.base.errors import InputError
+from wavflow.base.seeding import Draw
+from wavflow.training import checkpoint, run_log
+from wavflow.training.dry_run import dry_run
+from wavflow.training.ema import Ema
+from wavflow.training.optimizer import make_optimizer
+from wavflow.training.run_log import read_metrics
+from wavflow.training.step_figures import Pace
+from wavflow.training.trainer import Trainer, loss_text
 
 
 def at_step(step: int, do: Callable[[], None]) -> Fit:
@@ -48,7 +50,7 @@ def all_metrics(out: Path) -> list[dict]:
 
 def assert_same_run(one: Path, two: Path) -> None:
     """Weights, averages, optimiser and metrics are equal to the bit."""
-    a, b = (checkpoint.load(out / checkpoint.LATEST) for out in (one, two))
+    a, b = (state_dict.load(out / checkpoint.LATEST) for out in (one, two))
     for key in ("model", "model_ema1", "model_ema2"):
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
     for index, state in a["optimizer"]["state"].items():
@@ -75,14 +77,14 @@ def test_a_run_learns_and_leaves_its_files(tmp_path: Path) -> None:
         "training.log",
         "metrics.jsonl",
     }
-    content = checkpoint.load(result.checkpoint)
+    content = state_dict.load(result.checkpoint)
     assert {"model", "optimizer", "epoch", "global_step", "model_ema1", "model_ema2"} <= set(
         content
     )
     assert (content["epoch"], content["global_step"], content["ema_age"]) == (60, 330, 330)
     assert list(content["model_ema1"]) == [n for n, _ in trainer.model.named_parameters()]
     flat = checkpoint.read_weights(tmp_path / "ema_epoch_60.pth")
-    checkpoint.load_into(objective.build(), flat.state, "x")
+    state_dict.load_into(objective.build(), flat.state, "x")
     assert torch.equal(flat.state["blocks.0.weight"], content["model_ema1"]["blocks.0.weight"])
     lines = all_metrics(tmp_path)
     assert [x["step"] for x in lines] == list(range(3, 331, 3))
@@ -97,7 +99,7 @@ def test_resume_is_exact_to_the_bit(tmp_path: Path, stop: int) -> None:
     make_trainer(tmp_path / "whole", objective=whole).run()
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path / "broken", objective=broken).run()
-    assert checkpoint.load(tmp_path / "broken/checkpoint_latest.pth")["global_step"] == stop + 1
+    assert state_dict.load(tmp_path / "broken/checkpoint_latest.pth")["global_step"] == stop + 1
     run = make_trainer(tmp_path / "broken", objective=second)
     assert run.resume() and run.step == stop + 1
     run.run()
@@ -151,7 +153,7 @@ def test_sigterm_saves_and_leaves_with_143(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         make_trainer(tmp_path, objective=at_step(4, twice)).run()
     assert caught.value.code == 143
-    assert checkpoint.load(tmp_path / checkpoint.LATEST)["global_step"] == 5
+    assert state_dict.load(tmp_path / checkpoint.LATEST)["global_step"] == 5
 
 
 @pytest.fixture
@@ -281,7 +283,7 @@ def test_lines_hold_a_loss_once_it_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = []
-    monkeypatch.setattr(runlog.RunLog, "progress", lambda self, *at: lines.append(at[-1]))
+    monkeypatch.setattr(run_log.RunLog, "progress", lambda self, *at: lines.append(at[-1]))
     caplog.set_level("INFO", "wavflow")
     result = make_trainer(tmp_path, replace(SETTINGS, max_steps=7)).run()
     known = ["loss" in line for line in lines]
@@ -461,7 +463,7 @@ def test_changed_data_is_said(tmp_path: Path, caplog) -> None:
 def test_foreign_checkpoint_resumes(tmp_path: Path) -> None:
     make_trainer(tmp_path, replace(SETTINGS, epochs=1)).run()
     path = tmp_path / checkpoint.LATEST
-    content = checkpoint.load(path)
+    content = state_dict.load(path)
     keys = ("model", "optimizer", "epoch", "global_step", "model_ema1", "model_ema2")
     checkpoint.save(path, {key: content[key] for key in keys})
     run = make_trainer(tmp_path)
@@ -503,7 +505,7 @@ def test_validation_is_the_same_at_any_time_and_changes_nothing(tmp_path: Path) 
     lines = [line for line in all_metrics(tmp_path / "a") if "val/loss" in line]
     assert [line["step"] for line in lines] == [*range(5, 110, 5), 110]
     make_trainer(tmp_path / "b", settings).run()
-    one, two = (checkpoint.load(tmp_path / n / checkpoint.LATEST)["model"] for n in "ab")
+    one, two = (state_dict.load(tmp_path / n / checkpoint.LATEST)["model"] for n in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

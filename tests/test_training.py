@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wavflow import checkpoint
-from wavflow.config import Config, load_config
-from wavflow.draw import Draw
-from wavflow.errors import InputError
-from wavflow.runlog import read_metrics
-from wavflow.sampler import Sampler
-from wavflow.solvers import BEST
-from wavflow.training import try_out
+from wavflow.base import state_dict
+from wavflow.base.errors import InputError
+from wavflow.base.seeding import Draw
+from wavflow.config.load import load_config
+from wavflow.config.schema import Config
+from wavflow.flow.solvers import BEST
+from wavflow.pipeline.sampler import Sampler
+from wavflow.pipeline.train import try_out
+from wavflow.training import checkpoint
+from wavflow.training.run_log import read_metrics
 
 TINY = [
     "model.hidden_dim=32",
@@ -29,8 +31,8 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    from wavflow.data.toy import write_toy_world
     from wavflow.features.extract import extract
+    from wavflow.toy.world import write_toy_world
 
     root = tmp_path_factory.mktemp("toy")
     write_toy_world(root / "toy", 10, 5, heldout=0, workers=1)
@@ -57,7 +59,7 @@ def test_wavflow_loss_falls_and_averages_are_usable(table, tmp_path):
 
 def test_wavflow_leaves_samples(table, tmp_path, monkeypatch):
     import wavflow
-    from wavflow.audio import load_audio
+    from wavflow.media.audio import load_audio
 
     more = ("training.epochs=2", "training.gen_train_freq=2")
     # A public file's way to sample has no part in it: the library's own is taken.
@@ -80,7 +82,7 @@ def test_wavflow_leaves_samples(table, tmp_path, monkeypatch):
     plain = wavflow.train(
         "toy_8k", options(table, tmp_path / "plain", "training.epochs=2", *public)
     )
-    one, two = (checkpoint.load(r.checkpoint)["model"] for r in (result, plain))
+    one, two = (state_dict.load(r.checkpoint)["model"] for r in (result, plain))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -101,7 +103,7 @@ def load(table, config: Config, indices, positions):
 
 
 def test_wavflow_objective_draws_and_drops(table):
-    from wavflow.objective import WavflowObjective
+    from wavflow.systems.wavflow.objective import WavflowObjective
 
     config = load_config("toy_8k", options(table, "x", "training.label_drop_prob=0.5"))
     objective, seen = WavflowObjective(config), Seen()
@@ -130,7 +132,7 @@ def test_wavflow_objective_draws_and_drops(table):
 
 
 def test_missing_features_are_the_networks_own(table):
-    from wavflow.objective import WavflowObjective
+    from wavflow.systems.wavflow.objective import WavflowObjective
 
     torch.manual_seed(0)
     config = load_config("toy_8k", options(table, "x"))
@@ -160,7 +162,7 @@ def test_missing_features_are_the_networks_own(table):
 @pytest.mark.parametrize(("prediction", "kind"), [("x", "v"), ("x", "x"), ("v", "v"), ("v", "x")])
 def test_wavflow_loss_by_hand(table, prediction, kind):
     import wavflow_kernels as kernels
-    from wavflow.objective import WavflowObjective
+    from wavflow.systems.wavflow.objective import WavflowObjective
 
     more = (
         f"sampling.prediction_type={prediction}",
@@ -204,7 +206,7 @@ def test_a_pack_trains_as_its_files_do(table, tmp_path):
         wavflow.train("toy_8k", options(table, tmp_path / "store", *more, store)),
         wavflow.train("toy_8k", options(tmp_path / "pack", tmp_path / "pack run", *more)),
     ]
-    one, *others = (checkpoint.load(run.checkpoint)["model"] for run in runs)
+    one, *others = (state_dict.load(run.checkpoint)["model"] for run in runs)
     for other in others:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -257,7 +259,7 @@ def test_start_from_weights(table, tmp_path):
             f"checkpoint.initial_load_path={first.checkpoint}",
         ),
     )
-    one, two = (checkpoint.load(r.checkpoint) for r in (first, second))
+    one, two = (state_dict.load(r.checkpoint) for r in (first, second))
     assert two["global_step"] == 1
     for key in ("model", "model_ema1"):
         for name, value in one["model"].items():

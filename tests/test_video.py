@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from wavflow.config import DecodingConfig
-from wavflow.errors import InputError
-from wavflow.features.video import CLIP_STREAM, SYNC_STREAM, FrameStream, decode
+from wavflow.base.errors import InputError
+from wavflow.config.schema import DecodingConfig
+from wavflow.features.clip import CLIP_STREAM
+from wavflow.features.synchformer import SYNC_STREAM
+from wavflow.media.video import FrameStream, decode
 
 SIDE = 64  # 8 stripes of 8 pixels spell a frame's number in black and white
 

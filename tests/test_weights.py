@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
+from wavflow.base.files import locked
 from wavflow.features import weights
-from wavflow.features.weights import WeightFile, cache_dir, fetch, given_file, locked
+from wavflow.features.weights import WeightFile, cache_dir, fetch, given_file
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENT = bytes(range(256)) * 4096  # 1 MiB

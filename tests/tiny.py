@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from wavflow import checkpoint
-from wavflow.build import build_model
-from wavflow.config import load_config
+from wavflow.config.load import load_config
+from wavflow.systems.wavflow.build import build_model
+from wavflow.training import checkpoint
 
 TINY = [
     "model.hidden_dim=32",

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wavflow.batch_loss import to_device
-from wavflow.config import TrainingConfig
+from wavflow.base.processes import World
+from wavflow.base.seeding import Draw
+from wavflow.config.schema import TrainingConfig
 from wavflow.data.order import Order
-from wavflow.draw import Draw
-from wavflow.parallel import World
-from wavflow.protocols import LossTerms
-from wavflow.runlog import Sample
-from wavflow.trainer import Trainer
+from wavflow.training.micro_batch import to_device
+from wavflow.training.objective import LossTerms
+from wavflow.training.run_log import Sample
+from wavflow.training.trainer import Trainer
 
 SETTINGS = TrainingConfig(
     epochs=4,

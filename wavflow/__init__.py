@@ -8,49 +8,38 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from wavflow.base.version import __version__
 
 _HOMES = {
-    "Cancelled": "wavflow.errors",
-    "Config": "wavflow.config",
-    "FlowMatching": "wavflow.model.flow_matching",
-    "InputError": "wavflow.errors",
-    "Sampler": "wavflow.sampler",
+    "Cancelled": "wavflow.base.errors",
+    "Config": "wavflow.config.schema",
+    "FlowMatching": "wavflow.flow.matching",
+    "InputError": "wavflow.base.errors",
+    "Sampler": "wavflow.pipeline.sampler",
     "evaluate": "wavflow.evaluation.evaluate",
     "extract": "wavflow.features.extract",
-    "get_wavflow_model": "wavflow.model.networks",
-    "load": "wavflow.sampler",
-    "load_config": "wavflow.config",
-    "train": "wavflow.training",
-    "write_toy_world": "wavflow.data.toy",
+    "get_wavflow_model": "wavflow.systems.wavflow.network",
+    "load": "wavflow.pipeline.sampler",
+    "load_config": "wavflow.config.load",
+    "train": "wavflow.pipeline.train",
+    "write_toy_world": "wavflow.toy.world",
 }
 
-__all__ = [
-    "Cancelled",
-    "Config",
-    "FlowMatching",
-    "InputError",
-    "Sampler",
-    "__version__",
-    "evaluate",
-    "extract",
-    "get_wavflow_model",
-    "load",
-    "load_config",
-    "train",
-    "write_toy_world",
-]
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from wavflow.config import Config, load_config
-    from wavflow.data.toy import write_toy_world
-    from wavflow.errors import Cancelled, InputError
-    from wavflow.evaluation.evaluate import evaluate
-    from wavflow.features.extract import extract
-    from wavflow.model.flow_matching import FlowMatching
-    from wavflow.model.networks import get_wavflow_model
-    from wavflow.sampler import Sampler, load
-    from wavflow.training import train
+    from wavflow.base.errors import Cancelled as Cancelled
+    from wavflow.base.errors import InputError as InputError
+    from wavflow.config.load import load_config as load_config
+    from wavflow.config.schema import Config as Config
+    from wavflow.evaluation.evaluate import evaluate as evaluate
+    from wavflow.features.extract import extract as extract
+    from wavflow.flow.matching import FlowMatching as FlowMatching
+    from wavflow.pipeline.sampler import Sampler as Sampler
+    from wavflow.pipeline.sampler import load as load
+    from wavflow.pipeline.train import train as train
+    from wavflow.systems.wavflow.network import get_wavflow_model as get_wavflow_model
+    from wavflow.toy.world import write_toy_world as write_toy_world
 
 
 def __getattr__(name: str) -> Any:

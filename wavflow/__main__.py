@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wavflow.cli import main
+from wavflow.cli.app import main
 
 if __name__ == "__main__":
     main()

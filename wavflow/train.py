@@ -1,10 +1,28 @@
-"""`python -m wavflow.train --config X.yaml [key=value ...]`: the command `wavflow train`."""
+"""Training; `python -m wavflow.train --config X.yaml [key=value ...]` is `wavflow train`.
+
+The module can be called like the function `wavflow.train`, whose name it has.
+"""
 
 from __future__ import annotations
 
 import sys
+from types import ModuleType
+from typing import Any
 
-from wavflow.cli import main
+
+class _Callable(ModuleType):
+    """A module that trains when it is called."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Trains as a configuration says; see `wavflow.pipeline.train.train`."""
+        from wavflow.pipeline.train import train
+
+        return train(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
+    from wavflow.cli import main
+
     main(["train", *sys.argv[1:]])

@@ -1,1 +1,1 @@
-"""Manifests, data sets and the toy world."""
+"""Tables, data sets and packs of clips."""

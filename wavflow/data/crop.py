@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from wavflow.config import DataConfig
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
+from wavflow.config.schema import DataConfig
 
 # A segment of sync features: 8 rows from 16 frames at 25 a second; the next begins 8 frames on.
 SEGMENT_ROWS, SEGMENT_STEP = 8, Fraction(8, 25)

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavflow.config import DataConfig
+from wavflow.base.errors import InputError
+from wavflow.base.seeding import Draw
+from wavflow.config.schema import DataConfig
 from wavflow.data.crop import Grid
 from wavflow.data.manifest import Manifest, ReportRow, Row, read_manifest, write_report
 from wavflow.data.order import Order
 from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, Level, Recording, RowReader, source
-from wavflow.draw import Draw
-from wavflow.errors import InputError
 
 log = logging.getLogger("wavflow")
 

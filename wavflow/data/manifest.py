@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wavflow.errors import InputError
-from wavflow.files import atomic_write, check_id
+from wavflow.base.errors import InputError
+from wavflow.base.files import atomic_write, check_id
 
 PATH_COLUMNS = ("audio_path", "video_path", "features_path")
 FLAG_COLUMNS = ("video_exist", "text_exist")

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
-from wavflow.draw import mix
-
-T = TypeVar("T")
-Job = TypeVar("Job")
+from wavflow.base.seeding import mix
 
 
 class Order:
@@ -156,26 +149,3 @@ def plan(
             indices = [order[p] for p in positions]
             yield Work(positions, indices, count, turn == accumulation - 1)
         start += count
-
-
-def prefetch(
-    load: Callable[[Job], T], work: Iterable[Job], workers: int, ahead: int
-) -> Generator[tuple[Job, T], None, None]:
-    """Loads in `workers` threads up to `workers * ahead` jobs early, in order; 0 = no thread."""
-    if workers == 0:
-        for item in work:
-            yield item, load(item)
-        return
-    work = iter(work)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="wavflow-data")
-    pending: deque[tuple[Job, Future[T]]] = deque()
-    try:
-        while True:
-            for item in itertools.islice(work, workers * ahead - len(pending)):
-                pending.append((item, pool.submit(load, item)))
-            if not pending:
-                return
-            first, future = pending.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

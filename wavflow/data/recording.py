@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavflow.audio import FORMATS, SILENCE_PEAK, SoundFile, load_audio
-from wavflow.config import DataConfig
+from wavflow.base.errors import InputError
+from wavflow.base.files import load_tensors
+from wavflow.config.schema import DataConfig
 from wavflow.data.crop import Grid
 from wavflow.data.manifest import Row, needed
-from wavflow.errors import InputError
-from wavflow.files import load_tensors
+from wavflow.media.audio import FORMATS, SILENCE_PEAK, SoundFile, load_audio
 
 VIDEO_KEYS = ("clip_features", "sync_features")
 TEXT_KEYS = ("text_features",)

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from wavflow.config import DataConfig
+from wavflow.base.errors import InputError
+from wavflow.base.files import sha256
+from wavflow.config.schema import DataConfig
 from wavflow.data.dataset import Clips
 from wavflow.data.recording import Level, Recording
-from wavflow.errors import InputError
-from wavflow.files import sha256
 
 SCHEMA = 2
 PACK = "pack.json"

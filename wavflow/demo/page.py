@@ -6,6 +6,7 @@ import html
 from pathlib import Path
 from typing import Any
 
+from wavflow.base.files import atomic_write, read_json
 from wavflow.demo.report import (
     FIGURES,
     FILMED,
@@ -20,7 +21,6 @@ from wavflow.demo.report import (
     trained_how,
 )
 from wavflow.demo.score import FULL, MODES, NAMES, QUICK, SERIES
-from wavflow.files import atomic_write, read_json
 
 
 def write_page(out: Path, metrics: dict[str, Any]) -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from wavflow.audio import load_audio, mux
+from wavflow.base.files import atomic_write, read_json
 from wavflow.demo.score import CONTROLS, FULL, MODES, QUICK, SHIPPED, WANTED
-from wavflow.files import atomic_write, read_json
+from wavflow.media.audio import load_audio
+from wavflow.media.mux import mux
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

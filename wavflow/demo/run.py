@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 
-from wavflow import __version__
-from wavflow.build import build_model
-from wavflow.checkpoint import LATEST
-from wavflow.config import Config, load_config
-from wavflow.console import console, counter
+from wavflow.base.console import console, counter
+from wavflow.base.errors import InputError
+from wavflow.base.files import read_json, sha256, write_json
+from wavflow.base.version import __version__
+from wavflow.config.load import load_config
+from wavflow.config.schema import Config
 from wavflow.demo.score import FULL, MODES, NAMES, QUICK, SERIES, SHIPPED, recompute
 from wavflow.demo.sounds import Job, control_jobs, generate, jobs_of, read_heldout
-from wavflow.errors import InputError
 from wavflow.evaluation.toy import CLASSIFIER_CLIPS, Listener
-from wavflow.files import read_json, sha256, write_json
-from wavflow.runlog import METRICS, read_metrics
-from wavflow.sampler import Sampler
-from wavflow.trainer import TrainResult
+from wavflow.pipeline.sampler import Sampler
+from wavflow.systems.wavflow.build import build_model
+from wavflow.training.checkpoint import LATEST
+from wavflow.training.run_log import METRICS, read_metrics
+from wavflow.training.trainer import TrainResult
 from wavflow_kernels import cpu
 
 #: The packaged network, and the configuration it was trained by.
@@ -172,7 +173,7 @@ class Demo:
 
     def write_clips(self, split: str) -> None:
         """Writes the "heldout" clips of toy/, which come first, or those of "train"."""
-        from wavflow.data.toy import write_split
+        from wavflow.toy.world import write_split
 
         folder, settings = self.out / "toy", self.world(split)
         path = folder / f"{split}.json"
@@ -284,7 +285,7 @@ class Demo:
 
     def forecast(self, config: Config) -> None:
         """Says how long the training takes here, by a few of its steps."""
-        from wavflow.training import try_out
+        from wavflow.pipeline.train import try_out
 
         found = try_out(config, seconds=4)
         steps = found.total_steps - found.first_step
@@ -295,7 +296,7 @@ class Demo:
 
     def train(self, config: Config) -> TrainResult:
         """Trains, or goes on where an earlier run of the demo stopped."""
-        from wavflow.training import train
+        from wavflow.pipeline.train import train
 
         if (Path(config.training.output_dir) / config.experiment_id / LATEST).exists():
             self._keep("training")

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from wavflow.base.files import read_json
 from wavflow.evaluation.toy import Listener, onset_figures, share
-from wavflow.files import read_json
 
 #: What a network must reach, at least.
 WANTED = {

@@ -19,16 +19,24 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from wavflow import __version__
-from wavflow.checkpoint import LATEST, PACKAGED, SAFETENSORS, Weights, read_weights, save_weights
-from wavflow.config import Config, config_from_dict, load_config
-from wavflow.console import counter
+from wavflow.base.console import counter
+from wavflow.base.errors import InputError
+from wavflow.base.files import write_json
+from wavflow.base.version import __version__
+from wavflow.config.load import config_from_dict, load_config
+from wavflow.config.schema import Config
 from wavflow.demo.run import CLIPS, CONTROL_CLIPS, HELDOUT_CLIPS, PRESET, Demo
 from wavflow.demo.score import FULL, QUICK, SHIPPED, WANTED, recompute
 from wavflow.demo.sounds import control_jobs, generate, jobs_of, read_heldout
-from wavflow.errors import InputError
-from wavflow.files import write_json
-from wavflow.sampler import Sampler
+from wavflow.pipeline.sampler import Sampler
+from wavflow.training.checkpoint import (
+    LATEST,
+    PACKAGED,
+    SAFETENSORS,
+    Weights,
+    read_weights,
+    save_weights,
+)
 from wavflow_kernels import cpu
 
 #: Bytes of the file, at most.

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavflow.build import build_model, empty_caption
-from wavflow.config import Config
+from wavflow.base.errors import InputError
+from wavflow.base.files import read_json
+from wavflow.base.precision import resolve_device, resolve_dtype
+from wavflow.config.schema import Config
 from wavflow.data.manifest import Row, read_manifest
 from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
 from wavflow.demo.score import CONTROLS, MODES
-from wavflow.errors import InputError
-from wavflow.files import read_json
-from wavflow.infer import row_seed
-from wavflow.precision import resolve_device, resolve_dtype
-from wavflow.sampler import Sampler
+from wavflow.pipeline.sampler import Sampler
+from wavflow.pipeline.table import row_seed
+from wavflow.systems.wavflow.build import build_model, empty_caption
 
 #: Which features a mode gives.
 GIVEN = {"vt2a": VIDEO_KEYS + TEXT_KEYS, "v2a": VIDEO_KEYS, "t2a": TEXT_KEYS}
@@ -124,8 +124,8 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Makes the sounds of all jobs, wav/<series>/<mode>/<id>.wav, each batch as it is done.
 
-    They are generated in the library's default way (`wavflow.solvers.BEST`), with the guidance of
-    the network's configuration.
+    They are generated in the library's default way (`wavflow.flow.solvers.BEST`), with the guidance
+    of the network's configuration.
 
     Args:
         out: the demo's folder.

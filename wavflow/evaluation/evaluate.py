@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from wavflow import __version__
-from wavflow.audio import load_audio
+from wavflow.base.errors import InputError
+from wavflow.base.files import write_json
+from wavflow.base.precision import resolve_device
+from wavflow.base.version import __version__
 from wavflow.data.manifest import read_manifest
-from wavflow.errors import InputError
 from wavflow.evaluation.extractors import Clap, Extractor, get_extractor, melstats
 from wavflow.evaluation.figures import Collector, Figure, Rows, Settings
 from wavflow.evaluation.listen import (
@@ -33,8 +34,7 @@ from wavflow.evaluation.listen import (
 )
 from wavflow.evaluation.rows import read_rows
 from wavflow.evaluation.toy import Listener, kind_features, match, onsets
-from wavflow.files import write_json
-from wavflow.precision import resolve_device
+from wavflow.media.audio import load_audio
 
 MELSTATS, TOY = "melstats", "toy"
 LEAST_RATE = 1000

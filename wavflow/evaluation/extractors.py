@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
 from wavflow.evaluation.spectra import mel_triangles, power_spectra
 
 INSTALL = "pip install 'wavflow[eval]'"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
 from wavflow.evaluation import scores
 from wavflow.evaluation.distances import (
     Moments,

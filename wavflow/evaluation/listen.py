@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavflow.audio import FORMATS, load_audio, resample, sound_rate
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
 from wavflow.evaluation.signals import Checks, check, compare
+from wavflow.media.audio import FORMATS, load_audio, resample, sound_rate
 
 GENERATED, TRUE = "generated", "true"
 SIDES = (GENERATED, TRUE)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from rich.table import Table
 from rich.text import Text
 
-from wavflow.console import console
+from wavflow.base.console import console
 from wavflow.evaluation.evaluate import Evaluation
 from wavflow.evaluation.figures import Figure
 from wavflow.evaluation.listen import SIDES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wavflow.errors import InputError
+from wavflow.base.errors import InputError
 
 
 def read_rows(path: Path, ids: Iterable[str]) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from wavflow.audio import is_silent, measure_loudness
+from wavflow.media.audio import is_silent
+from wavflow.media.loudness import measure_loudness
 
 #: Below the true sound's loudest bin: where levels end in `log_spectral_distance`.
 FLOOR_DB = -80.0

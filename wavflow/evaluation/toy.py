@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wavflow.audio import load_audio, sound_rate
+from wavflow.base.errors import InputError
+from wavflow.base.files import read_json
 from wavflow.data.manifest import needed, read_manifest
-from wavflow.errors import InputError
 from wavflow.evaluation.spectra import HOP, mel_triangles, power_spectra
-from wavflow.files import read_json
+from wavflow.media.audio import load_audio, sound_rate
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,1 +1,1 @@
-"""Video decoding and the encoders that turn frames and captions into features."""
+"""Encoders of videos and captions, and the files of features they make."""

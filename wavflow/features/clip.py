@@ -11,18 +11,24 @@ import difflib
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wavflow.errors import InputError
-from wavflow.features.base import TEXT_LENGTH
-from wavflow.features.video import CLIP_STREAM
+from wavflow.base.errors import InputError
+from wavflow.base.precision import resolve_device, resolve_dtype
+from wavflow.features.encoder import TEXT_LENGTH
 from wavflow.features.weights import identity, offline
-from wavflow.precision import resolve_device, resolve_dtype
+from wavflow.media.video import FrameStream
+
+#: The frames that it wants.
+CLIP_STREAM = FrameStream(8, 384, "squash")
+
+if TYPE_CHECKING:
+    pass
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

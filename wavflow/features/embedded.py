@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from wavflow.features.base import TEXT_LENGTH, check_frames
-from wavflow.features.video import FrameStream
+from wavflow.features.encoder import TEXT_LENGTH, check_frames
+from wavflow.media.video import FrameStream
 
 #: Features of one revision belong together: another one where the functions here change.
 REVISION = 1

@@ -8,38 +8,38 @@ so that an interrupted job goes on where it stopped. Many processes may share a 
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wavflow import __version__, parallel
-from wavflow.config import Config, DecodingConfig, ModelConfig, load_config
+from wavflow.base import processes
+from wavflow.base.errors import InputError
+from wavflow.base.files import atomic_write, load_tensors, locked, working_in
+from wavflow.base.version import __version__
+from wavflow.config.load import load_config
+from wavflow.config.schema import Config, DecodingConfig
 from wavflow.data.dataset import COLUMNS
 from wavflow.data.manifest import ReportRow, Row, needed, read_manifest, write_csv, write_report
 from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
-from wavflow.errors import InputError
-from wavflow.features import guard, provenance
-from wavflow.features.base import Encoders, get_encoders
+from wavflow.features import provenance
+from wavflow.features.encode import (
+    WHOLE,
+    encode_captions,
+    encode_video,
+    encode_whole_video,
+    load_encoders,
+)
+from wavflow.features.encoder import Encoders
 from wavflow.features.index import Index
-from wavflow.features.video import finest
-from wavflow.features.weights import locked
-from wavflow.files import atomic_write, load_tensors, working_in
 
 log = logging.getLogger("wavflow")
-
-#: Instead of a number of seconds: each video to its end.
-WHOLE = "whole"
-#: Seconds of a whole video that are in memory at a time, at 7 MB each for the public encoders.
-PIECE = 32
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def extract(
     seconds = seconds or config.data.audio_duration
     if isinstance(seconds, str) and seconds != WHOLE:
         raise InputError(f"seconds is {seconds!r}; wanted a number or {WHOLE}")
-    part = _Shard(*(shard or parallel.rank_and_size()))
+    part = _Shard(*(shard or processes.rank_and_size()))
     used = load_encoders(model)
     csv_path, out = Path(csv_path), Path(out)
     target = out / f"{csv_path.stem}.csv"
@@ -114,7 +114,7 @@ def extract(
         found = ", ".join(manifest.columns)
         log.warning("%s: no column 'video_path', found %s: captions alone", csv_path, found)
     mine = [row for row in manifest if row.number in part]
-    cores = parallel.own_cores()
+    cores = processes.own_cores()
     workers = max(1, min(cores if workers is None else workers, len(mine)))
 
     def described() -> dict[str, Any]:
@@ -166,77 +166,6 @@ def extract(
     failed = sum(row.status == "failed" for row in report)
     done = len(report) - kept - failed
     return ExtractResult(target, out / part.report, done, kept, failed, unfinished)
-
-
-def load_encoders(model: ModelConfig, device: torch.device | str = "auto") -> Encoders:
-    """The encoders of a configuration, made once per process.
-
-    Raises:
-        InputError: as `get_encoders`.
-    """
-    return _encoders(**model.encoder_options, device=parallel.own_device(device))
-
-
-def encode_video(
-    encoders: Encoders,
-    path: Path,
-    seconds: float,
-    limits: DecodingConfig | None = None,
-    threads: int = 0,
-    *,
-    start: float | Fraction = 0,
-    hold: float | Fraction = 0,
-) -> dict[str, Tensor]:
-    """Features of `seconds` of a video file from `start` on, under the keys of a features file.
-
-    It is decoded in another process, with that many threads (0: one a core); its last picture
-    lasts for `hold` seconds more.
-
-    Raises:
-        InputError: the file cannot be decoded, passes a limit or is too short.
-    """
-    streams = encoders.video.streams
-    frames = guard.decode(path, streams, seconds, limits, threads, start=start, hold=hold)
-    clip, sync = encoders.video.encode(frames, seconds)
-    return {VIDEO_KEYS[0]: clip, VIDEO_KEYS[1]: sync}
-
-
-def encode_whole_video(
-    encoders: Encoders, path: Path, limits: DecodingConfig | None = None, threads: int = 0
-) -> tuple[dict[str, Tensor], float]:
-    """Features of a video file to its end, as `encode_video` gives them, and its seconds.
-
-    It is decoded and encoded `PIECE` seconds at a time, each within `limits`.
-
-    Raises:
-        InputError: the file cannot be decoded, passes a limit or is too short.
-    """
-    streams, length = encoders.video.streams, Fraction(0)
-    fine = finest(streams)
-
-    def pieces() -> Iterator[list[Tensor]]:
-        nonlocal length
-        is_over = False
-        while not is_over:
-            frames = guard.decode(path, streams, PIECE, limits, threads, start=length, to_end=True)
-            count = len(frames[streams.index(fine)])
-            is_over = count < fine.count(PIECE)
-            length += Fraction(count, fine.fps)
-            if count:
-                yield frames
-        if not length:
-            raise InputError(f"{path}: shorter than a frame at {fine.fps} a second")
-
-    clip, sync = encoders.video.encode_pieces(pieces())
-    return {VIDEO_KEYS[0]: clip, VIDEO_KEYS[1]: sync}, float(length)
-
-
-def encode_captions(encoders: Encoders, captions: list[str]) -> list[dict[str, Tensor]]:
-    """Features of each caption, under the key of a features file."""
-    return [{TEXT_KEYS[0]: rows} for rows in encoders.text.encode(captions)] if captions else []
-
-
-_encoders = functools.cache(get_encoders)
 
 
 def _load(encoders: Encoders, rows: list[Row]) -> None:

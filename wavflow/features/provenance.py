@@ -14,12 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wavflow import __version__
-from wavflow.config import ModelConfig
-from wavflow.errors import InputError
-from wavflow.features.base import Encoders
-from wavflow.features.weights import locked
-from wavflow.files import read_json, write_json
+from wavflow.base.errors import InputError
+from wavflow.base.files import locked, read_json, write_json
+from wavflow.base.version import __version__
+from wavflow.config.schema import ModelConfig
+from wavflow.features.encoder import Encoders
 
 RECORD = "features.json"
 

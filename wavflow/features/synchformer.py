@@ -14,18 +14,25 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import wavflow_kernels as wk
-from wavflow import checkpoint
-from wavflow.errors import InputError
-from wavflow.features.weights import WeightFile, cache_dir, fetch, given_file, locked
-from wavflow.files import atomic_write
-from wavflow.model.blocks import TokenLinear
+from wavflow.base import state_dict
+from wavflow.base.errors import InputError
+from wavflow.base.files import atomic_write, locked
+from wavflow.features.weights import WeightFile, cache_dir, fetch, given_file
+from wavflow.layers.token_layers import TokenLinear
+from wavflow.media.video import FrameStream
+
+#: The frames that it wants.
+SYNC_STREAM = FrameStream(25, 224, "crop")
+
+if TYPE_CHECKING:
+    pass
 
 FRAMES, STRIDE = 16, 8  # of a segment, at 25 frames a second
 TUBELET, PATCH, SIZE = 2, 16, 224  # frames and pixels of a token; pixels of a picture
@@ -226,7 +233,7 @@ def load_synchformer(
     with torch.device("meta"):
         model = Synchformer()
     model.to_empty(device="cpu")
-    checkpoint.load_into(model, visual_state(_read(path), path), path)
+    state_dict.load_into(model, visual_state(_read(path), path), path)
     return model.compute_in(dtype).to(device).eval().requires_grad_(False)
 
 
@@ -272,14 +279,14 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
 
     state = visual_state(_read(source), source)
     with torch.device("meta"):
-        checkpoint.check_fit(Synchformer(), state, source)
+        state_dict.check_fit(Synchformer(), state, source)
     with atomic_write(target) as file:
         file.write(save({PREFIX + name: value.contiguous() for name, value in state.items()}))
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if Path(path).suffix != ".safetensors":
-        return checkpoint.load(path)
+        return state_dict.load(path)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -14,15 +14,11 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from wavflow.errors import InputError
-from wavflow.files import sha256
+from wavflow.base.errors import InputError
+from wavflow.base.files import locked, sha256
 
 log = logging.getLogger("wavflow")
 
@@ -80,33 +76,6 @@ def identity(path: str | os.PathLike[str]) -> str:
 @functools.cache
 def _identity(path: str, size: int, mtime_ns: int) -> str:
     return sha256(path)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes of this machine out of the same block for `path`.
-
-    A process that dies leaves no lock behind.
-
-    Raises:
-        InputError: the folder cannot be written to.
-    """
-    lock = FileLock(f"{path}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%s: another process is making it; waiting", path)
-        lock.acquire()
-    except OSError as error:
-        raise InputError(
-            f"{path.parent}: cannot be written to ({error.strerror}); WAVFLOW_CACHE_DIR names "
-            "another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def fetch(file: WeightFile) -> Path:

@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from wavflow.errors import InputError
-from wavflow.sampler import Sampler
+from wavflow.base.errors import InputError
+from wavflow.flow.solvers import BEST, SOLVERS
+from wavflow.pipeline.sampler import Sampler
 from wavflow.serve.studio import MAX_GUIDANCE, MAX_SEED, MIN_SECONDS, Request, Studio, View
-from wavflow.solvers import BEST, SOLVERS
 
 #: Seconds that files are kept, and between looks at their age.
 KEPT, CHECKED = 3600, 300

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from wavflow.errors import InputError
-from wavflow.features import guard
-from wavflow.interrupt import Interrupts
-from wavflow.sampler import Sampler
+from wavflow.base.errors import InputError
+from wavflow.base.interrupt import Interrupts
+from wavflow.media import video_worker
+from wavflow.pipeline.sampler import Sampler
 from wavflow.serve.gate import Gate
 from wavflow.serve.studio import Limits, Studio
 
@@ -55,7 +55,7 @@ def serve(
         except ImportError as error:
             text = f"the page needs Gradio ({error}): pip install 'wavflow[serve]'"
             raise InputError(text) from None
-        guard.start()
+        video_worker.start()
         studio = Studio(Sampler.load(checkpoint, **options), folder, limits)
         studio.warm_up()
         page = build_page(studio)

@@ -15,10 +15,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from wavflow.errors import Cancelled, InputError
-from wavflow.plan import Plan, Step
-from wavflow.sampler import Sampler
-from wavflow.sound import Sound
+from wavflow.base.errors import Cancelled, InputError
+from wavflow.media.sound import Sound
+from wavflow.pipeline.sampler import Sampler
+from wavflow.sampling.plan import Plan, Step
 
 log = logging.getLogger("wavflow")
 

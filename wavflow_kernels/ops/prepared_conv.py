@@ -140,7 +140,8 @@ def _launch(
 ) -> None:
     if not out.numel():
         return
-    wide = cpu.product_dtype(x.dtype)
+    # Panels are for the compiled product, which is float32's alone.
+    wide = torch.float32 if weights[0].dim() == 3 else cpu.product_dtype(x.dtype)
     if wide != x.dtype:
         made = out.new_empty(out.shape, dtype=wide)
         given = [w.to(wide) for w in weights], None if bias is None else bias.to(wide)

@@ -1,0 +1,1 @@
+"""What every part stands on: errors, files, processes, seeds, memory; it knows no other folder."""

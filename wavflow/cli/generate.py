@@ -1,0 +1,258 @@
+"""Commands that make sound."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wavflow.base.console import counter
+from wavflow.base.errors import InputError
+from wavflow.cli.shared import Checkpoint, ConfigFile, Overrides, Seed, finish, say
+
+
+def generate(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="A .wav or .flac file; with --csv a folder.")],
+    caption: Annotated[str | None, typer.Option(help="What is heard.")] = None,
+    video: Annotated[Path | None, typer.Option(help="What is seen.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table: video_path, caption, ...")] = None,
+    config: Annotated[str | None, typer.Option(help="For a checkpoint that carries none.")] = None,
+    ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
+    seed: Seed = 42,
+    seconds: Annotated[float | None, typer.Option(help="Length; default as trained.")] = None,
+    negative_caption: Annotated[
+        str | None, typer.Option(help="What guidance leads away from.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale, 1 or less is none; default as trained.")
+    ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            help="Times of guidance, from 0 (noise) to 1 (sound); with --solver throughout."
+        ),
+    ] = None,
+    guidance_rescale: Annotated[
+        float, typer.Option(help="0 to 1: how much of guidance's gain in loudness to take back.")
+    ] = 0.0,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="euler (with --steps 50 the public behaviour), midpoint, heun, rk4, ab2, 2m or "
+            "adaptive; default the best measured, with its own steps, times and guidance interval."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver steps; with --solver the default is as trained.")
+    ] = None,
+    times: Annotated[
+        str | None,
+        typer.Option(help="even, sigmoid or log-snr; with --solver the default is even."),
+    ] = None,
+    loudness: Annotated[float, typer.Option(help="LUFS of the output.")] = -23.0,
+    keep_loudness: Annotated[bool, typer.Option("--keep-loudness", help="As generated.")] = False,
+    window: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of the windows that a longer sound is made of, default as trained; 0 "
+            "makes any sound at once."
+        ),
+    ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="Seconds that neighbouring windows share; default a fifth of one."),
+    ] = None,
+    attention_window: Annotated[
+        float | None,
+        typer.Option(help="Seconds away that sound is attended to; default as trained."),
+    ] = None,
+    rope_scaling: Annotated[
+        str | None,
+        typer.Option(
+            help="With --window 0, of sounds longer than in training: none, linear or ntk."
+        ),
+    ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Write --out as it is made, in memory that stays; as generated."
+        ),
+    ] = False,
+    recording: Annotated[
+        Path | None, typer.Option(help="A sound to go on from, up to --seconds.")
+    ] = None,
+    gap: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Seconds from and to which --recording is replaced."),
+    ] = None,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Lead the sound's end into its beginning.")
+    ] = False,
+    mux: Annotated[
+        bool, typer.Option("--mux", help="Also write the video with the sound, as .mp4.")
+    ] = False,
+    format: Annotated[str, typer.Option(help="With --csv: wav or flac.")] = "wav",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --csv: replace sounds made otherwise.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Clips at a time, at most.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="auto, eager, graph (CUDA graphs), compile.")
+    ] = "auto",
+) -> None:
+    """Generate sound for a caption, a video, both, or a table of them."""
+    from wavflow.base.processes import join
+    from wavflow.config.load import load_config
+    from wavflow.media import video_worker
+    from wavflow.media.audio import WavWriter, load_audio
+    from wavflow.media.sound import Sound
+    from wavflow.pipeline.sampler import Sampler
+    from wavflow.pipeline.table import infer
+
+    given = [name for name, value in (("--caption", caption), ("--video", video)) if value]
+    if (csv is None) == (not given and recording is None):
+        raise InputError("give --caption, --video or both, or --csv alone")
+    special = {"--stream": stream, "--recording": recording is not None, "--loop": loop}
+    asked = [name for name, is_asked in special.items() if is_asked]
+    if len(asked) > 1 or (asked and csv is not None):
+        others = " and ".join([*asked, *(["--csv"] if csv is not None else [])])
+        raise InputError(f"{others} do not go together")
+    if loop and (caption is None or video is not None):
+        raise InputError("--loop wants --caption, and no video")
+    if gap is not None and recording is None:
+        raise InputError("--gap wants --recording: what it is a gap of")
+    if csv is None and out.suffix.lower() not in (".wav", ".flac"):
+        raise InputError(f"--out is {out}; wanted a .wav or .flac file")
+    if stream and out.suffix.lower() != ".wav":
+        raise InputError(f"--out is {out}; wanted a .wav file with --stream")
+    if csv is not None and negative_caption is not None:
+        raise InputError("--negative-caption goes with --caption or --video, not with --csv")
+    if format not in ("wav", "flac"):
+        raise InputError(f"--format is {format!r}; wanted wav or flac")
+    if mux and csv is None and video is None:
+        raise InputError("--mux wants --video: what the sound goes into")
+    # A recording's level stands; that of a stream is known at its end only.
+    level = None if keep_loudness or stream or recording is not None else loudness
+    if video is not None:
+        video_worker.start()
+    options: dict[str, Any] = {
+        "solver": solver,
+        "steps": steps,
+        "times": times,
+        "guidance": guidance,
+        "guidance_interval": guidance_interval,
+        "guidance_rescale": guidance_rescale,
+        "seconds": seconds,
+        "window": window,
+        "overlap": overlap,
+        "batch_size": batch_size,
+    }
+    with join(device) as world, counter("generate") as progress:
+        if world.size > 1 and csv is not None:
+            raise InputError("--csv wants one process; several share the windows of one sound")
+        sampler = Sampler.load(
+            checkpoint,
+            str(world.device),
+            dtype,
+            ema,
+            None if config is None else load_config(config),
+            engine,
+            world,
+            attention_window,
+            rope_scaling,
+        )
+        if csv is not None:
+            result = infer(
+                sampler,
+                csv,
+                out,
+                seed=seed,
+                loudness=level,
+                format=format,
+                mux=mux,
+                overwrite=overwrite,
+                progress=progress,
+                **options,
+            )
+        else:
+            if world.is_main:
+                options["on_step"] = lambda step: step.total and progress(step.done, step.total)
+            options |= {"seed": seed, "negative_caption": negative_caption}
+            if stream:
+                writer = WavWriter(out, sampler.sample_rate) if world.is_main else nullcontext()
+                with writer as file:
+                    for part in sampler.stream(caption, video, **options):
+                        if file is not None:
+                            file.write(part.audio)
+            elif recording is not None:
+                sound = sampler.complete(recording, caption, video, gap=gap, **options)
+            elif loop and caption is not None:
+                sound = sampler.loop(caption, **options)
+            else:
+                sound = sampler(caption, video, loudness=level, **options)
+    if csv is not None:
+        say(f"{result.out}: {result.done} generated, {result.failed} failed")
+        finish(result.done, result.failed, result.report)
+    elif world.is_main:
+        if stream:
+            sound = Sound(load_audio(out, sampler.sample_rate), sampler.sample_rate)
+        else:
+            sound.save(out)
+        say(f"{out}: {sound.seconds:.2f} s at {sound.sample_rate} Hz")
+        if mux and video is not None:
+            sound.save_video(video, out.with_suffix(".mp4"))
+            say(str(out.with_suffix(".mp4")))
+
+
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="To listen at.", min=1, max=65535)] = 7860,
+    max_seconds: Annotated[float, typer.Option(help="Of a sound, at most.")] = 30.0,
+    max_upload_mb: Annotated[int, typer.Option(help="Of a video, at most.")] = 256,
+    config: Annotated[str | None, typer.Option(help="For a checkpoint that carries none.")] = None,
+    ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="auto, eager, graph (CUDA graphs), compile.")
+    ] = "auto",
+) -> None:
+    """Serve a web page to generate sound: captions, videos, previews on the way."""
+    from wavflow.config.load import load_config
+    from wavflow.serve.server import serve
+    from wavflow.serve.studio import Limits
+
+    serve(
+        checkpoint,
+        host=host,
+        port=port,
+        limits=Limits(seconds=max_seconds, upload_mb=max_upload_mb),
+        device=device,
+        dtype=dtype,
+        ema=ema,
+        config=None if config is None else load_config(config),
+        engine=engine,
+    )
+
+
+def infer(
+    config: ConfigFile,
+    overrides: Overrides = None,
+) -> None:
+    """Generate for a table as a YAML file says: model.ckpt_path, data.csv_path, output, ..."""
+    from wavflow.config.load import load_config
+    from wavflow.pipeline.table import infer_config
+
+    loaded = load_config(config, overrides or ())
+    with counter("generate") as progress:
+        result = infer_config(loaded, progress=progress)
+    say(f"{result.out}: {result.done} generated, {result.failed} failed")
+    finish(result.done, result.failed, result.report)

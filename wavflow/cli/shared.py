@@ -1,0 +1,30 @@
+"""What several commands have in common: options, and how they speak and end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wavflow.base.console import console
+
+Seed = Annotated[int, typer.Option(help="Base seed.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; default one per core.")]
+ConfigFile = Annotated[str, typer.Option(help="A YAML file, or a packaged configuration's name.")]
+Checkpoint = Annotated[
+    Path, typer.Option(help="A checkpoint or EMA file, or packaged weights: toy_8k.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
+
+
+def say(text: str) -> None:
+    """Prints a line as it is."""
+    console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def finish(done: int, failed: int, report: Path) -> None:
+    """Ends a batch job in which rows failed: with 1, or with 2 if all did."""
+    if failed:
+        say(f"{failed} rows failed; {report} says why")
+        raise typer.Exit(1 if done else 2)

@@ -1,0 +1,1 @@
+"""Configurations: their sections, and how they are read."""

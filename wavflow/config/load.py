@@ -1,0 +1,218 @@
+"""Reading configurations: YAML files, presets, plain mappings and `key=value` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from wavflow.base.errors import InputError
+from wavflow.base.files import atomic_write
+from wavflow.config.schema import Config
+
+log = logging.getLogger("wavflow")
+
+
+CONFIG_DIR = Path(__file__).parent / "presets"
+
+# Public files carry keys in these two sections that have no effect here: they are listed once
+# and ignored, unless they look like a misspelling.
+OPEN_SECTIONS = ("eval", "checkpoint")
+
+
+def config_from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
+    """Fills a `Config` from nested mappings.
+
+    Raises:
+        InputError: an unknown key (the nearest known one is named), a value of the wrong type
+            or outside its range (the key, the value and what is wanted are named).
+    """
+    config = _fill(Config, values, "", where)
+    if config.model.use_ema not in (True, False, "ema1", "ema2", "none"):
+        raise InputError(
+            f"{where}: model.use_ema is {config.model.use_ema!r}; "
+            "wanted true, false, ema1, ema2 or none"
+        )
+    return config
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file, or a packaged preset by name, with `key=value` overrides on top.
+
+    `_base_: other.yaml` in a file is read first and merged under it, relative to that file,
+    recursively.
+
+    Args:
+        path: a YAML file, or one of `preset_names()`.
+        overrides: such as `training.batch_size=8`; values are YAML.
+
+    Raises:
+        InputError: a missing or unreadable file, a cycle of `_base_`, an unknown key, a value
+            of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    source = _find(path)
+    merged: Any = OmegaConf.create(_read_yaml(source, ()))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"override {override!r}: wanted key=value")
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise InputError(f"{source}: {_one_line(error)}") from None
+    return config_from_dict(values, where=str(source))
+
+
+def save_config(path: str | os.PathLike[str], config: Config) -> None:
+    """Writes `config` as YAML that `load_config` reads back."""
+    from omegaconf import OmegaConf
+
+    with atomic_write(path, "w") as file:
+        OmegaConf.save(OmegaConf.create(config.to_dict()), file)
+
+
+def preset_names() -> list[str]:
+    """Names of the packaged configurations."""
+    return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
+    source = Path(path)
+    if source.is_file():
+        return source
+    packaged = CONFIG_DIR / f"{path}.yaml"
+    if source.name == str(path) and packaged.is_file():
+        return packaged
+    raise InputError(f"{path}: no such config file; packaged ones: {', '.join(preset_names())}")
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    resolved = path.resolve()
+    if resolved in seen:
+        raise InputError(f"{path}: _base_ leads back to this file")
+    if not path.is_file():
+        raise InputError(f"{seen[-1]}: _base_ names {path}, which does not exist")
+    try:
+        loaded: Any = OmegaConf.load(path)
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML ({_one_line(error)})") from None
+    if not OmegaConf.is_dict(loaded):
+        raise InputError(f"{path}: wanted a mapping of sections, found {type(loaded).__name__}")
+    base = loaded.pop("_base_", None)
+    if base is None:
+        return _plain(loaded)
+    under = _read_yaml(path.parent / str(base), (*seen, resolved))
+    return _plain(OmegaConf.merge(under, loaded))
+
+
+def _plain(mapping: Any) -> dict[str, Any]:
+    """OmegaConf's mapping as a dict, references as they are written."""
+    from omegaconf import OmegaConf
+
+    found: Any = OmegaConf.to_container(mapping)
+    return found
+
+
+def _fill(cls: type, values: Any, prefix: str, where: str) -> Any:
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: {prefix.rstrip('.')} is {values!r}; wanted a mapping of keys")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    ignored = []
+    given = {}
+    for key, value in values.items():
+        if key in fields:
+            given[key] = _value(fields[key], hints[key], value, f"{prefix}{key}", where)
+            continue
+        near = difflib.get_close_matches(str(key), fields, 1, 0.75)
+        if prefix.rstrip(".") in OPEN_SECTIONS and not near:
+            ignored.append(f"{prefix}{key}")
+            continue
+        raise InputError(
+            f"{where}: unknown key {prefix}{key}; did you mean {_nearest(key, fields, prefix)}?"
+        )
+    if ignored:
+        log.warning("%s: keys with no effect here: %s", where, ", ".join(ignored))
+    return cls(**given)
+
+
+def _nearest(key: Any, fields: Iterable[str], prefix: str) -> str:
+    fields = list(fields)
+    if prefix:
+        here = difflib.get_close_matches(str(key), fields, 1, 0.6)
+        if here:
+            return f"{prefix}{here[0]}"
+    everywhere = {
+        name.rpartition(".")[2]: name for name in [*_all_keys(), *(f"{prefix}{f}" for f in fields)]
+    }
+    return everywhere[difflib.get_close_matches(str(key), everywhere, 1, 0.0)[0]]
+
+
+def _all_keys() -> list[str]:
+    hints = typing.get_type_hints(Config)
+    keys = []
+    for name, kind in hints.items():
+        keys.append(name)
+        if dataclasses.is_dataclass(kind):
+            keys += [f"{name}.{f.name}" for f in dataclasses.fields(kind)]
+    return keys
+
+
+def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _fill(hint, value, f"{key}.", where)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    for kind in kinds:
+        if typing.get_origin(kind) is list:
+            item = typing.get_args(kind)[0]
+            if isinstance(value, list) and all(type(v) is item for v in value):
+                break
+        elif typing.get_origin(kind) is dict:
+            if isinstance(value, Mapping) and all(type(name) is str for name in value):
+                item = typing.get_args(kind)[1]
+                return {
+                    name: _value(spec, item, each, f"{key}.{name}", where)
+                    for name, each in value.items()
+                }
+        elif type(value) is kind:
+            break
+    else:
+        wanted = " or ".join(
+            "null" if k is type(None) else str(k) if typing.get_args(k) else k.__name__
+            for k in kinds
+        )
+        raise InputError(f"{where}: {key} is {value!r} ({type(value).__name__}); wanted {wanted}")
+    meta = spec.metadata
+    if "choices" in meta and value not in meta["choices"]:
+        choices = ", ".join(str(choice).lower() for choice in meta["choices"])
+        raise InputError(f"{where}: {key} is {value!r}; wanted one of {choices}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: {key} is {value}; wanted a finite number")
+    if "low" in meta and (value < meta["low"] or (value == meta["low"] and not meta["equal"])):
+        sign = ">=" if meta["equal"] else ">"
+        raise InputError(f"{where}: {key} is {value}; wanted {sign} {meta['low']}")
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,1 @@
+"""Flow matching as mathematics: paths, times, solvers, guidance."""

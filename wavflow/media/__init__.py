@@ -1,0 +1,1 @@
+"""Sound and video as files: decoding, encoding, muxing, loudness, pictures."""

@@ -1,0 +1,1 @@
+"""Whole jobs: captions and files in, sounds and runs out."""

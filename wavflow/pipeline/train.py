@@ -1,0 +1,141 @@
+"""`wavflow train`: the run of a configuration, from its data to its last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from wavflow.base import precision, processes
+from wavflow.base.console import counter, show_log
+from wavflow.base.errors import InputError
+from wavflow.config.load import load_config, save_config
+from wavflow.config.schema import Config, DataConfig, TrainingConfig
+from wavflow.data.dataset import Clips
+from wavflow.data.open import open_dataset
+from wavflow.features import provenance
+from wavflow.systems.wavflow.objective import WavflowObjective
+from wavflow.training.checkpoint import read_weights
+from wavflow.training.dry_run import DryRun, dry_run
+from wavflow.training.trainer import Trainer, TrainResult
+
+
+def train(config: Config | str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainResult:
+    """Trains WavFlow as a configuration says, or goes on with the run it describes.
+
+    The run lives in `<training.output_dir>/<experiment_id>/`, with `training.overfit` in
+    `<experiment_id>_overfit_<clips>/`. Under torchrun every process calls it.
+
+    Args:
+        config: a `Config`, YAML file or preset.
+        overrides: `key=value` on top of a file or preset.
+
+    Raises:
+        InputError: anything wrong with the configuration, the data or an existing checkpoint.
+    """
+    config = _resolve(config, overrides)
+    with _prepare(config, write=True) as trainer:
+        if not trainer.resume():
+            _start_from(trainer, config)
+        return trainer.run()
+
+
+def try_out(
+    config: Config | str | os.PathLike[str], overrides: Iterable[str] = (), seconds: float = 20
+) -> DryRun:
+    """What `train` would need, by a few real steps; writes nothing into the run's folder.
+
+    Args:
+        config, overrides: as of `train`.
+        seconds: how long to take steps.
+
+    Raises:
+        InputError: as `train` does.
+    """
+    config = _resolve(config, overrides)
+    with _prepare(config, write=False) as trainer:
+        if not trainer.resume():
+            _start_from(trainer, config)
+        return dry_run(trainer, seconds)
+
+
+def _resolve(config: Config | str | os.PathLike[str], overrides: Iterable[str]) -> Config:
+    overrides = list(overrides)
+    if not isinstance(config, Config):
+        return load_config(config, overrides)
+    if overrides:
+        raise InputError(
+            "overrides go with a file or a preset; use dataclasses.replace on a Config"
+        )
+    return config
+
+
+@contextmanager
+def _prepare(config: Config, *, write: bool) -> Iterator[Trainer]:
+    """The trainer of a configuration, in its processes."""
+    settings = config.training
+    show_log()
+    # A smoke run must not be what the whole run goes on from.
+    part = "" if settings.overfit is None else f"_overfit_{settings.overfit}"
+    out = Path(settings.output_dir) / f"{config.experiment_id}{part}"
+    with processes.join(settings.device, group=settings.strategy == "fsdp") as world:
+        if not world.is_main:
+            logging.getLogger("wavflow").setLevel(logging.WARNING)
+        for table in (config.data.csv_path, config.data.val_csv_path):
+            if table is not None:
+                provenance.check_model(table, config.model)
+        with world.main_first():
+            report = out / "report.csv" if write and world.is_main else None
+            dataset = _open(config.data, settings, report)
+            validation = None
+            if config.data.val_csv_path is not None:
+                validation = _open(_validation(config.data), settings, None)
+        if settings.overfit is not None:
+            dataset = dataset.subset(settings.overfit)
+        torch.manual_seed(settings.seed)
+        trainer = Trainer(
+            WavflowObjective(config),
+            dataset,
+            settings,
+            out,
+            config=config.to_dict(),
+            world=world,
+            dtype=precision.resolve_dtype(settings.dtype, world.device),
+            validation=validation,
+        )
+        if write and world.is_main:
+            save_config(out / "config.yaml", config)
+        yield trainer
+
+
+def _open(data: DataConfig, settings: TrainingConfig, report: Path | None) -> Clips:
+    with counter("reading") as progress:
+        return open_dataset(data, report=report, workers=settings.num_workers, progress=progress)
+
+
+def _validation(data: DataConfig) -> DataConfig:
+    """The validation clips: all of them, in order, their first windows."""
+    return replace(
+        data,
+        csv_path=data.val_csv_path,
+        store=None,
+        source_weights=None,
+        shuffle="full",
+        crop="first",
+    )
+
+
+def _start_from(trainer: Trainer, config: Config) -> None:
+    initial = config.checkpoint
+    if initial.initial_load_path is None:
+        return
+    path = Path(initial.initial_load_path)
+    if not initial.initial_load_model_only:
+        trainer.restore(path)
+        return
+    trainer.start_from(read_weights(path, "none").state, path)

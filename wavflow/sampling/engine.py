@@ -1,0 +1,286 @@
+"""How the steps of a solver run on a network: one by one, as CUDA graphs, or compiled."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wavflow.flow.guidance import Output, rescale_guidance
+from wavflow.flow.solvers import advance, is_unguided, table_slots
+from wavflow.sampling.graphs import capture
+from wavflow.systems.wavflow.conditions import Conditions
+from wavflow.systems.wavflow.network import WavflowModel
+
+log = logging.getLogger("wavflow")
+
+ENGINES = ("auto", "eager", "graph", "compile")
+#: Rows of the table that a captured graph has room for; longer tables get graphs of their own.
+TABLE_ROWS = 64
+
+# Told after a step: its row, its point of evaluation (b n d), what the network returned there.
+After = Callable[[int, Tensor, Output], None]
+
+
+class Engine:
+    """Runs a model through a solver's table.
+
+    - ``eager``: the network's operations one by one.
+    - ``graph``: a step is captured once as a CUDA graph and replayed: the table, the row's number,
+      the state and the conditions lie on the device at fixed places, so that one graph serves
+      every step, solver and clip of one batch size, length and window; a step without guidance has
+      one of its own. The last `limit` of them are kept.
+    - ``compile``: the step by ``torch.compile``, for the kinds of GPU code that cannot be captured.
+    - ``auto``: ``graph`` on a GPU, else ``eager``. If a capture fails, the reason is logged and
+      ``compile`` takes over for good.
+
+    ``kind`` says which of them runs. Results agree within the tolerances of the ops.
+
+    Args:
+        model: the network, or its prepared copy.
+        kind: one of ENGINES.
+        dtype: what autocast casts to, float32 or float64 for no autocast.
+        limit: batch sizes and lengths that are kept captured.
+
+    Raises:
+        ValueError: an unknown kind, or ``graph`` for a model that is not on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: WavflowModel,
+        kind: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        limit: int = 4,
+    ) -> None:
+        if kind not in ENGINES:
+            raise ValueError(f"engine is {kind!r}, wanted one of {', '.join(ENGINES)}")
+        gpu = model.device.type == "cuda"
+        if kind == "graph" and not gpu:
+            raise ValueError(f"engine 'graph' needs a model on a GPU, it is on {model.device}")
+        self.may_fall_back = kind == "auto"
+        self.kind = ("graph" if gpu else "eager") if kind == "auto" else kind
+        self.model, self.dtype, self.limit = model, dtype, limit
+        self._kept: OrderedDict[tuple[Any, ...], _Steps] = OrderedDict()
+        self._compiled: Callable[..., Output] | None = None
+
+    def cast(self) -> AbstractContextManager[Any]:
+        """The autocast that the network runs under."""
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(
+            self.model.device.type,
+            self.dtype if half else None,
+            enabled=half,
+            cache_enabled=self.kind != "graph",  # a graph cannot hold what was cast outside of it
+        )
+
+    @torch.inference_mode()
+    def solve(
+        self,
+        noise: Tensor,  # b n d
+        table: Tensor,  # evaluations 2+k(k+1)
+        conditions: Conditions,
+        empty: Conditions | None = None,
+        *,
+        rescale: float = 0.0,
+        after: After | None = None,
+    ) -> Tensor:  # b n d
+        """Carries `noise` through the rows of `table`, as ``solvers.solve`` does.
+
+        Args:
+            noise: float32 or float64.
+            conditions, empty: of the clips, and of nothing; without the latter all rows run
+                unguided.
+            rescale: share of ``rescale_guidance``.
+            after: ``after(row, x, prediction)`` is called once a row is done, with its number, its
+                point of evaluation and what the network returned there; the next step overwrites
+                both.
+        """
+        alone = [plain or empty is None for plain in is_unguided(table)]
+        steps = self._steps(noise, table, conditions, empty, rescale, set(alone))
+        with self.cast():
+            return steps.run(alone, after)
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        t: float,
+        x: Tensor,  # b n d
+        conditions: Conditions,
+        empty: Conditions | None,
+        weight: float,
+        rescale: float = 0.0,
+    ) -> Output:
+        """What the network says of x at t; the next call overwrites it.
+
+        A pair (with, without conditions), unless `empty` is None, `weight` 1 or they are rescaled.
+        """
+        alone = weight == 1 or empty is None
+        table = torch.tensor([[t, weight, 0.0, 1.0]], dtype=torch.float64)  # leaves x as it is
+        steps = self._steps(x, table, conditions, empty, rescale, {alone})
+        with self.cast():
+            return steps.predicted(alone)
+
+    def _steps(
+        self,
+        noise: Tensor,
+        table: Tensor,
+        conditions: Conditions,
+        empty: Conditions | None,
+        rescale: float,
+        kinds: set[bool],
+    ) -> _Steps:
+        """Steps that begin with these values, ready to run."""
+        given = (noise, table, conditions, empty, rescale)
+        if self.kind == "graph":
+            try:
+                return self._captured(*given, kinds)
+            except RuntimeError as error:
+                if not self.may_fall_back:
+                    raise
+                log.warning("no CUDA graph of the step (%s): it is compiled instead", error)
+                self.kind = "compile"
+                self._kept.clear()
+        if self.kind == "compile" and self._compiled is None:
+            self._compiled = torch.compile(_predict, dynamic=False)
+        return _Steps(self.model, self._compiled or _predict, *given)
+
+    def _captured(
+        self,
+        noise: Tensor,
+        table: Tensor,
+        conditions: Conditions,
+        empty: Conditions | None,
+        rescale: float,
+        kinds: set[bool],
+    ) -> _Steps:
+        """Captured steps of these shapes, which hold the given values."""
+        rows = -(-len(table) // TABLE_ROWS) * TABLE_ROWS
+        room = F.pad(table, (0, 0, 0, rows - len(table)))
+        tokens = (len(conditions.rope), len(conditions.sync_tokens.index), conditions.window)
+        shared = (self.model.sharing.rank, self.model.sharing.size)
+        key = (noise.shape, noise.dtype, tokens, shared, room.shape, empty is None, rescale)
+        steps = self._kept.pop(key, None)
+        if steps is None:
+            while len(self._kept) >= self.limit:
+                self._kept.popitem(last=False)
+            own = _clone(conditions), None if empty is None else _clone(empty)
+            steps = _Steps(self.model, _predict, noise, room, *own, rescale)
+        self._kept[key] = steps
+        with self.cast():
+            steps.capture(kinds)
+        steps.load(noise, room, conditions, empty)
+        return steps
+
+
+def _predict(
+    model: WavflowModel,
+    t: Tensor,
+    x: Tensor,
+    conditions: Conditions,
+    empty: Conditions | None,
+    weight: Tensor,
+    rescale: float,
+) -> Output:
+    """What the network says of x (b n d) at a 0-d t."""
+    if empty is None:
+        return model.predict_flow(x, t.expand(len(x)), conditions)
+    pair = model.predict_flow_pair(x, t, conditions, empty)
+    return rescale_guidance(*pair, weight, rescale) if rescale else pair
+
+
+class _Steps:
+    """Everything that a step reads and writes, at places that stay, and its graphs."""
+
+    def __init__(
+        self,
+        model: WavflowModel,
+        predict: Callable[..., Output],
+        noise: Tensor,
+        table: Tensor,
+        conditions: Conditions,
+        empty: Conditions | None,
+        rescale: float,
+    ) -> None:
+        self.model, self.predict, self.rescale = model, predict, rescale
+        self.conditions, self.empty = conditions, empty
+        self.state = noise.new_zeros(table_slots(table), *noise.shape)
+        self.state[0] = noise
+        self.point = torch.empty_like(noise)
+        self.table = table.to(noise)
+        self.index = torch.zeros(1, dtype=torch.int64, device=noise.device)
+        # By whether a step is unguided: what replays it, and what it writes its prediction to.
+        self.graphs: dict[bool, tuple[Callable[[], None], Output]] = {}
+
+    def load(
+        self, noise: Tensor, table: Tensor, conditions: Conditions, empty: Conditions | None
+    ) -> None:
+        """Starts anew from these values, of the same shapes."""
+        self.state.zero_()
+        self.state[0] = noise
+        self.table.copy_(table)
+        self.index.zero_()
+        _copy(self.conditions, conditions)
+        if empty is not None and self.empty is not None:
+            _copy(self.empty, empty)
+
+    def step(self, alone: bool) -> Output:
+        """Evaluates the network for row `index` and takes the state there; returns the former."""
+        row = self.table.index_select(0, self.index)[0]
+        self.point.copy_(self.state[0])
+        predicted = self.predict(
+            self.model,
+            row[0],
+            self.point,
+            self.conditions,
+            None if alone else self.empty,
+            row[1],
+            self.rescale,
+        )
+        advance(self.state, self.table, self.index, predicted)
+        return predicted
+
+    def capture(self, kinds: set[bool]) -> None:
+        """Captures the kinds of steps that are not yet."""
+        for alone in kinds - self.graphs.keys():
+            self.graphs[alone] = capture(
+                partial(self.step, alone), self.index.zero_, self.state.device
+            )
+
+    def run(self, alone: list[bool], after: After | None) -> Tensor:  # b n d
+        for row, kind in enumerate(alone):
+            predicted = self.predicted(kind)
+            if after is not None:
+                after(row, self.point, predicted)
+        return self.state[0].clone()
+
+    def predicted(self, alone: bool) -> Output:
+        """Takes the next step; what the network returned there, until the step after it."""
+        if alone not in self.graphs:
+            return self.step(alone)
+        replay, predicted = self.graphs[alone]
+        replay()
+        return predicted
+
+
+def _tensors(conditions: Conditions) -> dict[str, Tensor]:
+    values = {f.name: getattr(conditions, f.name) for f in fields(conditions)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _clone(conditions: Conditions) -> Conditions:
+    copies: dict[str, Any] = {n: t.clone() for n, t in _tensors(conditions).items()}
+    return replace(conditions, **copies)
+
+
+def _copy(to: Conditions, conditions: Conditions) -> None:
+    for name, tensor in _tensors(conditions).items():
+        getattr(to, name).copy_(tensor)

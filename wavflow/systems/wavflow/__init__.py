@@ -1,0 +1,1 @@
+"""WavFlow: sound from video and text by flow matching on raw audio."""

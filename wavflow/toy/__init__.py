@@ -1,0 +1,1 @@
+"""The toy world: videos of things that are struck, their sounds and captions."""

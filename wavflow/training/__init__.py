@@ -1,0 +1,1 @@
+"""The trainer: steps, averages, checkpoints, logs; it knows no system."""
