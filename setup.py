@@ -1,4 +1,4 @@
-"""Builds wavflow_kernels._C with CMake. WAVFLOW_BUILD = auto | none | cpu | cuda (README, "Build").
+"""Builds wavflow_kernels._C with CMake. WAVFLOW_BUILD = auto | none | cpu | cuda (docs/install.md).
 
 CMakeLists.txt alone holds sources and flags; this file decides what to build and reports it.
 """

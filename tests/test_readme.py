@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-README = TESTS.parent / "README.md"
-PAGES = [README, *sorted((TESTS.parent / "docs").glob("*.md"))]
+ROOT = TESTS.parent
+README = ROOT / "README.md"
+# The README's examples come first: the guides' go on from them.
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def examples() -> list[str]:
@@ -24,6 +26,18 @@ def examples() -> list[str]:
 def test_the_first_example_fits_in_twelve_lines() -> None:
     assert len(examples()[0].strip().splitlines()) <= 12
     assert examples()[0].index("pipe(") < examples()[0].index("train(")
+
+
+def test_the_doors_stay_short() -> None:
+    """What is longer belongs into a guide."""
+    for page, most in ((README, 150), (ROOT / "CONTRIBUTING.md", 120)):
+        assert len(page.read_text(encoding="utf-8").splitlines()) <= most, page.name
+
+
+def test_the_readme_leads_to_every_guide() -> None:
+    linked = re.findall(r"\]\((docs/[\w-]+\.md)\)", README.read_text(encoding="utf-8"))
+    guides = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))
+    assert sorted(set(linked)) == guides
 
 
 def test_the_examples_run(tmp_path: Path) -> None:
@@ -49,7 +63,7 @@ def test_the_examples_run(tmp_path: Path) -> None:
         assert (len(wave), rate) == (8000 * seconds, 8000)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_linked_file_and_heading_exists(page: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
         file, _, heading = target.partition("#")
@@ -61,9 +75,10 @@ def test_every_linked_file_and_heading_exists(page: Path) -> None:
 
 
 def test_every_test_that_the_docs_name_exists() -> None:
-    text = (README.parent / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    files = {path.name: path for path in TESTS.rglob("test_*.py")}
     named, file = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", text), ""
     assert len(named) > 20
     for there, test in named:
         file = there or file
-        assert f"def {test}(" in (TESTS / file).read_text(encoding="utf-8"), f"{file}::{test}"
+        assert f"def {test}(" in files[file].read_text(encoding="utf-8"), f"{file}::{test}"

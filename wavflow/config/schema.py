@@ -24,12 +24,35 @@ def _over(default: float | None, low: float, *, equal: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network and which encoders. A size left at null is the named preset's.
+    """The network, the encoders whose features it hears, and the weights to generate from.
 
-    `attention_window` is how many seconds away a sound may be to be attended to, null for any
-    number; `rope_scaling` is of clips longer than in training (`wavflow.layers.embeddings`).
-    `clip_pretrained` is open_clip's name of weights or a file of them; `synchformer_ckpt` a file,
-    null for the public one.
+    A size left at null is the named preset's.
+
+    Attributes:
+        name: Preset of the network: `medium_16k`, `medium_44k`, `large_16k`, `large_44k` or
+            `toy_8k`.
+        hidden_dim: Channels of a token inside the network, a multiple of 2 x `num_heads`.
+        depth: Blocks in all, joint and fused.
+        fused_depth: How many of the blocks, the last ones, see the audio tokens alone; less than
+            `depth`.
+        num_heads: Attention heads.
+        mlp_ratio: Asked width of a block's feed-forward over `hidden_dim`. The inner width is two
+            thirds of it, rounded up to a multiple of 256.
+        attention_window: Seconds away that a token of sound or video may be to be attended to; null
+            for any distance. Text tokens see, and are seen by, all.
+        rope_scaling: Rotary positions in clips longer than those of the training: go on with them
+            (`none`), squeeze them into the trained range (`linear`), or raise the base of the
+            frequencies (`ntk`).
+        encoders: Where features come from: `embedded` (no download, for toy worlds) or
+            `clip_synchformer` (the public ones).
+        ckpt_path: Checkpoint that `wavflow infer` generates from.
+        use_ema: Which weights of a training checkpoint are read: `ema1` (or true), `ema2`, or
+            `none` (or false) for those that are trained.
+        empty_string_ckpt: File with the features of the empty caption; null asks the encoder.
+        clip_model_name: open_clip's name of the CLIP model.
+        clip_pretrained: open_clip's name of its weights, or a file of them.
+        synchformer_ckpt: File of Synchformer's weights; null fetches the public ones.
+        encoder_dtype: Dtype that the public encoders compute in.
     """
 
     name: str = "medium_16k"
@@ -72,13 +95,33 @@ class ModelConfig:
 class DataConfig:
     """The table of clips, for training or for generation, and the sizes of a clip's data.
 
-    For training, `csv_path` may also name a folder made by `wavflow pack`, and `store` a folder
-    where the table is packed before the first step. `crop` says which window of a longer recording
-    is taken, `lift` whose level its loudness is lifted by: the clip's own (with `crop: first` that
-    of its whole file) or the recording's. `sync_layout` says what a row of sync features stands for
-    (`wavflow.data.crop`). `source_weights` are the shares of an epoch that the sources of the
-    table's `source` column get. `shuffle: shards` reads `shuffle_shards` shards of a pack at a
-    time.
+    Attributes:
+        csv_path: Table of clips. For training also a folder made by `wavflow pack`.
+        val_csv_path: Table of held-out clips whose loss is taken during training; null for none.
+        data_root: Folder that relative paths in the table start from; null for the table's own.
+        store: Folder where the table is packed before the first step, and read from; null reads the
+            files.
+        source_weights: Share of an epoch's examples that each source in the table's `source` column
+            gets; null for all clips alike.
+        shuffle: Order of the examples: among all clips (`full`), or among a few shards of a pack at
+            a time (`shards`), for disks that are slow at random places.
+        shuffle_shards: Shards that are shuffled together under `shuffle: shards`.
+        crop: Which window of a longer recording is taken: its `first`, or one at a `random` place.
+        lift: Whose level the loudness of a clip is set by: its own (`clip`; with `crop: first` that
+            of its whole file) or that of its whole `recording`.
+        audio_scale: Factor from samples in [-1, 1] to what the network sees.
+        target_sample_rate: Samples a second; other sounds are resampled.
+        audio_duration: Seconds of a clip.
+        audio_dim: Samples of a token.
+        clip_seq_len: Rows of clip features (what is seen) in a clip.
+        clip_dim: Width of a clip row.
+        sync_seq_len: Rows of sync features (when it moves) in a clip.
+        sync_dim: Width of a sync row.
+        sync_layout: What a sync row stands for: a part of one of Synchformer's overlapping
+            segments of 8 rows (`segments`), or an even stretch of time (`even`).
+        text_seq_len: Rows of text features of a caption.
+        text_dim: Width of a text row.
+        cache_mb: MB of recordings and features that training keeps in memory.
     """
 
     csv_path: str | None = None
@@ -130,16 +173,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """What one video may take, and lack, before it is refused (`wavflow.media.video_worker`).
+    """What one video may take, and lack, before it is refused.
 
     Attributes:
-        file_gb: GB (10^9 bytes) of the file.
-        hours: that the file says it lasts.
-        megapixels: of a picture.
-        idle_packets: in a row that bring no later picture.
-        seconds: on the clock.
-        memory_gb: GB (10^9 bytes) beside the decoded frames, where the system can bound it.
-        hold_seconds: that the last picture lasts longer where the video is too short.
+        file_gb: Largest file, in GB (10^9 bytes).
+        hours: Longest duration that the file may claim.
+        megapixels: Largest picture.
+        idle_packets: Most packets in a row that bring no later picture.
+        seconds: Longest time on the clock that decoding may take.
+        memory_gb: Most memory, in GB (10^9 bytes), that decoding may take beside the frames, where
+            the system can bound it.
+        hold_seconds: How long the last picture may be held where a video is too short for its clip.
     """
 
     file_gb: float = _over(16.0, 0)
@@ -153,10 +197,19 @@ class DecodingConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The flow: path, prediction, law of t in training (mean, scale), solver and steps.
+    """The flow that a network is trained on, and the solver that `wavflow infer` follows it by.
 
-    `method` is that of `wavflow infer`, `num_steps` the steps of a solver that is named; without
-    one sounds are generated as `wavflow.flow.solvers.BEST` says.
+    Attributes:
+        prediction_type: What the network predicts: the clean sound (`x`) or the velocity (`v`).
+        noise_shift: s in t / (t + s (1 - t)), by which times are shifted in training and on even
+            times; above 1 more of them lie near noise.
+        min_sigma: Noise that is left at t = 1; even times end at 1 - `min_sigma`.
+        method: Solver of `wavflow infer`.
+        num_steps: Steps of a solver that is named. Without one, sounds are generated in the default
+            way of `wavflow generate`, with its own steps.
+        noise_scale: Standard deviation of the noise at t = 0.
+        mean: Mean of the normal number whose sigmoid is the time of a training example.
+        scale: Standard deviation of that number.
     """
 
     prediction_type: str = _one_of("x", "v")
@@ -171,7 +224,22 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """Generation from a table of clips."""
+    """Generation from a table of clips, by `wavflow infer`.
+
+    Attributes:
+        cfg: Weight of classifier-free guidance, wherever none is given; 1 or less runs the
+            conditional pass alone.
+        guidance_interval: Times from and to which there is guidance, 0 noise and 1 data.
+        guidance_rescale: Share of the guided prediction's standard deviation that is brought back
+            to the unguided one's (arXiv 2305.08891).
+        times: How the solver's times are spaced.
+        batch_size: Most clips that are generated together.
+        seed: Base seed; the seed of a row comes from it and the row's id.
+        trim_to_duration: Whether a sound ends with its last sample, or with its last whole token.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+        dtype: Dtype of the network's matrix products. `auto` is bfloat16 where the device has it in
+            hardware, else float32.
+    """
 
     cfg: float = 4.5
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -186,7 +254,17 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """Where generated sound goes and how loud it is."""
+    """Where generated sound goes and how loud it is.
+
+    Attributes:
+        output_dir: Folder; sounds go to `<output_dir>/<experiment_id>/`.
+        loudness_norm: Whether sounds are brought to one loudness (ITU-R BS.1770).
+        loudness_target_lufs: That loudness, in LUFS.
+        format: Kind of the sound files.
+        mux: Whether a row with a video also gives `<id>.mp4`, the video with the sound.
+        overwrite: Whether sounds that were made from something else are replaced; else their rows
+            fail.
+    """
 
     output_dir: str = "outputs"
     loudness_norm: bool = True
@@ -200,9 +278,53 @@ class OutputConfig:
 class TrainingConfig:
     """Optimiser, schedule, length of the run and what is written when.
 
-    `batch_size` is that of one process and one backward: a step takes batch_size x processes x
-    accumulation clips. `*_steps` count steps, the public files' frequencies epochs, `log_freq`
-    steps.
+    A run ends by `epochs`, `max_steps` or `max_seconds`, whichever comes first.
+
+    Attributes:
+        epochs: Epochs of the run.
+        max_steps: Steps of the run; null for no bound.
+        max_seconds: Seconds of the run, all its parts together; null for no bound.
+        warmup_steps: Steps in which the learning rate rises to its peak.
+        clip_grad_norm: Largest norm of a step's gradient; longer ones are scaled to it.
+        batch_size: Clips of one process and one backward. A step takes `batch_size` x processes x
+            `accumulation`.
+        seed: Seed of the initial weights, the order of the clips, and all noise and times.
+        start_epoch: Epoch that a new run starts in.
+        num_workers: Threads that read clips ahead; 0 reads them between the steps.
+        dataloader_pin_memory: Whether batches for a GPU are read into page-locked memory.
+        dataloader_prefetch_factor: Micro-batches that each thread reads ahead.
+        device: `auto` (a GPU for each process if there are any), `cpu`, `cuda` or `cuda:N`.
+        dtype: Dtype of the network's matrix products. `auto` is bfloat16 where the device has it in
+            hardware, else float32.
+        strategy: The model whole in every process (`ddp`), or in shards (`fsdp`, FSDP2).
+        accumulation: Backwards before the optimiser's step.
+        compile: Whether the network runs through torch.compile.
+        gradient_checkpointing: Whether blocks are computed again in the backward, to save memory.
+        output_dir: Folder; a run lives in `<output_dir>/<experiment_id>/`.
+        lr: Peak learning rate; null derives it from `blr`.
+        blr: Peak learning rate for 256 clips a step, where `lr` is null.
+        min_lr: Learning rate that the cosine ends at.
+        lr_schedule: How the learning rate goes on after the warm-up.
+        lr_schedule_steps: Epochs at which the schedule `step` multiplies the rate.
+        lr_schedule_gamma: Factor of the schedule `step`.
+        weight_decay: AdamW's weight decay of tensors with two or more axes.
+        log_freq: Steps between two lines of figures.
+        gen_train_freq: Epochs between two sets of generated samples; 0 for none.
+        val_steps: Steps between two losses of the held-out clips.
+        tensorboard: Whether figures and samples are also written for TensorBoard; `auto` where it
+            is installed.
+        max_bad_steps: Steps in a row without a finite gradient that end the run.
+        overfit: Train on the first so many clips alone, in a run of its own; null for all.
+        checkpoint_freq: Epochs between two writings of the latest checkpoint.
+        checkpoint_minutes: Minutes after which it is written in any case.
+        checkpoint_save_epoch: Epochs between two checkpoints that stay; 0 for none.
+        resume: Which checkpoint a run goes on from: the `latest` or the one before it.
+        ema_decay1: Decay of the first average of the weights (EMA), reached by a warm-up.
+        ema_decay2: Decay of the second one.
+        ema_checkpoint_save_epoch: Epochs between two files of the first average; 0 for none.
+        loss_type: Whether velocities (`v`) or clean sounds (`x`) are compared.
+        label_drop_prob: Chance that an example's video, and that its text, is left out, so that the
+            network learns to go without.
     """
 
     epochs: int = _over(100, 0)
@@ -254,14 +376,23 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Sampling during training: the guidance, in the default way (`wavflow.flow.solvers.BEST`)."""
+    """Samples that are generated during training, in the default way of `wavflow generate`.
+
+    Attributes:
+        cfg: Weight of their classifier-free guidance.
+    """
 
     cfg: float = 4.5
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Weights to start from, where the run has no checkpoint of its own yet."""
+    """Weights to start from, where the run has no checkpoint of its own yet.
+
+    Attributes:
+        initial_load_path: Checkpoint to start from; null starts from nothing.
+        initial_load_model_only: Whether its weights alone are taken, or the whole state of its run.
+    """
 
     initial_load_path: str | None = None
     initial_load_model_only: bool = True
@@ -269,7 +400,20 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is told."""
+    """Everything a run is told, section by section.
+
+    Attributes:
+        model: The network and the encoders.
+        data: The table and the sizes of a clip.
+        decoding: Limits for videos.
+        sampling: The flow and the solver.
+        inference: Generation from a table.
+        output: Sound files.
+        training: The run.
+        eval: Samples during training.
+        checkpoint: Where to start from.
+        experiment_id: Name of the run, and of its folder.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
