@@ -8,22 +8,17 @@ import torch
 
 import wavflow
 from wavflow.base.files import read_json
-from wavflow.config.load import load_config
 from wavflow.data.manifest import read_manifest
 from wavflow.evaluation.toy import match, onsets
-from wavflow.features.extract import extract
 from wavflow.media.audio import load_audio
-from wavflow.pipeline.sampler import Sampler
-from wavflow.pipeline.train import train
 from wavflow.sampling.windows import Windows
 
 pytestmark = pytest.mark.slow
 
 RATE, HOP, SIZE, SECONDS = 8000, 80, 256, 12.0
-# In deviations of a clip: what parts sounds of windows (0.31) from clips put one behind the other
-# (0.95 in bfloat16 with AVX-512, 0.60 in float32 with AVX2).
+# In deviations of a clip: what parts sounds of windows (0.10) from clips put one behind the other
+# (0.88).
 BOUND = 0.5
-NETWORK = ["hidden_dim=64", "num_heads=1", "depth=3", "fused_depth=1"]
 
 
 def measures(wave: np.ndarray) -> dict[str, np.ndarray]:
@@ -66,16 +61,18 @@ def deviations(waves: list[np.ndarray], windows: Windows) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A sampler, short held-out clips, long held-out clips."""
+def worlds(tmp_path_factory):
+    """Short held-out clips, and long ones."""
     root = tmp_path_factory.mktemp("seams")
-    wavflow.write_toy_world(root / "short", 160, 5, heldout=8, workers=1)
+    wavflow.write_toy_world(root / "short", 1, 5, heldout=16, workers=1)
     wavflow.write_toy_world(root / "long", 1, 6, heldout=24, seconds=SECONDS, workers=1)
-    result = extract(root / "short/train.csv", root / "f", workers=1)
-    settings = [f"data.csv_path={result.csv}", f"training.output_dir={root / 'run'}"]
-    settings += ["training.max_steps=700", *(f"model.{each}" for each in NETWORK)]
-    done = train(load_config("toy_8k", settings))
-    return Sampler.load(done.checkpoint, dtype="float32"), root
+    return root
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    """The packaged network, trained on another toy world."""
+    return wavflow.load("toy_8k", dtype="float32")
 
 
 def clips(folder):
@@ -90,37 +87,39 @@ def recall(sounds, wanted):
     return sum((match(onsets(s, RATE), e) for s, e in pairs), start=match([], [])).recall
 
 
-def test_nothing_is_heard_where_windows_meet(trained):
-    sampler, root = trained
-    videos, captions, times = zip(*clips(root / "long"), strict=True)
-    windows = Windows.cover(SECONDS, sampler.config.data)
+def test_nothing_is_heard_where_windows_meet(sampler, worlds):
+    videos, captions, times = zip(*clips(worlds / "long"), strict=True)
+    windows = Windows.cover(SECONDS, sampler.maker.size(sampler.maker.seconds))
     sounds = sampler.generate(captions, videos, seconds=SECONDS, seed=1)
     waves = [sound.audio.numpy() for sound in sounds]
     found = deviations(waves, windows)
     assert all(abs(value) < BOUND for value in found.values()), found
 
     # As long sounds were made of clips on their own: the measures know.
-    pieces = [np.zeros(windows.tokens * HOP, np.float32) for _ in waves]
-    for k, (time, start) in enumerate(zip(windows.times, windows.starts, strict=True)):
-        for i, (video, caption, piece) in enumerate(zip(videos, captions, pieces, strict=True)):
-            scene = sampler.encode(caption, video, SECONDS)
-            (clip,) = sampler.generate_features([scene.window(time)], [100 * i + k])
+    pieces = []
+    for i, (video, caption) in enumerate(zip(videos, captions, strict=True)):
+        scene, piece = sampler.encode(caption, video, SECONDS), np.zeros(windows.tokens * HOP)
+        alone = sampler.generate_features(
+            [scene.window(time) for time in windows.times],
+            [100 * i + k for k in range(len(windows))],
+        )
+        for start, clip in zip(windows.starts, alone, strict=True):
             piece[start * HOP : start * HOP + len(clip.audio)] = clip.audio.numpy()
+        pieces.append(piece)
     apart = deviations([piece[: len(waves[0])] for piece in pieces], windows)
     assert max(abs(value) for value in apart.values()) > BOUND, apart
 
-    short_videos, short_captions, short_times = zip(*clips(root / "short"), strict=True)
+    short_videos, short_captions, short_times = zip(*clips(worlds / "short"), strict=True)
     short = sampler.generate(short_captions, short_videos, seed=1)
     heard = recall([s.audio for s in sounds], times), recall([s.audio for s in short], short_times)
-    assert heard[0] >= heard[1] - 0.03 and heard[0] > 0.8, heard
+    assert heard[0] >= heard[1] - 0.03 and heard[0] > 0.9, heard
 
 
-def test_nothing_is_heard_where_a_recording_goes_on(trained):
+def test_nothing_is_heard_where_a_recording_goes_on(sampler, worlds):
     """The true beginnings of held-out clips, and where they end."""
-    sampler, root = trained
-    audio = [load_audio(path, RATE) for path in sorted((root / "long/audio").glob("heldout*"))]
+    audio = [load_audio(path, RATE) for path in sorted((worlds / "long/audio").glob("heldout*"))]
     waves, at = [], 450
-    for (video, caption, _), wave in zip(clips(root / "long"), audio, strict=True):
+    for (video, caption, _), wave in zip(clips(worlds / "long"), audio, strict=True):
         begun = wave[: at * HOP]
         waves.append(sampler.complete(begun, caption, video, seconds=9.0).audio.numpy())
         assert torch.equal(torch.from_numpy(waves[-1][: at * HOP]), begun)
