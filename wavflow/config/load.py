@@ -45,7 +45,8 @@ def config_from_dict(
             or outside its range (the key, the value and what is wanted are named), an unknown
             system.
     """
-    config = _Reader(where, _sections(values, where, trusted)).fill(Config, values, "")
+    system = _system(values, where, trusted)
+    config = _Reader(where, system).fill(Config, values, "")
     if config.model.use_ema not in (True, False, "ema1", "ema2", "none"):
         raise InputError(
             f"{where}: model.use_ema is {config.model.use_ema!r}; "
@@ -138,8 +139,8 @@ def _plain(mapping: Any) -> dict[str, Any]:
     return found
 
 
-def _sections(values: Any, where: str, trusted: bool) -> dict[str, type]:
-    """The classes of the sections that the values' system has of its own."""
+def _system(values: Any, where: str, trusted: bool) -> str:
+    """The name of the values' system, which there is."""
     name = values.get("system", Config.system) if isinstance(values, Mapping) else Config.system
     if not isinstance(name, str):
         raise InputError(f"{where}: system is {name!r} ({type(name).__name__}); wanted str")
@@ -149,9 +150,10 @@ def _sections(values: Any, where: str, trusted: bool) -> dict[str, type]:
             "or give a configuration file of its own"
         )
     try:
-        return sections(name)
+        sections(name)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    return name
 
 
 class _Reader:
@@ -159,11 +161,11 @@ class _Reader:
 
     Args:
         where: the values are from, for messages.
-        sections: classes of the sections that `Config` leaves to its system.
+        system: whose configuration it is.
     """
 
-    def __init__(self, where: str, sections: dict[str, type]) -> None:
-        self.where, self.sections = where, sections
+    def __init__(self, where: str, system: str) -> None:
+        self.where, self.system, self.sections = where, system, sections(system)
 
     def fill(self, cls: type, values: Any, prefix: str) -> Any:
         """A dataclass from the mapping of a section; `prefix` is the section's name with a dot."""
@@ -187,7 +189,9 @@ class _Reader:
                 ignored.append(f"{prefix}{key}")
                 continue
             nearest = self._nearest(key, fields, prefix)
-            raise InputError(f"{where}: unknown key {prefix}{key}; did you mean {nearest}?")
+            own = cls in self.sections.values() and self.system != Config.system
+            whose = f" of system {self.system}" if own else ""
+            raise InputError(f"{where}: unknown key {prefix}{key}{whose}; did you mean {nearest}?")
         if ignored:
             log.warning("%s: keys with no effect here: %s", where, ", ".join(ignored))
         return cls(**given)
