@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from wavflow.base.seeding import Draw
-from wavflow.config.schema import DataConfig
 from wavflow.data.dataset import ClipBatch, Loaded
 from wavflow.data.order import Order
 from wavflow.media.audio import save_wav
+from wavflow.systems.wavflow.config import WavflowDataConfig
 
 SEED = 0
 
@@ -40,8 +40,7 @@ class HeldClips:
             wave=b.wave[:count],
             lengths=b.lengths[:count],
             features={key: value[:count] for key, value in b.features.items()},
-            has_video=b.has_video[:count],
-            has_text=b.has_text[:count],
+            present={flag: value[:count] for flag, value in b.present.items()},
         )
         return Loaded(few, {})
 
@@ -49,7 +48,7 @@ class HeldClips:
         return "held"
 
 
-def clips(data: DataConfig, count: int, device: torch.device) -> ClipBatch:
+def clips(data: WavflowDataConfig, count: int, device: torch.device) -> ClipBatch:
     """So many clips of noise with random features."""
     generator = torch.Generator().manual_seed(SEED)
     features = {
@@ -63,12 +62,11 @@ def clips(data: DataConfig, count: int, device: torch.device) -> ClipBatch:
         wave=wave.to(device),
         lengths=torch.full((count,), data.samples, device=device),
         features=features,
-        has_video=present,
-        has_text=present,
+        present={"video": present, "text": present},
     )
 
 
-def write_clips(folder: Path, data: DataConfig, count: int) -> Path:
+def write_clips(folder: Path, data: WavflowDataConfig, count: int) -> Path:
     """A table of clips, each a wav and a features file of the configured sizes."""
     generator = torch.Generator().manual_seed(SEED)
     rows = ["id,audio_path,features_path,video_exist,text_exist"]

@@ -28,10 +28,10 @@ from bench.harness import fail, machine
 from wavflow.base import memory
 from wavflow.base.files import write_json
 from wavflow.config.load import load_config
-from wavflow.config.schema import Config
 from wavflow.pipeline.request import Options
 from wavflow.pipeline.sampler import Sampler
 from wavflow.systems.wavflow.build import build_model
+from wavflow.systems.wavflow.config import RunConfig
 
 WAYS = ("native", "sliding", "windowed", "streamed")
 LENGTHS = (8.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -55,7 +55,7 @@ class Job:
     batch: int
     threads: int
 
-    def config(self) -> Config:
+    def config(self) -> RunConfig:
         size, _, rate = self.model.partition("_")
         config = (
             load_config(f"medium_{rate}", SMALL) if size == "small" else load_config(self.model)

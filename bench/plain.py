@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import wavflow_kernels as wk
-from wavflow.config.schema import Config
 from wavflow.data.dataset import ClipBatch
 from wavflow.flow.matching import log_normal_sample
 from wavflow.flow.times import shift_time
 from wavflow.layers.attention import RMS_NORM_EPS, AttentionInput
 from wavflow.systems.wavflow.blocks import TransformerBlock
 from wavflow.systems.wavflow.conditions import Conditions
-from wavflow.systems.wavflow.config import SYNC_SEGMENT
+from wavflow.systems.wavflow.config import SYNC_SEGMENT, RunConfig
 from wavflow.systems.wavflow.network import WavflowModel
 from wavflow.training.ema import warmed_up_decay
 
@@ -157,7 +156,7 @@ def guided(
 
 def loss(
     model: WavflowModel,
-    config: Config,
+    config: RunConfig,
     batch: ClipBatch,
     t: Tensor | None = None,
     noise: Tensor | None = None,
@@ -184,7 +183,7 @@ def loss(
         x_t = (1 - (1 - sampling.min_sigma) * at) * noise + at * x_1
     video, text = (
         (flag & (torch.rand(count, device=device) >= dropped))[:, None, None]
-        for flag in (batch.has_video, batch.has_text)
+        for flag in (batch.present["video"], batch.present["text"])
     )
     clip, sync, caption = batch.features.values()
     pred = forward(
@@ -210,7 +209,7 @@ def loss(
 
 def training_step(
     model: WavflowModel,
-    config: Config,
+    config: RunConfig,
     batch: ClipBatch,
     dtype: torch.dtype,
     compiled: bool = False,

@@ -39,10 +39,9 @@ from wavflow.base.memory import keep_freed_memory
 from wavflow.base.processes import World
 from wavflow.base.seeding import Draw
 from wavflow.config.load import load_config
-from wavflow.config.schema import Config
 from wavflow.data.dataset import ClipBatch
 from wavflow.data.open import open_dataset
-from wavflow.systems.wavflow.config import PRESETS
+from wavflow.systems.wavflow.config import PRESETS, RunConfig
 from wavflow.systems.wavflow.network import WavflowModel
 from wavflow.systems.wavflow.objective import WavflowObjective
 from wavflow.training.step_figures import Pace
@@ -107,7 +106,7 @@ class Job:
     def kind(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    def config(self, **training: object) -> Config:
+    def config(self, **training: object) -> RunConfig:
         """The preset's, with the empty caption's features zero."""
         c256 = self.model == "c256"
         given = {"batch_size": self.batch, "num_workers": 0, "epochs": 10**6} | training
@@ -121,7 +120,7 @@ class Job:
         return replace(config, model=replace(config.model, empty_string_ckpt=str(path)))
 
 
-def network(config: Config, device: torch.device) -> WavflowModel:
+def network(config: RunConfig, device: torch.device) -> WavflowModel:
     """A fresh network with random weights everywhere."""
     model = WavflowObjective(config).build()
     fill(model)
@@ -242,7 +241,7 @@ def loading(job: Job, source: Path, steps: int) -> dict[str, float]:
         source: as `data.csv_path`.
     """
     data = replace(job.config().data, csv_path=str(source), cache_mb=0)
-    dataset = open_dataset(data, workers=WORKERS)
+    dataset = open_dataset(data, data.tracks, workers=WORKERS)
     trainer = make_trainer(job, dataset, num_workers=WORKERS)
     batches = trainer.batches()
     for _ in range(2):

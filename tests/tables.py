@@ -7,11 +7,16 @@ from pathlib import Path
 
 import torch
 
-from wavflow.config.schema import DataConfig
+from wavflow.data.crop import Grid
+from wavflow.data.dataset import ClipDataset
 from wavflow.data.manifest import write_csv
+from wavflow.data.open import open_dataset
+from wavflow.data.pack import PackResult, pack
+from wavflow.data.shards import PackedDataset
 from wavflow.media.audio import save_wav
+from wavflow.systems.wavflow.config import WavflowDataConfig
 
-SIZES = DataConfig(
+SIZES = WavflowDataConfig(
     target_sample_rate=8000,
     audio_duration=1.0,
     audio_dim=80,
@@ -25,8 +30,33 @@ SIZES = DataConfig(
 )
 
 
-def sizes(**more: object) -> DataConfig:
+def sizes(**more: object) -> WavflowDataConfig:
     return replace(SIZES, **more)
+
+
+def grid_of(data: WavflowDataConfig) -> Grid:
+    return Grid(data, data.tracks)
+
+
+def clips_of(table: Path, data: WavflowDataConfig, **more: object) -> ClipDataset:
+    return ClipDataset(table, data, data.tracks, **more)
+
+
+def packed_clips(folder: Path, data: WavflowDataConfig, **more: object) -> PackedDataset:
+    return PackedDataset(folder, data, data.tracks, **more)
+
+
+def pack_clips(table: Path, out: Path, data: WavflowDataConfig, **more: object) -> PackResult:
+    return pack(table, out, data, data.tracks, **more)
+
+
+def opened(data: WavflowDataConfig, **more: object) -> ClipDataset | PackedDataset:
+    return open_dataset(data, data.tracks, **more)
+
+
+def rows_of(clip: int, sync: int) -> dict[str, int]:
+    """Rows of a video's features, by key."""
+    return {"clip_features": clip, "sync_features": sync}
 
 
 def write_clip(

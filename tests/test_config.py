@@ -151,7 +151,8 @@ def test_config_is_frozen():
 
 
 def test_solvers_are_those_there_are():
-    from wavflow.config.schema import SOLVERS
+    from wavflow.base.names import METHODS
     from wavflow.flow.matching import INFERENCE_MODES
+    from wavflow.flow.solvers import SOLVERS
 
-    assert SOLVERS == INFERENCE_MODES
+    assert METHODS == INFERENCE_MODES == (*SOLVERS, "adaptive")

@@ -10,16 +10,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from tables import sizes, write_clip, write_table
+from tables import clips_of, grid_of, rows_of, sizes, write_clip, write_table
 
 from wavflow.base.errors import InputError
 from wavflow.base.seeding import Draw
-from wavflow.config.schema import DataConfig
-from wavflow.data.crop import Grid, Place
-from wavflow.data.dataset import ClipDataset
+from wavflow.data.crop import Place
 from wavflow.data.manifest import write_csv
 from wavflow.data.recording import read_features
 from wavflow.media.audio import load_audio, save_wav
+from wavflow.systems.wavflow.config import WavflowDataConfig
 
 
 def read(path):
@@ -45,7 +44,7 @@ def table(tmp_path_factory):
 
 
 def test_a_batch_holds_the_rows(table):
-    data = ClipDataset(table, sizes())
+    data = clips_of(table, sizes())
     rows = read(table)
     assert len(data) == 12 and data.id(3) == "c003"
     loaded = load(data, range(12))
@@ -53,8 +52,8 @@ def test_a_batch_holds_the_rows(table):
     assert loaded.problems == {}
     assert batch.ids == [row["id"] for row in rows]
     assert batch.wave.shape == (12, 8000) and batch.lengths.tolist() == [8000] * 12
-    assert batch.has_video.tolist() == [row["video_exist"] == "1" for row in rows]
-    assert batch.has_text.tolist() == [row["text_exist"] == "1" for row in rows]
+    assert batch.present["video"].tolist() == [row["video_exist"] == "1" for row in rows]
+    assert batch.present["text"].tolist() == [row["text_exist"] == "1" for row in rows]
     for place, row in enumerate(rows):
         held = torch.load(table.parent / row["features_path"], weights_only=True)
         assert torch.equal(batch.wave[place], load_audio(table.parent / row["audio_path"], 8000))
@@ -63,7 +62,7 @@ def test_a_batch_holds_the_rows(table):
 
 
 def test_batches_in_any_company(table):
-    data = ClipDataset(table, sizes())
+    data = clips_of(table, sizes())
     whole, part = load(data, range(12)).batch, load(data, [7, 7, 1]).batch
     assert part.ids == ["c007", "c007", "c001"]
     for place, index in enumerate((7, 7, 1)):
@@ -76,7 +75,7 @@ def test_batches_in_any_company(table):
 
 def test_waves_of_several_lengths_are_padded(tmp_path):
     rows = [write_clip(tmp_path, n, 0, s, 24, False, True) for n, s in (("a", 0.3), ("b", 1.7))]
-    data = ClipDataset(rewrite(tmp_path / "t.csv", rows), sizes())
+    data = clips_of(rewrite(tmp_path / "t.csv", rows), sizes())
     batch = load(data, [0, 1]).batch
     assert batch.lengths.tolist() == [2400, 13600] and batch.wave.shape == (2, 13600)
     assert not batch.wave[0, 2400:].any() and bool(batch.wave[0, :2400].all())
@@ -88,7 +87,7 @@ def test_features_of_other_dtypes(tmp_path, dtype):
     held = torch.load(tmp_path / "a.pth", weights_only=True)
     held = {key: value.to(dtype).requires_grad_() for key, value in held.items()}
     torch.save(held, tmp_path / "a.pth")
-    batch = load(ClipDataset(rewrite(tmp_path / "t.csv", [row]), sizes()), [0]).batch
+    batch = load(clips_of(rewrite(tmp_path / "t.csv", [row]), sizes()), [0]).batch
     for key, values in batch.features.items():
         assert values.dtype == torch.float32
         assert torch.equal(values[0], held[key].detach().float())
@@ -96,11 +95,10 @@ def test_features_of_other_dtypes(tmp_path, dtype):
 
 def test_flag_hides_what_the_file_holds(table):
     row = {**read(table)[0], "video_exist": "0"}
-    data = ClipDataset(rewrite(table.with_name("one.csv"), [row]), sizes())
-    assert not data[0].has_video and data[0].has_text
+    data = clips_of(rewrite(table.with_name("one.csv"), [row]), sizes())
     assert list(data[0].features) == ["text_features"]
     batch = load(data, [0]).batch
-    assert not batch.has_video.any() and not batch.features["clip_features"].any()
+    assert not batch.present["video"].any() and not batch.features["clip_features"].any()
 
 
 def test_cache_bound(table, monkeypatch):
@@ -110,7 +108,7 @@ def test_cache_bound(table, monkeypatch):
         torch, "load", lambda path, **more: opened.append(path) or read_file(path, **more)
     )
     for megabytes, again in ((4096, [0]), (0, [12]), (1, range(1, 12))):
-        data = ClipDataset(table, sizes(cache_mb=megabytes))
+        data = clips_of(table, sizes(cache_mb=megabytes))
         opened.clear()
         load(data, range(12))
         assert len(opened) in again
@@ -118,17 +116,17 @@ def test_cache_bound(table, monkeypatch):
 
 
 def test_subset_and_fingerprint(table):
-    data = ClipDataset(table, sizes())
+    data = clips_of(table, sizes())
     few = data.subset(4)
     assert len(few) == 4 and len(data) == 12 and len(data.subset(100)) == 12
     assert sorted(few.order(1)[p] for p in range(4)) == [0, 1, 2, 3]
     assert load(few, [3]).batch.ids == ["c003"]
     with pytest.raises(ValueError, match="subset of 0 clips"):
         data.subset(0)
-    assert data.fingerprint() == ClipDataset(table, sizes()).fingerprint() != few.fingerprint()
+    assert data.fingerprint() == clips_of(table, sizes()).fingerprint() != few.fingerprint()
     rows = read(table)
     rows[2]["source"] = "other"
-    other = ClipDataset(rewrite(table.with_name("other.csv"), rows), sizes())
+    other = clips_of(rewrite(table.with_name("other.csv"), rows), sizes())
     assert other.fingerprint() != data.fingerprint()
 
 
@@ -161,7 +159,7 @@ def test_bad_rows_are_dropped_named_and_reported(tmp_path, caplog):
     rewrite(table, rows)
 
     progress = []
-    data = ClipDataset(
+    data = clips_of(
         table,
         sizes(),
         report=tmp_path / "report.csv",
@@ -194,18 +192,18 @@ def test_bad_rows_are_dropped_named_and_reported(tmp_path, caplog):
 
 def test_wrong_sizes_everywhere_are_an_error(table):
     with pytest.raises(InputError, match=r"no usable row; the first: row 2: .*\.pth: .*wanted"):
-        ClipDataset(table, sizes(clip_dim=32, text_dim=16))
+        clips_of(table, sizes(clip_dim=32, text_dim=16))
     with pytest.raises(InputError, match="no such file"):
-        ClipDataset(table.with_name("gone.csv"), sizes())
+        clips_of(table.with_name("gone.csv"), sizes())
     rows = [{key: row[key] for key in ("id", "audio_path")} for row in read(table)]
     with pytest.raises(InputError, match=r"short\.csv: no column 'features_path'"):
-        ClipDataset(rewrite(table.with_name("short.csv"), rows), sizes())
+        clips_of(rewrite(table.with_name("short.csv"), rows), sizes())
 
 
 @pytest.mark.parametrize("crop", ["first", "random"])
 def test_a_clip_that_goes_later_is_a_problem(tmp_path, crop):
     table = write_table(tmp_path, 4)
-    data = ClipDataset(table, sizes(cache_mb=0, crop=crop))
+    data = clips_of(table, sizes(cache_mb=0, crop=crop))
     whole = load(data, range(4)).batch
     (tmp_path / "c000.wav").unlink()
     (tmp_path / "c003.pth").write_bytes(b"nonsense")
@@ -217,7 +215,10 @@ def test_a_clip_that_goes_later_is_a_problem(tmp_path, crop):
     assert batch.ids == ["c003", "c002", "c000", "c001"]
     assert batch.lengths.tolist() == [1, 8000, 1, 8000]
     for place in (0, 2):
-        assert not batch.wave[place].any() and not batch.has_video[place] | batch.has_text[place]
+        assert (
+            not batch.wave[place].any()
+            and not batch.present["video"][place] | batch.present["text"][place]
+        )
         assert not any(values[place].any() for values in batch.features.values())
     assert torch.equal(batch.wave[1], whole.wave[2]) and torch.equal(batch.wave[3], whole.wave[1])
     alone = load(data, [0])
@@ -253,7 +254,7 @@ def test_features_file_runs_nothing(tmp_path):
 
 
 def test_first_takes_the_whole_wave_and_the_first_rows(tmp_path):
-    data = ClipDataset(write_table(tmp_path, 3, 2.5), sizes())
+    data = clips_of(write_table(tmp_path, 3, 2.5), sizes())
     batch = load(data, [0, 1, 2]).batch
     assert batch.lengths.tolist() == [20000] * 3
     assert batch.features["clip_features"][0, :, 0].tolist() == list(range(8))
@@ -270,7 +271,7 @@ def starts(batch):
 
 
 def test_random_windows_lie_on_the_grid_of_even_rows(tmp_path):
-    data = ClipDataset(write_table(tmp_path, 1, 2.5), sizes(crop="random"))
+    data = clips_of(write_table(tmp_path, 1, 2.5), sizes(crop="random"))
     assert data.grid.step == Fraction(1, 8)
     found = load(data, [0] * 300).batch
     assert found.wave.shape == (300, 8000)
@@ -287,13 +288,13 @@ def test_random_windows_lie_on_the_grid_of_segments(tmp_path):
         audio_duration=2.0, clip_seq_len=16, sync_seq_len=40, sync_layout="segments", crop="random"
     )
     row = write_clip(tmp_path, "a", 0, 4.0, 8 * ((100 - 16) // 8 + 1), True, True)
-    data = ClipDataset(rewrite(tmp_path / "t.csv", [row]), config)
+    data = clips_of(rewrite(tmp_path / "t.csv", [row]), config)
     found = {tuple(start) for start in starts(load(data, [0] * 300).batch)}
     assert found == {(2560 * n, round(2.56 * n), 8 * n) for n in range(7)}
 
 
 def test_a_crop_is_of_the_example_alone(tmp_path):
-    data = ClipDataset(write_table(tmp_path, 3, 2.5), sizes(crop="random"))
+    data = clips_of(write_table(tmp_path, 3, 2.5), sizes(crop="random"))
     whole = data.load([0, 2, 0], Draw(5, [10, 11, 12])).batch
     alone = data.load([0], Draw(5, [12])).batch
     assert torch.equal(alone.wave[0], whole.wave[2])
@@ -303,7 +304,7 @@ def test_a_crop_is_of_the_example_alone(tmp_path):
 
 def test_without_video_sound_is_cropped_anywhere(tmp_path):
     row = write_clip(tmp_path, "a", 0, 1.001, 24, False, True)
-    data = ClipDataset(rewrite(tmp_path / "t.csv", [row]), sizes(crop="random"))
+    data = clips_of(rewrite(tmp_path / "t.csv", [row]), sizes(crop="random"))
     batch = load(data, [0] * 200).batch
     assert {start[0] for start in starts(batch)} == set(range(9))
     assert batch.lengths.tolist() == [8000] * 200
@@ -313,7 +314,7 @@ def test_features_of_one_window_allow_the_first_only(tmp_path):
     write_clip(tmp_path, "a", 0, 1.0, 24, True, True)
     save_wav(tmp_path / "a.wav", torch.arange(1, 20001) / 32768, 8000)
     row = read(write_table(tmp_path, 1))[0] | {"audio_path": "a.wav", "features_path": "a.pth"}
-    data = ClipDataset(rewrite(tmp_path / "t.csv", [row]), sizes(crop="random"))
+    data = clips_of(rewrite(tmp_path / "t.csv", [row]), sizes(crop="random"))
     batch = load(data, [0] * 20).batch
     assert {tuple(start) for start in starts(batch)} == {(0, 0, 0)}
     assert batch.wave.shape == (20, 8000)
@@ -321,7 +322,7 @@ def test_features_of_one_window_allow_the_first_only(tmp_path):
 
 def test_the_last_token_is_filled_up(tmp_path):
     config = sizes(crop="random", audio_dim=300)  # 27 tokens of 300 are 100 samples more
-    data = ClipDataset(write_table(tmp_path, 1, 1.25), config)
+    data = clips_of(write_table(tmp_path, 1, 1.25), config)
     batch = load(data, [0] * 40).batch
     samples = [start[0] for start in starts(batch)]
     lengths = dict(zip(samples, batch.lengths.tolist(), strict=True))
@@ -346,27 +347,33 @@ def test_the_last_token_is_filled_up(tmp_path):
 )
 def test_rows_that_fit_no_length(clip, sync, layout, message):
     with pytest.raises(InputError, match=f"x.pth: .*{message}"):
-        Grid(sizes(sync_layout=layout)).check("x.pth", clip, sync)
+        grid_of(sizes(sync_layout=layout)).check("x.pth", rows_of(clip, sync))
 
 
 @pytest.mark.parametrize("seconds", [1.0, 1.28, 2.0, 3.3, 3.5, 8.0, 10.1])
 def test_rows_of_any_length_fit(seconds):
     """The embedded encoders' and Synchformer's ways of rounding."""
     segments = sizes(audio_duration=1.0, clip_seq_len=8, sync_seq_len=16, sync_layout="segments")
-    Grid(sizes()).check("x", int(8 * seconds), 8 * round(3 * seconds))
-    Grid(segments).check("x", int(8 * seconds), 8 * ((int(25 * seconds) - 16) // 8 + 1))
+    grid_of(sizes()).check("x", rows_of(int(8 * seconds), 8 * round(3 * seconds)))
+    grid_of(segments).check("x", rows_of(int(8 * seconds), 8 * ((int(25 * seconds) - 16) // 8 + 1)))
 
 
 def test_grid_of_the_full_system():
-    grid = Grid(DataConfig(crop="random"))
-    assert grid.step == Fraction(8, 25) and grid.places(10 * 16000, 80, 232) == 6
-    assert grid.place(5) == Place(sample=25600, clip_row=13, sync_row=40)
-    assert grid.places(8 * 16000, 64, 192) == grid.places(16000, 64, 192) == 1
-    assert grid.places(9 * 16000, 80, 232) == grid.places(9 * 16000 + 4479, 80, 232) == 4
-    assert grid.places(9 * 16000 + 4480, 80, 232) == 5
-    assert grid.places(10 * 16000, 80, 192) == grid.places(10 * 16000, 64, 232) == 1
-    even = Grid(DataConfig(crop="random", sync_layout="even", target_sample_rate=44100))
-    assert even.place(3) == Place(sample=16537, clip_row=3, sync_row=9)
+    grid = grid_of(WavflowDataConfig(crop="random"))
+    assert grid.step == Fraction(8, 25) and grid.places(10 * 16000, rows_of(80, 232)) == 6
+    assert grid.place(5) == Place(sample=25600, rows=rows_of(13, 40))
+    assert grid.places(8 * 16000, rows_of(64, 192)) == grid.places(16000, rows_of(64, 192)) == 1
+    assert (
+        grid.places(9 * 16000, rows_of(80, 232))
+        == grid.places(9 * 16000 + 4479, rows_of(80, 232))
+        == 4
+    )
+    assert grid.places(9 * 16000 + 4480, rows_of(80, 232)) == 5
+    assert (
+        grid.places(10 * 16000, rows_of(80, 192)) == grid.places(10 * 16000, rows_of(64, 232)) == 1
+    )
+    even = grid_of(WavflowDataConfig(crop="random", sync_layout="even", target_sample_rate=44100))
+    assert even.place(3) == Place(sample=16537, rows=rows_of(3, 9))
 
 
 @pytest.mark.parametrize(
@@ -378,9 +385,9 @@ def test_grid_of_the_full_system():
     ],
 )
 def test_sizes_without_random_crops(more, message):
-    Grid(sizes(**more))
+    grid_of(sizes(**more))
     with pytest.raises(InputError, match=message):
-        Grid(sizes(**more, crop="random"))
+        grid_of(sizes(**more, crop="random"))
 
 
 # Order
@@ -388,12 +395,12 @@ def test_sizes_without_random_crops(more, message):
 
 def test_sources_get_their_shares(table):
     weights = {"film": 1.0, "game": 3.0}
-    data = ClipDataset(table, sizes(source_weights=weights))
+    data = clips_of(table, sizes(source_weights=weights))
     order = data.order(3)
     assert len(order) == 12
     games = [order[p] for p in range(12) if order[p] % 3 == 0]
     assert len(games) == 9 and set(games) == {0, 3, 6, 9}
-    plain = ClipDataset(table, sizes()).order(3)
+    plain = clips_of(table, sizes()).order(3)
     assert sorted(plain[p] for p in range(12)) == list(range(12))
     assert data.subset(1).order(3)[5] == 0
 
@@ -408,15 +415,15 @@ def test_sources_get_their_shares(table):
 )
 def test_weights_of_other_sources(table, weights, message):
     with pytest.raises(InputError, match=f"train.csv: data.source_weights: {message}"):
-        ClipDataset(table, sizes(source_weights=weights))
+        clips_of(table, sizes(source_weights=weights))
 
 
 def test_orders_that_are_not_there(table):
-    data = ClipDataset(table, sizes(source_weights={"film": 1.0, "game": 0.0}))
+    data = clips_of(table, sizes(source_weights={"film": 1.0, "game": 0.0}))
     with pytest.raises(InputError, match="data.source_weights gives no share to any clip"):
         data.subset(1).order(0)
     with pytest.raises(InputError, match="data.shuffle is shards; wanted a folder"):
-        ClipDataset(table, sizes(shuffle="shards"))
+        clips_of(table, sizes(shuffle="shards"))
 
 
 # Threads
@@ -424,10 +431,9 @@ def test_orders_that_are_not_there(table):
 COUNT_THREADS = """
 import os, sys, threading
 import torch
-from wavflow.data.dataset import ClipDataset
 from wavflow.base.seeding import Draw
 sys.path.insert(0, sys.argv[1])
-from tables import sizes
+from tables import clips_of, sizes
 
 def started(work):
     def run():
@@ -439,7 +445,7 @@ def started(work):
     thread.join()
 
 torch.set_num_threads(3)
-data = ClipDataset(sys.argv[2], sizes(cache_mb=0, crop="random"))
+data = clips_of(sys.argv[2], sizes(cache_mb=0, crop="random"))
 started(lambda: data.load(list(range(12)) * 3, Draw(0, range(36))))
 started(lambda: torch.ones(2**20).abs())
 """

@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tables import clips_of, grid_of, rows_of
 
 from wavflow.base.errors import InputError
 from wavflow.base.seeding import Draw
 from wavflow.config.load import load_config
-from wavflow.data.crop import Grid
-from wavflow.data.dataset import ClipDataset
 from wavflow.data.recording import read_features
 from wavflow.features.encode import encode_video
 from wavflow.features.extract import extract
@@ -193,15 +192,15 @@ def write_lossless(path, frames, fps):
 def test_rows_of_a_longer_video_are_those_of_its_cut(tmp_path):
     frames = draw(make_scene(2, "train", 3, 5.0), 125, SIDE)  # struck at 2 s, among others
     write_lossless(tmp_path / "whole.mp4", frames, 25)
-    encoders, grid = get_encoders("embedded"), Grid(replace(toy(), crop="random"))
+    encoders, grid = get_encoders("embedded"), grid_of(replace(toy(), crop="random"))
     whole = encode_video(encoders, tmp_path / "whole.mp4", 5.0)
     for second in range(4):
         write_lossless(tmp_path / "cut.mp4", frames[25 * second : 25 * (second + 2)], 25)
         cut = encode_video(encoders, tmp_path / "cut.mp4", 2.0)
         place = grid.place(8 * second)
         assert place.sample == 8000 * second
-        clip = whole["clip_features"][place.clip_row :][:16]
-        sync = whole["sync_features"][place.sync_row :][:48]
+        clip = whole["clip_features"][place.rows["clip_features"] :][:16]
+        sync = whole["sync_features"][place.rows["sync_features"] :][:48]
         torch.testing.assert_close(clip, cut["clip_features"])
         # A cut's first row does not know the picture before it.
         torch.testing.assert_close(sync[1:], cut["sync_features"][1:])
@@ -211,20 +210,20 @@ def test_rows_of_a_longer_video_are_those_of_its_cut(tmp_path):
 def test_clip_rows_are_those_of_a_cut_at_every_place(tmp_path):
     frames = draw(make_scene(2, "train", 3, 3.0), 75, SIDE)[::3][:24]  # shown at 8 a second
     write_lossless(tmp_path / "whole.mp4", frames, 8)
-    encoders, grid = get_encoders("embedded"), Grid(replace(toy(), crop="random"))
+    encoders, grid = get_encoders("embedded"), grid_of(replace(toy(), crop="random"))
     whole = encode_video(encoders, tmp_path / "whole.mp4", 3.0)["clip_features"]
-    assert grid.places(24000, 24, 72) == 9
+    assert grid.places(24000, rows_of(24, 72)) == 9
     for number in range(9):
         write_lossless(tmp_path / "cut.mp4", frames[number : number + 16], 8)
         cut = encode_video(encoders, tmp_path / "cut.mp4", 2.0)["clip_features"]
-        torch.testing.assert_close(whole[grid.place(number).clip_row :][:16], cut)
+        torch.testing.assert_close(whole[grid.place(number).rows["clip_features"] :][:16], cut)
 
 
 def test_a_longer_extraction_trains_on_random_windows(tmp_path):
     write_toy_world(tmp_path / "toy", 6, 3, heldout=0, seconds=3.0, workers=1)
     result = extract(tmp_path / "toy/train.csv", tmp_path / "out", seconds=3.0, workers=0)
-    data = ClipDataset(result.csv, replace(toy(), crop="random"))
-    index = next(i for i in range(6) if data[i].has_video)
+    data = clips_of(result.csv, replace(toy(), crop="random"))
+    index = next(i for i in range(6) if "clip_features" in data[i].features)
     held = torch.load(result.csv.parent / "features" / f"{data.id(index)}.pth", weights_only=True)
     wave = load_audio(tmp_path / "toy/audio" / f"{data.id(index)}.wav", 8000)
     batch = data.load([index] * 60, Draw(1, range(60))).batch

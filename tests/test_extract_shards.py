@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables import pack_clips, packed_clips
 
 from wavflow import __version__
 from wavflow.base.errors import InputError
@@ -21,8 +22,6 @@ from wavflow.base.files import locked, read_json, working_in, write_json
 from wavflow.cli.app import main
 from wavflow.config.load import load_config
 from wavflow.data.manifest import write_csv
-from wavflow.data.pack import pack
-from wavflow.data.shards import PackedDataset
 from wavflow.features import extract as module
 from wavflow.features.embedded import EmbeddedText
 from wavflow.features.extract import extract
@@ -124,7 +123,7 @@ def test_processes_at_the_same_time_as_torchrun_starts_them(table, whole, tmp_pa
     assert [child.returncode for child in children] == codes, said
     assert sum(len(report) for report in reports) == CLIPS + 2
     assert read(tmp_path / "out" / "table.csv") == read(whole.csv)
-    packed = PackedDataset(tmp_path / "packed", load_config("toy_8k").data, verify=True)
+    packed = packed_clips(tmp_path / "packed", load_config("toy_8k").data, verify=True)
     assert packed.ids == [row["id"] for row in read(whole.csv)]
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -141,7 +140,7 @@ def test_the_pack_is_that_of_wavflow_pack(table, whole, tmp_path, capsys) -> Non
     assert not (tmp_path / "packed").exists()
     assert f"{CLIPS} packed, 0 failed" in run("1/2")
     one, two = tmp_path / "packed", tmp_path / "again"
-    pack(tmp_path / "out" / "table.csv", two, load_config("toy_8k").data)
+    pack_clips(tmp_path / "out" / "table.csv", two, load_config("toy_8k").data)
     names = [path.name for path in sorted(two.iterdir())]
     assert names == [path.name for path in sorted(one.iterdir())] and "pack.json" in names
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)

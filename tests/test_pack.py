@@ -15,15 +15,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from tables import sizes, write_clip, write_table
+from tables import clips_of, opened, pack_clips, packed_clips, sizes, write_clip, write_table
 
 from wavflow.base.errors import InputError
 from wavflow.base.seeding import Draw
 from wavflow.cli.app import main
 from wavflow.data.dataset import ClipDataset
 from wavflow.data.manifest import write_csv
-from wavflow.data.open import open_dataset
-from wavflow.data.pack import pack
 from wavflow.data.shards import PackedDataset
 
 CLIPS = 31
@@ -51,8 +49,10 @@ def run(*argv):
 def same(one, two):
     assert one.problems == two.problems == {}
     assert one.batch.ids == two.batch.ids
-    for name in ("wave", "lengths", "has_video", "has_text"):
+    for name in ("wave", "lengths"):
         assert torch.equal(getattr(one.batch, name), getattr(two.batch, name))
+    for flag in ("video", "text"):
+        assert torch.equal(one.batch.present[flag], two.batch.present[flag])
     for key, values in one.batch.features.items():
         assert torch.equal(values, two.batch.features[key])
 
@@ -78,7 +78,7 @@ def table(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed(table, tmp_path_factory):
     out = tmp_path_factory.mktemp("packed") / "p"
-    return pack(table, out, sizes(), shard_mb=1)
+    return pack_clips(table, out, sizes(), shard_mb=1)
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def copy(packed, tmp_path):
 
 @pytest.mark.parametrize("crop", ["first", "random"])
 def test_training_from_the_pack_is_training_from_the_files(table, packed, crop):
-    files = ClipDataset(table, sizes(crop=crop))
-    data = PackedDataset(packed.folder, sizes(crop=crop), verify=True)
+    files = clips_of(table, sizes(crop=crop))
+    data = packed_clips(packed.folder, sizes(crop=crop), verify=True)
     assert packed.done == len(data) == len(files) == CLIPS and packed.failed == 0
     assert data.fingerprint() == files.fingerprint()
     order, other = files.order(4), data.order(4)
@@ -109,7 +109,7 @@ def test_training_from_the_pack_is_training_from_the_files(table, packed, crop):
 
 
 def test_what_is_kept_of_each_array(packed):
-    data = PackedDataset(packed.folder, sizes())
+    data = packed_clips(packed.folder, sizes())
     kept = {i: data.recording(i) for i in (0, 3, 4, 5)}
     assert [kept[i].wave.dtype for i in kept] == [np.int16, np.float32, np.int16, np.int16]
     assert kept[4].features["text_features"].dtype == np.float16
@@ -146,7 +146,7 @@ def test_shards_are_plain_webdataset(table, packed):
 
 
 def test_shards_order_reads_a_few_at_a_time(packed):
-    data = PackedDataset(packed.folder, sizes(shuffle="shards", shuffle_shards=2))
+    data = packed_clips(packed.folder, sizes(shuffle="shards", shuffle_shards=2))
     order = data.order(1)
     chosen = [order[p] for p in range(len(data))]
     assert sorted(chosen) == list(range(len(data)))
@@ -178,14 +178,14 @@ def test_bad_rows_are_left_out_and_reported(tmp_path, capsys):
             r"5 packed, 3 failed\n3 rows failed; .*report.csv", capsys.readouterr().err
         )
         report = read(tmp_path / "p/report.csv")
-        files = ClipDataset(table, sizes(), report=tmp_path / "files.csv")
+        files = clips_of(table, sizes(), report=tmp_path / "files.csv")
         assert report == read(tmp_path / "files.csv")
         assert [row["id"] for row in report if row["status"] == "skipped"] == [
             "c002",
             "c004",
             "c007",
         ]
-    data = open_dataset(sizes(csv_path=str(tmp_path / "p")), report=tmp_path / "r.csv")
+    data = opened(sizes(csv_path=str(tmp_path / "p")), report=tmp_path / "r.csv")
     assert data.ids == files.ids
     assert sorted(map(tuple, map(dict.values, read(tmp_path / "r.csv")))) == sorted(
         map(tuple, map(dict.values, report))
@@ -202,7 +202,7 @@ def test_bad_rows_are_left_out_and_reported(tmp_path, capsys):
 
 def test_a_whole_pack_is_left_alone(table, copy, packed):
     before = {path.name: path.stat().st_mtime_ns for path in copy.glob("shard*")}
-    assert pack(table, copy, sizes(), shard_mb=1).done == packed.done
+    assert pack_clips(table, copy, sizes(), shard_mb=1).done == packed.done
     assert {path.name: path.stat().st_mtime_ns for path in copy.glob("shard*")} == before
 
 
@@ -221,7 +221,7 @@ def test_an_interrupted_pack_goes_on_with_whole_shards(table, packed, copy, left
             calls.append(path) or load(path, rate)
         ),
     )
-    assert pack(table, copy, sizes(), shard_mb=1).done == CLIPS
+    assert pack_clips(table, copy, sizes(), shard_mb=1).done == CLIPS
     assert kept == {name: (copy / name).stat().st_mtime_ns for name in kept}
     index = json.loads((packed.folder / "shard-000000.json").read_text())
     assert len(calls) <= CLIPS - left * len(index["clips"])
@@ -233,10 +233,9 @@ def test_an_interrupted_pack_goes_on_with_whole_shards(table, packed, copy, left
 def test_killed_at_any_time(table, packed, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from tables import sizes\n"
-        "from wavflow.data.pack import pack\n"
+        "from tables import pack_clips, sizes\n"
         "print('begun', flush=True)\n"
-        "pack(sys.argv[2], sys.argv[3], sizes(), shard_mb=1, workers=1)\n"
+        "pack_clips(sys.argv[2], sys.argv[3], sizes(), shard_mb=1, workers=1)\n"
     )
     argv = [sys.executable, "-c", code, os.path.dirname(__file__), str(table), str(tmp_path)]
     for delay in (0.02, 0.06, 0.1):
@@ -245,7 +244,7 @@ def test_killed_at_any_time(table, packed, tmp_path):
         time.sleep(delay)
         child.send_signal(signal.SIGKILL)
         child.communicate()
-    pack(table, tmp_path, sizes(), shard_mb=1)
+    pack_clips(table, tmp_path, sizes(), shard_mb=1)
     for path in packed.folder.glob("[sp]*"):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     assert not list(tmp_path.glob(".*.tmp"))
@@ -255,7 +254,7 @@ def test_skipped_rows_survive_an_interruption(tmp_path):
     table = write_table(tmp_path, 20)
     for id in ("c000", "c008", "c019"):
         (tmp_path / f"{id}.wav").unlink()
-    whole = pack(table, tmp_path / "p", sizes(), shard_mb=1)
+    whole = pack_clips(table, tmp_path / "p", sizes(), shard_mb=1)
     report = read(whole.report)
     assert (whole.done, whole.failed) == (17, 3)
     content = (tmp_path / "p/pack.json").read_text()
@@ -264,7 +263,7 @@ def test_skipped_rows_survive_an_interruption(tmp_path):
     for name in names[1:]:
         (tmp_path / "p" / name).unlink()
     (tmp_path / "p/pack.json").unlink()
-    assert pack(table, tmp_path / "p", sizes(), shard_mb=1) == whole
+    assert pack_clips(table, tmp_path / "p", sizes(), shard_mb=1) == whole
     assert (tmp_path / "p/pack.json").read_text() == content and read(whole.report) == report
 
 
@@ -274,7 +273,7 @@ def test_one_at_a_time(table, tmp_path):
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process packs into it"):
-            pack(table, tmp_path, sizes())
+            pack_clips(table, tmp_path, sizes())
 
 
 # What does not fit
@@ -288,11 +287,11 @@ def test_another_table_or_config_wants_another_folder(table, copy, tmp_path, who
     rows[0]["source"] = "radio"
     changed = rewrite(table.with_name("changed.csv"), rows)
     with pytest.raises(InputError, match="another table, or one that has changed.*another folder"):
-        pack(changed, copy, sizes())
+        pack_clips(changed, copy, sizes())
     with pytest.raises(
         InputError, match="data.target_sample_rate 8000, wanted 16000.*another folder"
     ):
-        pack(table, copy, sizes(target_sample_rate=16000))
+        pack_clips(table, copy, sizes(target_sample_rate=16000))
 
 
 @pytest.mark.parametrize(
@@ -308,7 +307,7 @@ def test_another_table_or_config_wants_another_folder(table, copy, tmp_path, who
 def test_a_pack_of_other_sizes(packed, key, value, found):
     message = f"pack.json: packed with data.{key} {found}, wanted {value}"
     with pytest.raises(InputError, match=message):
-        PackedDataset(packed.folder, sizes(**{key: value}))
+        packed_clips(packed.folder, sizes(**{key: value}))
 
 
 def test_damage_is_seen_when_a_pack_is_opened(packed, copy, tmp_path):
@@ -316,15 +315,15 @@ def test_damage_is_seen_when_a_pack_is_opened(packed, copy, tmp_path):
     whole = bytearray(tar.read_bytes())
     whole[len(whole) // 2] ^= 1
     tar.write_bytes(whole)
-    PackedDataset(copy, sizes())
+    packed_clips(copy, sizes())
     with pytest.raises(InputError, match=r"shard-000001.tar: its SHA-256 is \w{64}; wanted \w{64}"):
-        PackedDataset(copy, sizes(), verify=True)
+        packed_clips(copy, sizes(), verify=True)
     tar.write_bytes(whole[:-512])
     with pytest.raises(InputError, match=f"{len(whole) - 512} bytes long; its index wants"):
-        PackedDataset(copy, sizes())
+        packed_clips(copy, sizes())
     tar.unlink()
     with pytest.raises(InputError, match="shard-000001.tar: missing; its index wants"):
-        PackedDataset(copy, sizes())
+        packed_clips(copy, sizes())
     tar.write_bytes(whole)
     held = json.loads(index.read_text())
     for change in ({"offset": 2**40}, {"offset": 1537}, {"dtype": "|O"}, {"shape": [8, 17]}):
@@ -332,39 +331,39 @@ def test_damage_is_seen_when_a_pack_is_opened(packed, copy, tmp_path):
         held["clips"][1]["arrays"]["text"] |= change
         index.write_text(json.dumps(held))
         with pytest.raises(InputError, match="shard-000001.json: text of clip c00. cannot be"):
-            PackedDataset(copy, sizes())
+            packed_clips(copy, sizes())
     index.write_text(json.dumps({"schema": 2}))
     with pytest.raises(
         InputError, match="shard-000001.json: no config, table, .*; wanted an index"
     ):
-        PackedDataset(copy, sizes())
+        packed_clips(copy, sizes())
     index.write_text("{")
     with pytest.raises(InputError, match="shard-000001.json: not readable as JSON"):
-        PackedDataset(copy, sizes())
+        packed_clips(copy, sizes())
     (copy / "pack.json").write_text(json.dumps({"schema": 1}))
     with pytest.raises(InputError, match="pack.json: its schema is 1; wanted 2"):
-        PackedDataset(copy, sizes())
+        packed_clips(copy, sizes())
     (copy / "pack.json").unlink()
     with pytest.raises(InputError, match="pack.json: no such file, wanted a whole pack"):
-        PackedDataset(copy, sizes())
+        packed_clips(copy, sizes())
 
 
 # Opening
 
 
 def test_open_by_what_the_configuration_names(table, packed, tmp_path):
-    assert type(open_dataset(sizes(csv_path=str(table)))) is ClipDataset
-    assert type(open_dataset(sizes(csv_path=str(packed.folder)))) is PackedDataset
+    assert type(opened(sizes(csv_path=str(table)))) is ClipDataset
+    assert type(opened(sizes(csv_path=str(packed.folder)))) is PackedDataset
     config = sizes(csv_path=str(table), store=str(tmp_path / "store"))
     progress = []
-    data = open_dataset(config, progress=lambda *counts: progress.append(counts))
+    data = opened(config, progress=lambda *counts: progress.append(counts))
     assert type(data) is PackedDataset and len(data) == CLIPS
     assert progress[-1] == (CLIPS, CLIPS)
-    again = open_dataset(config, progress=lambda *counts: pytest.fail("packed again"))
+    again = opened(config, progress=lambda *counts: pytest.fail("packed again"))
     assert again.fingerprint() == data.fingerprint()
     with pytest.raises(InputError, match="a folder; with data.store wanted the CSV"):
-        open_dataset(sizes(csv_path=str(packed.folder), store=str(tmp_path / "more")))
+        opened(sizes(csv_path=str(packed.folder), store=str(tmp_path / "more")))
     with pytest.raises(InputError, match="data.csv_path is not set"):
-        open_dataset(sizes())
+        opened(sizes())
     with pytest.raises(InputError, match="gone.csv: no such file"):
-        open_dataset(sizes(csv_path="gone.csv"))
+        opened(sizes(csv_path="gone.csv"))

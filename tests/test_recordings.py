@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tables import SIZES, sizes
+from tables import SIZES, clips_of, grid_of, pack_clips, packed_clips, sizes
 from test_video import make_video
 
 import wavflow_kernels as kernels
@@ -21,12 +21,8 @@ from wavflow.base.errors import InputError
 from wavflow.base.seeding import Draw
 from wavflow.cli.app import main
 from wavflow.config.load import load_config
-from wavflow.data.crop import Grid
-from wavflow.data.dataset import ClipDataset
 from wavflow.data.manifest import write_csv
-from wavflow.data.pack import pack
 from wavflow.data.recording import Level, measure
-from wavflow.data.shards import PackedDataset
 from wavflow.features import encode
 from wavflow.features.encode import encode_video, encode_whole_video
 from wavflow.features.extract import extract
@@ -152,7 +148,7 @@ def test_the_level_is_that_of_all_samples(tmp_path):
 
 
 def test_a_window_costs_what_a_window_costs(table, monkeypatch):
-    data = ClipDataset(table, windows())
+    data = clips_of(table, windows())
     assert list(data._cache) == ["short"]
     read = []
     plain = SoundFile._read
@@ -173,8 +169,8 @@ def test_a_window_costs_what_a_window_costs(table, monkeypatch):
 @pytest.mark.parametrize("crop", ["first", "random"])
 def test_windows_are_those_of_the_whole(table, crop, tmp_path):
     config = sizes(crop=crop, lift="recording")
-    data, grid = ClipDataset(table, config), Grid(config)
-    packed = PackedDataset(pack(table, tmp_path / "p", sizes()).folder, config)
+    data, grid = clips_of(table, config), grid_of(config)
+    packed = packed_clips(pack_clips(table, tmp_path / "p", sizes()).folder, config)
     indices, draw = [0, 1, 2] * 8, Draw(3, range(24))
     loaded, same = (each.load(indices, draw) for each in (data, packed))
     assert loaded.problems == same.problems == {}
@@ -186,12 +182,12 @@ def test_windows_are_those_of_the_whole(table, crop, tmp_path):
         held = torch.load(table.parent / f"{name}.pth", weights_only=True)
         row = int(loaded.batch.features["clip_features"][place, 0, 0])
         where = grid.place(row)
-        assert where.clip_row == row and (crop == "random" or row == 0)
+        assert where.rows["clip_features"] == row and (crop == "random" or row == 0)
         starts.add(row)
         whole = load_audio(table.parent / f"{name}.wav", RATE)
         found = loaded.batch.wave[place]
         assert torch.equal(found, whole[where.sample :][:RATE])
-        sync = held["sync_features"][where.sync_row :][: config.sync_seq_len]
+        sync = held["sync_features"][where.rows["sync_features"] :][: config.sync_seq_len]
         assert torch.equal(loaded.batch.features["sync_features"][place], sync)
         assert torch.equal(loaded.batch.features["text_features"][place], held["text_features"])
         for key, value in same.batch.features.items():
@@ -201,7 +197,7 @@ def test_windows_are_those_of_the_whole(table, crop, tmp_path):
 
 
 def test_epochs_see_other_windows_and_a_run_the_same(table):
-    data, again = ClipDataset(table, windows()), ClipDataset(table, windows(cache_mb=0))
+    data, again = clips_of(table, windows()), clips_of(table, windows(cache_mb=0))
     first, second = (data.load([0, 1], Draw(7, positions)).batch for positions in ([0, 1], [3, 4]))
     assert not torch.equal(first.wave, second.wave)
     other = again.load([1, 2, 0], Draw(7, [4, 5, 3])).batch
@@ -213,7 +209,7 @@ def test_epochs_see_other_windows_and_a_run_the_same(table):
 def test_the_shorter_of_sound_and_video_counts(tmp_path, heard, seen):
     row = write_row(tmp_path, "a", noise(heard * RATE), seen)
     write_csv(tmp_path / "t.csv", [row], list(row))
-    batch = ClipDataset(tmp_path / "t.csv", windows()).load([0] * 200, Draw(0, range(200))).batch
+    batch = clips_of(tmp_path / "t.csv", windows()).load([0] * 200, Draw(0, range(200))).batch
     assert batch.lengths.tolist() == [RATE] * 200
     assert set(batch.features["clip_features"][:, 0, 0].tolist()) == set(range(41))
 
@@ -221,7 +217,7 @@ def test_the_shorter_of_sound_and_video_counts(tmp_path, heard, seen):
 def test_other_rates_are_windows_too(tmp_path):
     row = write_row(tmp_path, "a", noise(SECONDS * 11025), SECONDS, 11025)
     write_csv(tmp_path / "t.csv", [row], list(row))
-    data = ClipDataset(tmp_path / "t.csv", windows())
+    data = clips_of(tmp_path / "t.csv", windows())
     assert not data._cache
     whole = load_audio(tmp_path / "a.wav", RATE)
     batch = data.load([0] * 20, Draw(0, range(20))).batch
@@ -235,7 +231,7 @@ def test_what_cannot_be_read_in_parts_is_said(tmp_path, caplog, name, rate):
     row = write_row(tmp_path, "a", noise(SECONDS * RATE), SECONDS)
     soundfile.write(tmp_path / name, noise(SECONDS * rate), rate)
     write_csv(tmp_path / "t.csv", [row | {"audio_path": name}], list(row))
-    data = ClipDataset(tmp_path / "t.csv", windows())
+    data = clips_of(tmp_path / "t.csv", windows())
     assert not data._cache
     assert not data.load([0, 0], Draw(0, [0, 1])).problems
     (record,) = [r for r in caplog.records if "read whole" in r.message]
@@ -257,7 +253,7 @@ def test_features_of_long_recordings_are_checked_when_opened(tmp_path, spoil, me
     held = torch.load(tmp_path / "bad.pth", weights_only=True)
     spoil(held)
     torch.save(held, tmp_path / "bad.pth")
-    data = ClipDataset(tmp_path / "t.csv", windows(), report=tmp_path / "report.csv")
+    data = clips_of(tmp_path / "t.csv", windows(), report=tmp_path / "report.csv")
     assert data.ids == ["good"] and message in (tmp_path / "report.csv").read_text()
     (tmp_path / "good.pth").unlink()
     assert "no such features file" in data.load([0], Draw(0, [0])).problems[0]
@@ -267,7 +263,7 @@ def test_features_of_long_recordings_are_checked_when_opened(tmp_path, spoil, me
 
 
 def test_windows_are_as_loud_as_in_their_recording(table):
-    batch = ClipDataset(table, windows()).load([1] * 60, Draw(0, range(60))).batch
+    batch = clips_of(table, windows()).load([1] * 60, Draw(0, range(60))).batch
     whole = load_audio(table.parent / "quiet.wav", RATE)[None]
     lifted = kernels.lift_patchify(whole, token_size=80, tokens=100 * SECONDS)[0]
     tokens = kernels.lift_patchify(
@@ -288,9 +284,9 @@ def test_windows_are_as_loud_as_in_their_recording(table):
 def test_clips_are_lifted_alone_unless_told_otherwise(table):
     assert sizes().lift == "clip"
     for crop in ("first", "random"):
-        data = ClipDataset(table, sizes(crop=crop))
+        data = clips_of(table, sizes(crop=crop))
         assert data.load([0], Draw(0, [0])).batch.levels is None
-    assert ClipDataset(table, sizes())[0].wave.shape == (SECONDS * RATE,)
+    assert clips_of(table, sizes())[0].wave.shape == (SECONDS * RATE,)
 
 
 def test_silence_is_refused_of_whole_recordings_alone(tmp_path):
@@ -299,7 +295,7 @@ def test_silence_is_refused_of_whole_recordings_alone(tmp_path):
         write_row(tmp_path, "click", np.eye(SECONDS * RATE, 1) / 2, SECONDS),
     ]
     write_csv(tmp_path / "t.csv", rows, list(rows[0]))
-    data = ClipDataset(tmp_path / "t.csv", windows(), report=tmp_path / "report.csv")
+    data = clips_of(tmp_path / "t.csv", windows(), report=tmp_path / "report.csv")
     assert data.ids == ["click"] and "the audio is silent" in (tmp_path / "report.csv").read_text()
     loaded = data.load([0] * 9, Draw(0, range(9)))
     assert not loaded.problems
@@ -423,7 +419,7 @@ def test_whole_rows_are_as_long_as_their_videos(films, tmp_path, capsys):
 def test_the_objective_lifts_by_the_recording(encoded):
     config = load_config("toy_8k", ["data.crop=random", "data.lift=recording"])
     draw = Draw(0, range(8))
-    batch = ClipDataset(encoded, config.data).load([0] * 8, draw).batch
+    batch = clips_of(encoded, config.data).load([0] * 8, draw).batch
     louder = replace(batch, levels=batch.levels * torch.tensor([0.25, 0.5]))
     seen, lifted = [], []
 

@@ -14,7 +14,7 @@ import torch
 import wavflow
 from wavflow.base.errors import Cancelled, InputError
 from wavflow.config.load import load_config
-from wavflow.config.schema import Config, DataConfig, ModelConfig
+from wavflow.config.schema import Config
 from wavflow.flow.solvers import BEST
 from wavflow.flow.times import time_grid
 from wavflow.media.audio import load_audio
@@ -22,6 +22,7 @@ from wavflow.media.sound import Sound
 from wavflow.pipeline.sampler import Sampler
 from wavflow.pipeline.table import infer, infer_config, row_seed
 from wavflow.systems.wavflow.build import build_model
+from wavflow.systems.wavflow.config import WavflowDataConfig, WavflowModelConfig
 from wavflow.systems.wavflow.footprint import clip_bytes
 from wavflow.training import checkpoint
 
@@ -453,7 +454,7 @@ def test_checkpoint_and_configuration_must_agree(saved, tmp_path):
 
 
 def test_encoders_of_another_width_are_refused():
-    data = DataConfig(
+    data = WavflowDataConfig(
         text_dim=32,
         target_sample_rate=8000,
         audio_duration=2.0,
@@ -463,7 +464,7 @@ def test_encoders_of_another_width_are_refused():
         clip_dim=64,
         sync_dim=4,
     )
-    model = ModelConfig(
+    model = WavflowModelConfig(
         name="toy_8k", hidden_dim=32, num_heads=1, depth=2, fused_depth=1, encoders="embedded"
     )
     config = Config(model=model, data=data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tables import clips_of
 
 from wavflow.base import state_dict
 from wavflow.base.errors import InputError
@@ -96,10 +97,9 @@ class Seen:
 
 
 def load(table, config: Config, indices, positions):
-    from wavflow.data.dataset import ClipDataset
 
     draw = Draw(3, positions)
-    return ClipDataset(table, config.data).load(indices, draw).batch, draw
+    return clips_of(table, config.data).load(indices, draw).batch, draw
 
 
 def test_wavflow_objective_draws_and_drops(table):
@@ -108,14 +108,14 @@ def test_wavflow_objective_draws_and_drops(table):
     config = load_config("toy_8k", options(table, "x", "training.label_drop_prob=0.5"))
     objective, seen = WavflowObjective(config), Seen()
     batch, _ = load(table, config, range(10), range(10))
-    assert bool(batch.has_video.any()) and bool(batch.has_text.any())
+    assert bool(batch.present["video"].any()) and bool(batch.present["text"].any())
     dropped = []
     for first in range(0, 4000, 10):
         terms = objective.loss(seen, batch, Draw(3, range(first, first + 10)))
         assert terms.values.shape == terms.t.shape == (10,)
-        assert not bool((seen.has_video & ~batch.has_video).any())
-        assert not bool((seen.has_text & ~batch.has_text).any())
-        both = batch.has_video & batch.has_text
+        assert not bool((seen.has_video & ~batch.present["video"]).any())
+        assert not bool((seen.has_text & ~batch.present["text"]).any())
+        both = batch.present["video"] & batch.present["text"]
         dropped.append(torch.stack((~seen.has_video[both], ~seen.has_text[both])))
     dropped = torch.cat(dropped, dim=1).float()
     assert dropped.mean().item() == pytest.approx(0.5, abs=0.04)

@@ -32,10 +32,12 @@ error that names the nearest known one.
 
 def texts(cls: type) -> dict[str, str]:
     """What each attribute of a class is for, by the ``Attributes:`` list of its docstring."""
-    lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
-    if "Attributes:" not in lines:
-        return {}
     found: dict[str, str] = {}
+    for base in reversed(cls.__bases__):
+        found |= texts(base)
+    lines = inspect.cleandoc(vars(cls).get("__doc__") or "").splitlines()
+    if "Attributes:" not in lines:
+        return found
     name = ""
     for line in lines[lines.index("Attributes:") + 1 :]:
         if line and not line.startswith(" "):

@@ -102,10 +102,14 @@ def pack(
     """Pack a training table into WebDataset shards, which training reads without decoding."""
     from wavflow.config.load import load_config
     from wavflow.data.pack import pack
+    from wavflow.systems import system
 
-    data = load_config(config, overrides or ()).data
+    loaded = load_config(config, overrides or ())
+    tracks = system(loaded.system).tracks(loaded)
     with counter("pack") as progress:
-        result = pack(csv, out, data, shard_mb=shard_mb, workers=workers, progress=progress)
+        result = pack(
+            csv, out, loaded.data, tracks, shard_mb=shard_mb, workers=workers, progress=progress
+        )
     say(f"{result.folder}: {result.done} packed, {result.failed} failed")
     finish(result.done, result.failed, result.report)
 

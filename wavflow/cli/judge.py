@@ -162,11 +162,12 @@ def _describe_checkpoint(path: Path) -> list[str]:
         if key in content:
             lines += [f"  {key}: {line}" for line in _lines(content[key])]
     if config:
-        data = config["data"]
-        lines.append(
-            f"  {config['model']['name']}, encoders {config['model']['encoders']}, "
-            f"{data['audio_duration']} s at {data['target_sample_rate']} Hz"
-        )
+        data, model = config["data"], config["model"]
+        said = [f"system {config['system']}"] if "system" in config else []
+        said += [model["name"]] if model.get("name") else []
+        said += [f"encoders {model['encoders']}"] if "encoders" in model else []
+        said.append(f"{data['audio_duration']} s at {data['target_sample_rate']} Hz")
+        lines.append(f"  {', '.join(said)}")
     return lines
 
 

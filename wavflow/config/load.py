@@ -16,6 +16,7 @@ from typing import Any
 from wavflow.base.errors import InputError
 from wavflow.base.files import atomic_write
 from wavflow.config.schema import Config
+from wavflow.config.sections import is_known, sections
 
 log = logging.getLogger("wavflow")
 
@@ -27,14 +28,25 @@ CONFIG_DIR = Path(__file__).parent / "presets"
 OPEN_SECTIONS = ("eval", "checkpoint")
 
 
-def config_from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
+def config_from_dict(
+    values: Mapping[str, Any], where: str = "config", *, trusted: bool = False
+) -> Config:
     """Fills a `Config` from nested mappings.
+
+    Args:
+        values: by section and key. Its `system` says which keys the sections `model` and `data`
+            have.
+        where: the values are from, for messages.
+        trusted: whether `system` may have a module imported; else, as in a checkpoint, it names a
+            system of the list or a module that has been imported.
 
     Raises:
         InputError: an unknown key (the nearest known one is named), a value of the wrong type
-            or outside its range (the key, the value and what is wanted are named).
+            or outside its range (the key, the value and what is wanted are named), an unknown
+            system.
     """
-    config = _fill(Config, values, "", where)
+    system = _system(values, where, trusted)
+    config = _Reader(where, system).fill(Config, values, "")
     if config.model.use_ema not in (True, False, "ema1", "ema2", "none"):
         raise InputError(
             f"{where}: model.use_ema is {config.model.use_ema!r}; "
@@ -71,7 +83,7 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise InputError(f"{source}: {_one_line(error)}") from None
-    return config_from_dict(values, where=str(source))
+    return config_from_dict(values, where=str(source), trusted=True)
 
 
 def save_config(path: str | os.PathLike[str], config: Config) -> None:
@@ -127,91 +139,127 @@ def _plain(mapping: Any) -> dict[str, Any]:
     return found
 
 
-def _fill(cls: type, values: Any, prefix: str, where: str) -> Any:
-    if values is None:
-        values = {}
-    if not isinstance(values, Mapping):
-        raise InputError(f"{where}: {prefix.rstrip('.')} is {values!r}; wanted a mapping of keys")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    ignored = []
-    given = {}
-    for key, value in values.items():
-        if key in fields:
-            given[key] = _value(fields[key], hints[key], value, f"{prefix}{key}", where)
-            continue
-        near = difflib.get_close_matches(str(key), fields, 1, 0.75)
-        if prefix.rstrip(".") in OPEN_SECTIONS and not near:
-            ignored.append(f"{prefix}{key}")
-            continue
+def _system(values: Any, where: str, trusted: bool) -> str:
+    """The name of the values' system, which there is."""
+    name = values.get("system", Config.system) if isinstance(values, Mapping) else Config.system
+    if not isinstance(name, str):
+        raise InputError(f"{where}: system is {name!r} ({type(name).__name__}); wanted str")
+    if not trusted and not is_known(name):
         raise InputError(
-            f"{where}: unknown key {prefix}{key}; did you mean {_nearest(key, fields, prefix)}?"
+            f"{where}: system is {name!r}, a module that has not been imported; import it first, "
+            "or give a configuration file of its own"
         )
-    if ignored:
-        log.warning("%s: keys with no effect here: %s", where, ", ".join(ignored))
-    return cls(**given)
+    try:
+        sections(name)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return name
 
 
-def _nearest(key: Any, fields: Iterable[str], prefix: str) -> str:
-    fields = list(fields)
-    if prefix:
-        here = difflib.get_close_matches(str(key), fields, 1, 0.6)
-        if here:
-            return f"{prefix}{here[0]}"
-    everywhere = {
-        name.rpartition(".")[2]: name for name in [*_all_keys(), *(f"{prefix}{f}" for f in fields)]
-    }
-    return everywhere[difflib.get_close_matches(str(key), everywhere, 1, 0.0)[0]]
+class _Reader:
+    """Fills dataclasses from mappings.
 
+    Args:
+        where: the values are from, for messages.
+        system: whose configuration it is.
+    """
 
-def _all_keys() -> list[str]:
-    hints = typing.get_type_hints(Config)
-    keys = []
-    for name, kind in hints.items():
-        keys.append(name)
-        if dataclasses.is_dataclass(kind):
-            keys += [f"{name}.{f.name}" for f in dataclasses.fields(kind)]
-    return keys
+    def __init__(self, where: str, system: str) -> None:
+        self.where, self.system, self.sections = where, system, sections(system)
 
+    def fill(self, cls: type, values: Any, prefix: str) -> Any:
+        """A dataclass from the mapping of a section; `prefix` is the section's name with a dot."""
+        where = self.where
+        if values is None:
+            values = {}
+        if not isinstance(values, Mapping):
+            raise InputError(
+                f"{where}: {prefix.rstrip('.')} is {values!r}; wanted a mapping of keys"
+            )
+        hints = self._hints(cls)
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        ignored = []
+        given = {}
+        for key, value in values.items():
+            if key in fields:
+                given[key] = self._value(fields[key], hints[key], value, f"{prefix}{key}")
+                continue
+            near = difflib.get_close_matches(str(key), fields, 1, 0.75)
+            if prefix.rstrip(".") in OPEN_SECTIONS and not near:
+                ignored.append(f"{prefix}{key}")
+                continue
+            nearest = self._nearest(key, fields, prefix)
+            own = cls in self.sections.values() and self.system != Config.system
+            whose = f" of system {self.system}" if own else ""
+            raise InputError(f"{where}: unknown key {prefix}{key}{whose}; did you mean {nearest}?")
+        if ignored:
+            log.warning("%s: keys with no effect here: %s", where, ", ".join(ignored))
+        return cls(**given)
 
-def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str) -> Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _fill(hint, value, f"{key}.", where)
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    for kind in kinds:
-        if typing.get_origin(kind) is list:
-            item = typing.get_args(kind)[0]
-            if isinstance(value, list) and all(type(v) is item for v in value):
+    def _hints(self, cls: type) -> dict[str, Any]:
+        return typing.get_type_hints(cls) | (self.sections if cls is Config else {})
+
+    def _nearest(self, key: Any, fields: Iterable[str], prefix: str) -> str:
+        fields = list(fields)
+        if prefix:
+            here = difflib.get_close_matches(str(key), fields, 1, 0.6)
+            if here:
+                return f"{prefix}{here[0]}"
+        everywhere = {
+            name.rpartition(".")[2]: name
+            for name in [*self._all_keys(), *(f"{prefix}{f}" for f in fields)]
+        }
+        return everywhere[difflib.get_close_matches(str(key), everywhere, 1, 0.0)[0]]
+
+    def _all_keys(self) -> list[str]:
+        keys = []
+        for name, kind in self._hints(Config).items():
+            keys.append(name)
+            if dataclasses.is_dataclass(kind):
+                keys += [f"{name}.{f.name}" for f in dataclasses.fields(kind)]
+        return keys
+
+    def _value(self, spec: dataclasses.Field, hint: Any, value: Any, key: str) -> Any:
+        where = self.where
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            return self.fill(hint, value, f"{key}.")
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if value is None and type(None) in kinds:
+            return None
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        for kind in kinds:
+            if typing.get_origin(kind) is list:
+                item = typing.get_args(kind)[0]
+                if isinstance(value, list) and all(type(v) is item for v in value):
+                    break
+            elif typing.get_origin(kind) is dict:
+                if isinstance(value, Mapping) and all(type(name) is str for name in value):
+                    item = typing.get_args(kind)[1]
+                    return {
+                        name: self._value(spec, item, each, f"{key}.{name}")
+                        for name, each in value.items()
+                    }
+            elif type(value) is kind:
                 break
-        elif typing.get_origin(kind) is dict:
-            if isinstance(value, Mapping) and all(type(name) is str for name in value):
-                item = typing.get_args(kind)[1]
-                return {
-                    name: _value(spec, item, each, f"{key}.{name}", where)
-                    for name, each in value.items()
-                }
-        elif type(value) is kind:
-            break
-    else:
-        wanted = " or ".join(
-            "null" if k is type(None) else str(k) if typing.get_args(k) else k.__name__
-            for k in kinds
-        )
-        raise InputError(f"{where}: {key} is {value!r} ({type(value).__name__}); wanted {wanted}")
-    meta = spec.metadata
-    if "choices" in meta and value not in meta["choices"]:
-        choices = ", ".join(str(choice).lower() for choice in meta["choices"])
-        raise InputError(f"{where}: {key} is {value!r}; wanted one of {choices}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{where}: {key} is {value}; wanted a finite number")
-    if "low" in meta and (value < meta["low"] or (value == meta["low"] and not meta["equal"])):
-        sign = ">=" if meta["equal"] else ">"
-        raise InputError(f"{where}: {key} is {value}; wanted {sign} {meta['low']}")
-    return value
+        else:
+            wanted = " or ".join(
+                "null" if k is type(None) else str(k) if typing.get_args(k) else k.__name__
+                for k in kinds
+            )
+            raise InputError(
+                f"{where}: {key} is {value!r} ({type(value).__name__}); wanted {wanted}"
+            )
+        meta = spec.metadata
+        if "choices" in meta and value not in meta["choices"]:
+            choices = ", ".join(str(choice).lower() for choice in meta["choices"])
+            raise InputError(f"{where}: {key} is {value!r}; wanted one of {choices}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{where}: {key} is {value}; wanted a finite number")
+        if "low" in meta and (value < meta["low"] or (value == meta["low"] and not meta["equal"])):
+            sign = ">=" if meta["equal"] else ">"
+            raise InputError(f"{where}: {key} is {value}; wanted {sign} {meta['low']}")
+        return value
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,74 +3,70 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
-log = logging.getLogger("wavflow")
+from wavflow.base.errors import InputError
+from wavflow.base.names import METHODS, TIMES
+from wavflow.config.sections import sections
 
-# As in wavflow.flow.solvers, which needs torch: reading a configuration does not.
-SOLVERS = ("euler", "midpoint", "heun", "rk4", "ab2", "2m", "adaptive")
 
-
-def _one_of(default: str, *others: str | bool) -> Any:
+def one_of(default: str, *others: str | bool) -> Any:
+    """A field that holds one of these words; the first is its default."""
     return field(default=default, metadata={"choices": (default, *others)})
 
 
-def _over(default: float | None, low: float, *, equal: bool = False) -> Any:
+def over(default: float | None, low: float, *, equal: bool = False) -> Any:
+    """A field that holds a number above `low`, or equal to it."""
     return field(default=default, metadata={"low": low, "equal": equal})
+
+
+def _by_system() -> Any:
+    """A section whose default is that of the configuration's system."""
+    return field(default=None)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network, the encoders whose features it hears, and the weights to generate from.
-
-    A size left at null is the named preset's.
+    """The network, and the weights to generate from.
 
     Attributes:
-        name: Preset of the network: `medium_16k`, `medium_44k`, `large_16k`, `large_44k` or
-            `toy_8k`.
-        hidden_dim: Channels of a token inside the network, a multiple of 2 x `num_heads`.
-        depth: Blocks in all, joint and fused.
-        fused_depth: How many of the blocks, the last ones, see the audio tokens alone; less than
-            `depth`.
-        num_heads: Attention heads.
-        mlp_ratio: Asked width of a block's feed-forward over `hidden_dim`. The inner width is two
-            thirds of it, rounded up to a multiple of 256.
-        attention_window: Seconds away that a token of sound or video may be to be attended to; null
-            for any distance. Text tokens see, and are seen by, all.
-        rope_scaling: Rotary positions in clips longer than those of the training: go on with them
-            (`none`), squeeze them into the trained range (`linear`), or raise the base of the
-            frequencies (`ntk`).
-        encoders: Where features come from: `embedded` (no download, for toy worlds) or
-            `clip_synchformer` (the public ones).
+        name: Preset of the network.
         ckpt_path: Checkpoint that `wavflow infer` generates from.
         use_ema: Which weights of a training checkpoint are read: `ema1` (or true), `ema2`, or
             `none` (or false) for those that are trained.
-        empty_string_ckpt: File with the features of the empty caption; null asks the encoder.
+    """
+
+    name: str = ""
+    ckpt_path: str | None = None
+    use_ema: bool | str = True
+
+    @property
+    def ema(self) -> str:
+        """Which weights a checkpoint is read for: `ema1`, `ema2` or `none`."""
+        if isinstance(self.use_ema, str):
+            return self.use_ema
+        return "ema1" if self.use_ema else "none"
+
+
+@dataclass(frozen=True)
+class EncodersConfig:
+    """The encoders whose features a network hears, in the section `model` of its system.
+
+    Attributes:
+        encoders: Where features come from: `embedded` (no download, for toy worlds) or
+            `clip_synchformer` (the public ones).
         clip_model_name: open_clip's name of the CLIP model.
         clip_pretrained: open_clip's name of its weights, or a file of them.
         synchformer_ckpt: File of Synchformer's weights; null fetches the public ones.
         encoder_dtype: Dtype that the public encoders compute in.
     """
 
-    name: str = "medium_16k"
-    hidden_dim: int | None = _over(None, 0)
-    depth: int | None = _over(None, 0)
-    fused_depth: int | None = _over(None, 0, equal=True)
-    num_heads: int | None = _over(None, 0)
-    mlp_ratio: float | None = _over(None, 0)
-    attention_window: float | None = _over(None, 0)
-    rope_scaling: str = _one_of("none", "linear", "ntk")
     encoders: str = "clip_synchformer"
-    ckpt_path: str | None = None
-    use_ema: bool | str = True
-    empty_string_ckpt: str | None = None
     clip_model_name: str = "ViT-H-14-378-quickgelu"
     clip_pretrained: str = "dfn5b"
     synchformer_ckpt: str | None = None
-    encoder_dtype: str = _one_of("float32", "bfloat16")
+    encoder_dtype: str = one_of("float32", "bfloat16")
 
     @property
     def encoder_options(self) -> dict[str, Any]:
@@ -83,17 +79,10 @@ class ModelConfig:
             "dtype": self.encoder_dtype,
         }
 
-    @property
-    def ema(self) -> str:
-        """Which weights a checkpoint is read for: `ema1`, `ema2` or `none`."""
-        if isinstance(self.use_ema, str):
-            return self.use_ema
-        return "ema1" if self.use_ema else "none"
-
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The table of clips, for training or for generation, and the sizes of a clip's data.
+    """The table of clips, for training or for generation, and the sound of a clip.
 
     Attributes:
         csv_path: Table of clips. For training also a folder made by `wavflow pack`.
@@ -109,42 +98,28 @@ class DataConfig:
         crop: Which window of a longer recording is taken: its `first`, or one at a `random` place.
         lift: Whose level the loudness of a clip is set by: its own (`clip`; with `crop: first` that
             of its whole file) or that of its whole `recording`.
-        audio_scale: Factor from samples in [-1, 1] to what the network sees.
         target_sample_rate: Samples a second; other sounds are resampled.
         audio_duration: Seconds of a clip.
-        audio_dim: Samples of a token.
-        clip_seq_len: Rows of clip features (what is seen) in a clip.
-        clip_dim: Width of a clip row.
-        sync_seq_len: Rows of sync features (when it moves) in a clip.
-        sync_dim: Width of a sync row.
-        sync_layout: What a sync row stands for: a part of one of Synchformer's overlapping
-            segments of 8 rows (`segments`), or an even stretch of time (`even`).
-        text_seq_len: Rows of text features of a caption.
-        text_dim: Width of a text row.
         cache_mb: MB of recordings and features that training keeps in memory.
     """
+
+    #: Keys of the section that a pack of clips depends on.
+    PACK_KEYS: ClassVar[tuple[str, ...]] = ("target_sample_rate", "audio_duration")
+    #: Keys of the section that hold for the weights of a training alone.
+    TRAINED_KEYS: ClassVar[tuple[str, ...]] = ("target_sample_rate", "audio_duration")
 
     csv_path: str | None = None
     val_csv_path: str | None = None
     data_root: str | None = None
     store: str | None = None
-    source_weights: dict[str, float] | None = _over(None, 0, equal=True)
-    shuffle: str = _one_of("full", "shards")
-    shuffle_shards: int = _over(8, 0)
-    crop: str = _one_of("first", "random")
-    lift: str = _one_of("clip", "recording")
-    audio_scale: float = _over(3.0, 0)
-    target_sample_rate: int = _over(16000, 0)
-    audio_duration: float = _over(8.0, 0)
-    audio_dim: int = _over(200, 0)
-    clip_seq_len: int = _over(64, 0)
-    clip_dim: int = _over(1024, 0)
-    sync_seq_len: int = _over(192, 0)
-    sync_dim: int = _over(768, 0)
-    sync_layout: str = _one_of("segments", "even")
-    text_seq_len: int = _over(77, 0)
-    text_dim: int = _over(1024, 0)
-    cache_mb: int = _over(4096, 0, equal=True)
+    source_weights: dict[str, float] | None = over(None, 0, equal=True)
+    shuffle: str = one_of("full", "shards")
+    shuffle_shards: int = over(8, 0)
+    crop: str = one_of("first", "random")
+    lift: str = one_of("clip", "recording")
+    target_sample_rate: int = over(16000, 0)
+    audio_duration: float = over(8.0, 0)
+    cache_mb: int = over(4096, 0, equal=True)
 
     @property
     def samples(self) -> int:
@@ -152,23 +127,14 @@ class DataConfig:
         return round(self.target_sample_rate * self.audio_duration)
 
     @property
-    def latent_seq_len(self) -> int:
-        """Tokens in one clip, ceil(samples / audio_dim)."""
-        return math.ceil(self.samples / self.audio_dim)
+    def read_samples(self) -> int:
+        """Samples that are read of one clip: its own, and what fills up its last token."""
+        return self.samples
 
     @property
     def by_windows(self) -> bool:
         """Whether a clip is read without the rest of its recording."""
         return self.crop == "random" or self.lift == "recording"
-
-    @property
-    def feature_shapes(self) -> dict[str, tuple[int, int]]:
-        """Key in a feature file -> (rows, width)."""
-        return {
-            "clip_features": (self.clip_seq_len, self.clip_dim),
-            "sync_features": (self.sync_seq_len, self.sync_dim),
-            "text_features": (self.text_seq_len, self.text_dim),
-        }
 
 
 @dataclass(frozen=True)
@@ -186,13 +152,13 @@ class DecodingConfig:
         hold_seconds: How long the last picture may be held where a video is too short for its clip.
     """
 
-    file_gb: float = _over(16.0, 0)
-    hours: float = _over(24.0, 0)
-    megapixels: float = _over(36.0, 0)
-    idle_packets: int = _over(1000, 0)
-    seconds: float = _over(300.0, 0)
-    memory_gb: float = _over(4.0, 0)
-    hold_seconds: float = _over(0.0, 0, equal=True)
+    file_gb: float = over(16.0, 0)
+    hours: float = over(24.0, 0)
+    megapixels: float = over(36.0, 0)
+    idle_packets: int = over(1000, 0)
+    seconds: float = over(300.0, 0)
+    memory_gb: float = over(4.0, 0)
+    hold_seconds: float = over(0.0, 0, equal=True)
 
 
 @dataclass(frozen=True)
@@ -212,14 +178,14 @@ class SamplingConfig:
         scale: Standard deviation of that number.
     """
 
-    prediction_type: str = _one_of("x", "v")
-    noise_shift: float = _over(1.0, 0)
-    min_sigma: float = _over(0.0, 0, equal=True)
-    method: str = _one_of(*SOLVERS)
-    num_steps: int = _over(50, 0)
-    noise_scale: float = _over(1.0, 0)
+    prediction_type: str = one_of("x", "v")
+    noise_shift: float = over(1.0, 0)
+    min_sigma: float = over(0.0, 0, equal=True)
+    method: str = one_of(*METHODS)
+    num_steps: int = over(50, 0)
+    noise_scale: float = over(1.0, 0)
     mean: float = 0.0
-    scale: float = _over(1.0, 0)
+    scale: float = over(1.0, 0)
 
 
 @dataclass(frozen=True)
@@ -243,13 +209,13 @@ class InferenceConfig:
 
     cfg: float = 4.5
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    guidance_rescale: float = _over(0.0, 0, equal=True)
-    times: str = _one_of("even", "sigmoid", "log-snr")
-    batch_size: int = _over(8, 0)
+    guidance_rescale: float = over(0.0, 0, equal=True)
+    times: str = one_of(*TIMES)
+    batch_size: int = over(8, 0)
     seed: int = 42
     trim_to_duration: bool = True
     device: str = "auto"
-    dtype: str = _one_of("auto", "float32", "bfloat16", "float16")
+    dtype: str = one_of("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -269,7 +235,7 @@ class OutputConfig:
     output_dir: str = "outputs"
     loudness_norm: bool = True
     loudness_target_lufs: float = -23.0
-    format: str = _one_of("wav", "flac")
+    format: str = one_of("wav", "flac")
     mux: bool = False
     overwrite: bool = False
 
@@ -327,46 +293,46 @@ class TrainingConfig:
             network learns to go without.
     """
 
-    epochs: int = _over(100, 0)
-    max_steps: int | None = _over(None, 0)
-    max_seconds: float | None = _over(None, 0)
-    warmup_steps: int = _over(1000, 0, equal=True)
-    clip_grad_norm: float = _over(1.0, 0)
-    batch_size: int = _over(32, 0)
+    epochs: int = over(100, 0)
+    max_steps: int | None = over(None, 0)
+    max_seconds: float | None = over(None, 0)
+    warmup_steps: int = over(1000, 0, equal=True)
+    clip_grad_norm: float = over(1.0, 0)
+    batch_size: int = over(32, 0)
     seed: int = 42
-    start_epoch: int = _over(0, 0, equal=True)
-    num_workers: int = _over(2, 0, equal=True)
+    start_epoch: int = over(0, 0, equal=True)
+    num_workers: int = over(2, 0, equal=True)
     dataloader_pin_memory: bool = True
-    dataloader_prefetch_factor: int = _over(2, 0)
+    dataloader_prefetch_factor: int = over(2, 0)
     device: str = "auto"
-    dtype: str = _one_of("auto", "float32", "bfloat16")
-    strategy: str = _one_of("ddp", "fsdp")
-    accumulation: int = _over(1, 0)
+    dtype: str = one_of("auto", "float32", "bfloat16")
+    strategy: str = one_of("ddp", "fsdp")
+    accumulation: int = over(1, 0)
     compile: bool = False
     gradient_checkpointing: bool = False
     output_dir: str = "outputs"
-    lr: float | None = _over(1e-4, 0)
-    blr: float = _over(1e-4, 0)
-    min_lr: float = _over(0.0, 0, equal=True)
-    lr_schedule: str = _one_of("constant", "cosine", "step")
+    lr: float | None = over(1e-4, 0)
+    blr: float = over(1e-4, 0)
+    min_lr: float = over(0.0, 0, equal=True)
+    lr_schedule: str = one_of("constant", "cosine", "step")
     lr_schedule_steps: list[int] = field(default_factory=list)
-    lr_schedule_gamma: float = _over(0.1, 0)
-    weight_decay: float = _over(0.0, 0, equal=True)
-    log_freq: int = _over(20, 0)
-    gen_train_freq: int = _over(0, 0, equal=True)
-    val_steps: int = _over(1000, 0)
-    tensorboard: bool | str = _one_of("auto", True, False)
-    max_bad_steps: int = _over(10, 0)
-    overfit: int | None = _over(None, 0)
-    checkpoint_freq: int = _over(1, 0)
-    checkpoint_minutes: float = _over(30.0, 0)
-    checkpoint_save_epoch: int = _over(0, 0, equal=True)
-    resume: str = _one_of("latest", "previous")
-    ema_decay1: float = _over(0.9999, 0, equal=True)
-    ema_decay2: float = _over(0.9996, 0, equal=True)
-    ema_checkpoint_save_epoch: int = _over(0, 0, equal=True)
-    loss_type: str = _one_of("v", "x")
-    label_drop_prob: float = _over(0.1, 0, equal=True)
+    lr_schedule_gamma: float = over(0.1, 0)
+    weight_decay: float = over(0.0, 0, equal=True)
+    log_freq: int = over(20, 0)
+    gen_train_freq: int = over(0, 0, equal=True)
+    val_steps: int = over(1000, 0)
+    tensorboard: bool | str = one_of("auto", True, False)
+    max_bad_steps: int = over(10, 0)
+    overfit: int | None = over(None, 0)
+    checkpoint_freq: int = over(1, 0)
+    checkpoint_minutes: float = over(30.0, 0)
+    checkpoint_save_epoch: int = over(0, 0, equal=True)
+    resume: str = one_of("latest", "previous")
+    ema_decay1: float = over(0.9999, 0, equal=True)
+    ema_decay2: float = over(0.9996, 0, equal=True)
+    ema_checkpoint_save_epoch: int = over(0, 0, equal=True)
+    loss_type: str = one_of("v", "x")
+    label_drop_prob: float = over(0.1, 0, equal=True)
 
     def peak_lr(self, processes: int = 1) -> float:
         """`lr`, or `blr` x the clips of a step / 256 where `lr` is null."""
@@ -398,9 +364,17 @@ class CheckpointConfig:
     initial_load_model_only: bool = True
 
 
+#: A system's section `model`, and its section `data`.
+Model = TypeVar("Model", bound=ModelConfig, covariant=True)
+Data = TypeVar("Data", bound=DataConfig, covariant=True)
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(Generic[Model, Data]):
     """Everything a run is told, section by section.
+
+    The sections `model` and `data` have the keys of the system; a system annotates its own
+    configurations as `Config[ItsModel, ItsData]`.
 
     Attributes:
         model: The network and the encoders.
@@ -413,10 +387,15 @@ class Config:
         eval: Samples during training.
         checkpoint: Where to start from.
         experiment_id: Name of the run, and of its folder.
+        system: What is trained and sampled: `wavflow`, or a module that offers a system, by its
+            dotted path.
+
+    Raises:
+        InputError: an unknown system, or a section of another one.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    model: Model = _by_system()
+    data: Data = _by_system()
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
@@ -427,6 +406,20 @@ class Config:
     experiment_id: str = "wavflow"
     system: str = "wavflow"
 
+    def __post_init__(self) -> None:
+        for name, wanted in sections(self.system).items():
+            found = getattr(self, name)
+            if found is None:
+                object.__setattr__(self, name, wanted())
+            elif not isinstance(found, wanted):
+                raise InputError(
+                    f"{name} is a {type(found).__name__}; wanted a {wanted.__name__}, as system "
+                    f"{self.system} has it"
+                )
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
-        return dataclasses.asdict(self)
+        """Plain dicts, lists, strings and numbers; without `system` where that is the default."""
+        values = dataclasses.asdict(self)
+        if self.system == Config.system:
+            del values["system"]
+        return values

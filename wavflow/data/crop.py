@@ -3,117 +3,155 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import reduce
 
 from wavflow.base.errors import InputError
 from wavflow.config.schema import DataConfig
+from wavflow.data.tracks import Even, Segments, Track
 
-# A segment of sync features: 8 rows from 16 frames at 25 a second; the next begins 8 frames on.
-SEGMENT_ROWS, SEGMENT_STEP = 8, Fraction(8, 25)
 # Encoders round a recording's length to whole rows, each in its own way.
 LENGTH_TOLERANCE = Fraction(1, 3)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a window begins: a sample of the recording, a row of its clip and sync features."""
+    """Where a window begins.
+
+    Attributes:
+        sample: of the recording.
+        rows: of its features, by key.
+    """
 
     sample: int
-    clip_row: int
-    sync_row: int
+    rows: dict[str, int]
 
 
 class Grid:
     """The places at which a window may begin: every `step` seconds, where its features begin whole.
 
-    `data.sync_layout` says what the rows of sync_features stand for:
+    With tracks in segments (`wavflow.data.tracks.Segments`), Synchformer's every 0.32 s, a window
+    may begin where a segment of each does; rows of other tracks are from the one nearest in time
+    on. Else it may begin where a row of every track in time does: every 1/8 s for the embedded
+    encoders' 8 and 24 rows a second. Without any it may begin anywhere.
 
-    - "even": a stretch of time each, like those of clip_features. A window may begin where a clip
-      and a sync row begin together: every 1/8 s for the embedded encoders' 8 and 24 rows a second.
-    - "segments": Synchformer's, overlapping segments of 8 rows, one every 0.32 s. A window may
-      begin where a segment does; its clip rows are from the row nearest in time on.
-
-    Rows a second are `clip_seq_len` and `sync_seq_len` over `audio_duration`.
+    Args:
+        config: rate and duration of a clip, and how recordings are cropped.
+        tracks: the clip's features.
 
     Raises:
         InputError: `crop` is "random" and the sizes give no whole number of rows a second, or of
             segments.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, tracks: Iterable[Track]) -> None:
         self.config = config
-        duration = Fraction(config.audio_duration).limit_denominator(1_000_000)
-        self.clip_rate = config.clip_seq_len / duration
-        self.segments = config.sync_layout == "segments"
+        self._timing: dict[str, Even | Segments] = {}
+        self._tracks: dict[str, Track] = {}
+        for track in tracks:
+            if track.timing is not None:
+                self._tracks[track.key], self._timing[track.key] = track, track.timing
         if config.crop == "random":
-            self._check_sizes(duration)
-        if self.segments:
-            self.step, self.sync_step = SEGMENT_STEP, SEGMENT_ROWS
-        else:
-            together = math.gcd(config.clip_seq_len, config.sync_seq_len)
-            self.step, self.sync_step = duration / together, config.sync_seq_len // together
+            self._check_sizes()
+        segments = [t for t in self._timing.values() if isinstance(t, Segments)]
+        steps = [timing.step for timing in segments or self._timing.values()]
+        self.step = reduce(_least_multiple, steps) if steps else Fraction(0)
+        # Rows from one place to the next.
+        self._strides = {
+            key: self.step / timing.step * timing.rows for key, timing in self._timing.items()
+        }
 
-    def places(self, samples: int, clip_rows: int, sync_rows: int) -> int:
-        """How many places there are in a recording of so many samples and rows; at least one."""
+    def places(self, samples: int, rows: Mapping[str, int]) -> int:
+        """How many places there are in a recording; at least one.
+
+        Args:
+            samples: of its sound.
+            rows: of the features that it has, by key; others limit nothing.
+        """
         data = self.config
-        by_sound = (samples - data.samples) // (self.step * data.target_sample_rate) + 1
-        by_sync = (sync_rows - data.sync_seq_len) // self.sync_step + 1
-        # Rounding takes a row for nearest up to half a row away.
-        spare = clip_rows - data.clip_seq_len + Fraction(1, 2)
-        by_clip = math.ceil(spare / (self.step * self.clip_rate))
-        return max(min(by_sound, by_sync, by_clip), 1)
+        limits = [(samples - data.samples) // (self.step * data.target_sample_rate) + 1]
+        for key, stride in self._strides.items():
+            if key in rows:
+                # Rounding takes a row for nearest up to half a row away.
+                spare = rows[key] - self._tracks[key].rows + Fraction(1, 2)
+                limits.append(math.ceil(spare / stride))
+        return max(min(limits), 1)
 
     def place(self, number: int) -> Place:
         """The place with that number, counted from 0."""
-        time = number * self.step
         return Place(
-            sample=int(time * self.config.target_sample_rate),
-            clip_row=int(time * self.clip_rate + Fraction(1, 2)),
-            sync_row=number * self.sync_step,
+            sample=int(number * self.step * self.config.target_sample_rate),
+            rows={key: int(number * s + Fraction(1, 2)) for key, s in self._strides.items()},
         )
 
-    def check(self, where: object, clip_rows: int, sync_rows: int) -> None:
+    def pick(self, chance: float, samples: int, rows: Mapping[str, int]) -> Place:
+        """The place that `chance`, in (0, 1), picks in a recording.
+
+        Args:
+            chance: by which all places are equally likely.
+            samples, rows: as of `places`; without rows of tracks in time every sample is a place.
+        """
+        if not self._tracks.keys() & rows.keys():
+            return Place(int(chance * max(samples - self.config.samples + 1, 1)), {})
+        return self.place(int(chance * self.places(samples, rows)))
+
+    def check(self, where: object, rows: Mapping[str, int]) -> None:
         """Features hold the rows of one window, or all rows of one longer recording.
+
+        Args:
+            where: they were found, for messages.
+            rows: of each, by key; those of tracks without a place in time are not looked at.
 
         Raises:
             InputError: they do neither.
         """
-        data = self.config
-        found = {"clip_features": clip_rows, "sync_features": sync_rows}
-        for key, rows in found.items():
-            wanted = data.feature_shapes[key][0]
-            if rows < wanted:
+        found = {key: rows[key] for key in self._tracks if key in rows}
+        for key, count in found.items():
+            wanted = self._tracks[key].rows
+            if count < wanted:
                 raise InputError(
-                    f"{where}: {key} has {rows} rows; wanted {wanted}, or more of a longer clip"
+                    f"{where}: {key} has {count} rows; wanted {wanted}, or more of a longer clip"
                 )
-        if self.segments and (sync_rows - data.sync_seq_len) % SEGMENT_ROWS:
-            raise InputError(
-                f"{where}: sync_features has {sync_rows} rows; wanted {data.sync_seq_len} and "
-                f"whole segments of {SEGMENT_ROWS} more"
-            )
-        longer_clip = (clip_rows - data.clip_seq_len) / self.clip_rate
-        longer_sync = (sync_rows - data.sync_seq_len) / (self.sync_step / self.step)
-        if abs(longer_clip - longer_sync) > LENGTH_TOLERANCE:
-            raise InputError(
-                f"{where}: clip_features has {clip_rows} rows, {float(longer_clip):.2f} s more "
-                f"than a window, and sync_features {sync_rows}, {float(longer_sync):.2f} s more; "
-                "wanted the same length"
-            )
+        for key, count in found.items():
+            timing, wanted = self._timing[key], self._tracks[key].rows
+            if isinstance(timing, Segments) and (count - wanted) % timing.rows:
+                raise InputError(
+                    f"{where}: {key} has {count} rows; wanted {wanted} and whole segments of "
+                    f"{timing.rows} more"
+                )
+        longer = {
+            key: (count - self._tracks[key].rows) * self._timing[key].step / self._timing[key].rows
+            for key, count in found.items()
+        }
+        first = next(iter(longer), None)
+        for key, more in longer.items():
+            if first is not None and abs(more - longer[first]) > LENGTH_TOLERANCE:
+                raise InputError(
+                    f"{where}: {first} has {found[first]} rows, {float(longer[first]):.2f} s more "
+                    f"than a window, and {key} {found[key]}, {float(more):.2f} s more; wanted the "
+                    "same length"
+                )
 
-    def _check_sizes(self, duration: Fraction) -> None:
-        data = self.config
-        sizes = {"clip_seq_len": data.clip_seq_len}
-        if not self.segments:
-            sizes["sync_seq_len"] = data.sync_seq_len
-        elif data.sync_seq_len % SEGMENT_ROWS:
-            raise InputError(
-                f"data.sync_seq_len is {data.sync_seq_len}; random crops of segments want whole "
-                f"ones, of {SEGMENT_ROWS} rows"
-            )
-        for name, rows in sizes.items():
-            if (rows / duration).denominator != 1:
+    def _check_sizes(self) -> None:
+        for key, track in self._tracks.items():
+            timing, name = self._timing[key], track.setting or key
+            if isinstance(timing, Segments):
+                if track.rows % timing.rows:
+                    raise InputError(
+                        f"{name} is {track.rows}; random crops of segments want whole ones, of "
+                        f"{timing.rows} rows"
+                    )
+            elif timing.rate.denominator != 1:
                 raise InputError(
-                    f"data.{name} is {rows} in {data.audio_duration:g} s; random crops want a "
-                    "whole number of rows a second"
+                    f"{name} is {track.rows} in {self.config.audio_duration:g} s; random crops "
+                    "want a whole number of rows a second"
                 )
+
+
+def _least_multiple(one: Fraction, two: Fraction) -> Fraction:
+    """The least common multiple of two steps."""
+    return Fraction(
+        math.lcm(one.numerator, two.numerator), math.gcd(one.denominator, two.denominator)
+    )

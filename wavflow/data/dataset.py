@@ -24,11 +24,10 @@ from wavflow.config.schema import DataConfig
 from wavflow.data.crop import Grid
 from wavflow.data.manifest import Manifest, ReportRow, Row, read_manifest, write_report
 from wavflow.data.order import Order
-from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, Level, Recording, RowReader, source
+from wavflow.data.recording import Level, Recording, RowReader, source
+from wavflow.data.tracks import Track, columns, flags, present
 
 log = logging.getLogger("wavflow")
-
-COLUMNS = ("id", "audio_path", "features_path", "video_exist", "text_exist")
 
 Same = TypeVar("Same", bound="Clips")
 
@@ -41,30 +40,26 @@ class Clip:
     wave: Tensor
     features: dict[str, Tensor]
 
-    @property
-    def has_video(self) -> bool:
-        return VIDEO_KEYS[0] in self.features
-
-    @property
-    def has_text(self) -> bool:
-        return TEXT_KEYS[0] in self.features
-
 
 @dataclass(frozen=True)
 class ClipBatch:
     """Clips side by side: waves zero-padded on the right, absent features zero.
 
-    Shapes: wave (b t), lengths (b,) int64, features[key] (b rows width), has_video and has_text
-    (b,) bool; levels (b 2), mean square and peak of the clips' recordings, None where clips are
-    lifted by their own.
+    Attributes:
+        ids: of the clips.
+        wave: (b t).
+        lengths: (b,) int64, samples of each.
+        features: (b rows width), by a track's key.
+        present: (b,) bool, whether a clip has the features of a flag ("video", "text").
+        levels: (b 2), mean square and peak of the clips' recordings, None where clips are lifted by
+            their own.
     """
 
     ids: list[str]
     wave: Tensor
     lengths: Tensor
     features: dict[str, Tensor]
-    has_video: Tensor
-    has_text: Tensor
+    present: dict[str, Tensor]
     levels: Tensor | None = None
 
     def pin_memory(self) -> ClipBatch:
@@ -81,8 +76,7 @@ class ClipBatch:
             wave=function(self.wave),
             lengths=function(self.lengths),
             features={key: function(value) for key, value in self.features.items()},
-            has_video=function(self.has_video),
-            has_text=function(self.has_text),
+            present={flag: function(value) for flag, value in self.present.items()},
             levels=None if self.levels is None else function(self.levels),
         )
 
@@ -107,6 +101,7 @@ class Clips(ABC):
     Args:
         path: where the clips come from, for messages.
         config: crop, order and sizes.
+        tracks: the features that are read.
         ids: of the clips.
         sources: of the clips, "" for none.
         shards: of the clips, None where there are none.
@@ -120,13 +115,14 @@ class Clips(ABC):
         self,
         path: Path,
         config: DataConfig,
+        tracks: Iterable[Track],
         ids: Sequence[str],
         sources: Sequence[str],
         shards: Sequence[int] | None = None,
     ) -> None:
-        self.path, self.config = path, config
+        self.path, self.config, self.tracks = path, config, tuple(tracks)
         self.ids, self._sources, self._shards = list(ids), list(sources), shards
-        self.grid = Grid(config)
+        self.grid = Grid(config, self.tracks)
         if config.shuffle == "shards" and shards is None:
             raise InputError(f"{path}: data.shuffle is shards; wanted a folder of `wavflow pack`")
         if config.source_weights is not None:
@@ -209,17 +205,15 @@ class Clips(ABC):
     def _batch(self, ids: list[str], windows: dict[int, Recording]) -> ClipBatch:
         count = len(ids)
         lengths = np.ones(count, np.int64)
-        has_video, has_text = np.zeros(count, bool), np.zeros(count, bool)
+        there = {flag: np.zeros(count, bool) for flag in flags(self.tracks)}
         levels = np.zeros((count, 2), np.float32)
         for place, window in windows.items():
             lengths[place] = window.wave.size
-            has_video[place], has_text[place] = window.has_video, window.has_text
+            for flag in present(self.tracks, window.features):
+                there[flag][place] = True
             levels[place] = window.level.mean_square, window.level.peak
         wave = np.zeros((count, lengths.max(initial=1)), np.float32)
-        features = {
-            key: np.zeros((count, *shape), np.float32)
-            for key, shape in self.config.feature_shapes.items()
-        }
+        features = {track.key: np.zeros((count, *track.shape), np.float32) for track in self.tracks}
         for place, window in windows.items():
             window.write_wave(wave[place, : window.wave.size])
             for key, value in window.features.items():
@@ -229,31 +223,29 @@ class Clips(ABC):
             wave=torch.from_numpy(wave),
             lengths=torch.from_numpy(lengths),
             features={key: torch.from_numpy(value) for key, value in features.items()},
-            has_video=torch.from_numpy(has_video),
-            has_text=torch.from_numpy(has_text),
+            present={flag: torch.from_numpy(value) for flag, value in there.items()},
             levels=torch.from_numpy(levels) if self.config.lift == "recording" else None,
         )
 
     def _first(self, recording: Recording) -> Recording:
-        data = self.config
-        stop = data.latent_seq_len * data.audio_dim if data.by_windows else None
-        shapes = data.feature_shapes
-        features = {key: value[: shapes[key][0]] for key, value in recording.features.items()}
+        stop = self.config.read_samples if self.config.by_windows else None
+        features = {
+            track.key: recording.features[track.key][: track.rows]
+            for track in self.tracks
+            if track.key in recording.features
+        }
         return Recording(recording.wave[:stop], features, recording.level)
 
     def _random(self, recording: Recording, chance: float) -> Recording:
         """The window that `chance`, in (0, 1), picks."""
-        data, samples, features = self.config, recording.wave.size, dict(recording.features)
-        if recording.has_video:
-            rows = [features[key].shape[0] for key in VIDEO_KEYS]
-            place = self.grid.place(int(chance * self.grid.places(samples, *rows)))
-            start = place.sample
-            for key, row in zip(VIDEO_KEYS, (place.clip_row, place.sync_row), strict=True):
-                features[key] = features[key][row : row + data.feature_shapes[key][0]]
-        else:
-            start = int(chance * max(samples - data.samples + 1, 1))
-        stop = start + data.latent_seq_len * data.audio_dim
-        return Recording(recording.wave[start:stop], features, recording.level)
+        place = self.grid.pick(chance, recording.wave.size, recording.rows)
+        features = {}
+        for track in self.tracks:
+            if track.key in recording.features:
+                row = place.rows.get(track.key, 0)
+                features[track.key] = recording.features[track.key][row : row + track.rows]
+        stop = place.sample + self.config.read_samples
+        return Recording(recording.wave[place.sample : stop], features, recording.level)
 
     def _check_sources(self, weighted: Iterable[str]) -> None:
         there, weighted = set(self._sources), set(weighted)
@@ -265,8 +257,9 @@ class Clips(ABC):
 
 
 class ClipDataset(Clips):
-    """Clips listed in a CSV (id, audio_path, features_path, video_exist, text_exist, [source]).
+    """Clips listed in a CSV: id, audio_path, features_path, video_exist, text_exist, [source].
 
+    Columns that only tracks need may lack where there are none (`wavflow.data.tracks.columns`).
     Every row is read once when the set is opened: rows that cannot be used are left out, named
     in one warning each and in `report`. What is read whole stays in memory up to `config.cache_mb`.
     A modality whose flag is 0 is missing, whatever the file holds.
@@ -274,6 +267,7 @@ class ClipDataset(Clips):
     Args:
         csv_path: the table.
         config: rate, sizes, crop and order.
+        tracks: the features that are read.
         report: a CSV to write: what became of every row.
         workers: threads that read.
         progress: called with (rows read, rows in all).
@@ -286,17 +280,19 @@ class ClipDataset(Clips):
         self,
         csv_path: str | os.PathLike[str],
         config: DataConfig,
+        tracks: Iterable[Track],
         *,
         report: str | os.PathLike[str] | None = None,
         workers: int = 2,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        manifest = read_manifest(csv_path, COLUMNS, data_root=config.data_root)
+        tracks = tuple(tracks)
+        manifest = read_manifest(csv_path, columns(tracks), data_root=config.data_root)
         self._room = config.cache_mb * 2**20
         self._cache: dict[str, Recording] = {}
         self._levels: dict[str, Level] = {}
         self._lock = threading.Lock()
-        self._read = RowReader(config)
+        self._read = RowReader(config, tracks)
         self._rows = list(manifest)
         outcome = unusable(manifest)
         with ThreadPoolExecutor(max(workers, 1)) as pool:
@@ -312,7 +308,8 @@ class ClipDataset(Clips):
         refuse_none(manifest.path, rows)
         self._rows = [row for row in manifest if outcome[row.number].status == "ok"]
         ids = [row.id for row in self._rows]
-        super().__init__(manifest.path, config, ids, [source(row) for row in self._rows])
+        sources = [source(row) for row in self._rows]
+        super().__init__(manifest.path, config, tracks, ids, sources)
 
     def recording(self, index: int) -> Recording:
         row = self._rows[index]

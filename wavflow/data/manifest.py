@@ -38,6 +38,10 @@ class Row:
     text_exist: bool
     fields: dict[str, str] = field(repr=False)
 
+    def has(self, flag: str) -> bool:
+        """What the column `<flag>_exist` says, "video" or "text"."""
+        return {"video": self.video_exist, "text": self.text_exist}[flag]
+
 
 @dataclass(frozen=True)
 class RowError:

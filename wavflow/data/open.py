@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from wavflow.base.errors import InputError
@@ -10,13 +11,13 @@ from wavflow.config.schema import DataConfig
 from wavflow.data.dataset import ClipDataset
 from wavflow.data.manifest import ReportRow, write_report
 from wavflow.data.pack import Progress, pack
-from wavflow.data.shards import (
-    PackedDataset,
-)
+from wavflow.data.shards import PackedDataset
+from wavflow.data.tracks import Track
 
 
 def open_dataset(
     config: DataConfig,
+    tracks: Iterable[Track],
     *,
     report: str | os.PathLike[str] | None = None,
     workers: int = 2,
@@ -29,6 +30,7 @@ def open_dataset(
 
     Args:
         config: what to open, and how.
+        tracks: the features that are read.
         report: a CSV to write: what became of every row.
         workers: threads that read files.
         progress: called with (rows read, rows in all).
@@ -38,15 +40,15 @@ def open_dataset(
     """
     if config.csv_path is None:
         raise InputError("data.csv_path is not set; wanted a CSV made by `wavflow extract`")
-    path = Path(config.csv_path)
+    path, tracks = Path(config.csv_path), tuple(tracks)
     if config.store is not None:
         if path.is_dir():
             raise InputError(f"{path}: a folder; with data.store wanted the CSV to be packed")
-        pack(path, config.store, config, workers=workers, progress=progress)
+        pack(path, config.store, config, tracks, workers=workers, progress=progress)
         path = Path(config.store)
     if not path.is_dir():
-        return ClipDataset(path, config, report=report, workers=workers, progress=progress)
-    dataset = PackedDataset(path, config)
+        return ClipDataset(path, config, tracks, report=report, workers=workers, progress=progress)
+    dataset = PackedDataset(path, config, tracks)
     if report is not None:
         rows = [ReportRow(id, "skipped", why) for _, id, why in dataset.index["skipped"]]
         write_report(report, rows + [ReportRow(id, "ok") for id in dataset.ids])

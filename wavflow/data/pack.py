@@ -1,4 +1,4 @@
-"""Opening a training set, and packing a table of files into shards (`wavflow.data.shards`)."""
+"""Packing a table of files into shards (`wavflow.data.shards`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,20 @@ import numpy as np
 from wavflow.base.errors import InputError
 from wavflow.base.files import atomic_write, remove_temporary, sha256, write_json
 from wavflow.config.schema import DataConfig
-from wavflow.data.dataset import COLUMNS, refuse_none, unusable
+from wavflow.data.dataset import refuse_none, unusable
 from wavflow.data.manifest import Manifest, ReportRow, Row, read_manifest, write_report
 from wavflow.data.prefetch import prefetch
 from wavflow.data.recording import Recording, RowReader, source
 from wavflow.data.shards import (
-    FACTS,
-    FEATURES,
     PACK,
     PACK_KEYS,
     SCHEMA,
+    WAVE,
     check_config,
     read_index,
     read_shard,
 )
+from wavflow.data.tracks import FLAGS, Track, columns, present
 
 # Recordings that a thread may read before the shard takes them.
 AHEAD = 4
@@ -55,6 +55,7 @@ def pack(
     csv_path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     config: DataConfig,
+    tracks: Iterable[Track],
     *,
     shard_mb: int = 512,
     workers: int = 2,
@@ -71,6 +72,7 @@ def pack(
         csv_path: columns id, audio_path, features_path, video_exist, text_exist; optional source.
         out: the folder.
         config: rate and sizes, and `data_root`.
+        tracks: the features that are packed.
         shard_mb: a shard is closed when it has so many MB (2^20 bytes).
         workers: threads that read files.
         progress: called with (rows read, rows in all).
@@ -81,11 +83,11 @@ def pack(
     """
     if shard_mb < 1:
         raise InputError(f"--shard-mb is {shard_mb}; wanted at least 1")
-    out = Path(out)
-    manifest = read_manifest(csv_path, COLUMNS, data_root=config.data_root)
+    out, tracks = Path(out), tuple(tracks)
+    manifest = read_manifest(csv_path, columns(tracks), data_root=config.data_root)
     facts = {
         "schema": SCHEMA,
-        "config": {key: getattr(config, key) for key in FACTS},
+        "config": {key: getattr(config, key) for key in config.PACK_KEYS},
         "table": _fingerprint(manifest, config),
     }
     if (out / PACK).exists():
@@ -94,7 +96,9 @@ def pack(
     else:
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):
-            whole = _Packer(manifest, out, config, facts).run(shard_mb * 2**20, workers, progress)
+            whole = _Packer(manifest, out, config, tracks, facts).run(
+                shard_mb * 2**20, workers, progress
+            )
     outcome = {row.number: ReportRow(row.id, "ok") for row in manifest}
     outcome |= {number: ReportRow(id, "skipped", why) for number, id, why in whole["skipped"]}
     report = [row for _, row in sorted(outcome.items())]
@@ -107,10 +111,15 @@ class _Packer:
     """Writes the shards of a folder, from the first that is not there."""
 
     def __init__(
-        self, manifest: Manifest, out: Path, config: DataConfig, facts: dict[str, Any]
+        self,
+        manifest: Manifest,
+        out: Path,
+        config: DataConfig,
+        tracks: tuple[Track, ...],
+        facts: dict[str, Any],
     ) -> None:
         self.manifest, self.out, self.config, self.facts = manifest, out, config, facts
-        self.read = RowReader(config)
+        self.read = RowReader(config, tracks)
         self.shards: list[str] = []
         self.clips = self.next = 0  # next: the first row that no shard has seen
         self.skipped: list[tuple[int, str, str]] = []  # row number, id, reason
@@ -194,12 +203,13 @@ class _Packer:
     def _write_clip(self, tar: tarfile.TarFile, row: Row, recording: Recording) -> dict[str, Any]:
         """Appends a clip's members; returns its entry in the index."""
         key = row.id.replace("%", "%25").replace(".", "%2E")
-        arrays = {"wave": _narrow(recording.wave[:])}
+        arrays = {WAVE: _narrow(recording.wave[:])}
         arrays |= {
-            name: recording.features[key]
-            for name, key in FEATURES.items()
-            if key in recording.features
+            track.name: recording.features[track.key]
+            for track in self.read.tracks
+            if track.key in recording.features
         }
+        there = present(self.read.tracks, recording.features)
         places = {}
         for name, array in arrays.items():
             content = io.BytesIO()
@@ -214,8 +224,7 @@ class _Packer:
             "id": row.id,
             "source": source(row),
             "caption": row.caption,
-            "video_exist": recording.has_video,
-            "text_exist": recording.has_text,
+            **{f"{flag}_exist": flag in there for flag in FLAGS},
             "sample_rate": self.config.target_sample_rate,
             "samples": recording.wave.size,
         }

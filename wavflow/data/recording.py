@@ -17,10 +17,9 @@ from wavflow.base.files import load_tensors
 from wavflow.config.schema import DataConfig
 from wavflow.data.crop import Grid
 from wavflow.data.manifest import Row, needed
+from wavflow.data.tracks import Track
 from wavflow.media.audio import FORMATS, SILENCE_PEAK, SoundFile, load_audio
 
-VIDEO_KEYS = ("clip_features", "sync_features")
-TEXT_KEYS = ("text_features",)
 # An int16 sample over 32768 is a float32 sample, exactly.
 INT16_STEP = np.float32(2.0**-15)
 # Windows of which a recording may consist to be read, and cached, whole. Of longer ones windows are
@@ -71,12 +70,9 @@ class Recording:
         return self.wave.nbytes + sum(value.nbytes for value in self.features.values())
 
     @property
-    def has_video(self) -> bool:
-        return VIDEO_KEYS[0] in self.features
-
-    @property
-    def has_text(self) -> bool:
-        return TEXT_KEYS[0] in self.features
+    def rows(self) -> dict[str, int]:
+        """How many rows the features have, by key."""
+        return {key: len(value) for key, value in self.features.items()}
 
     def write_wave(self, out: np.ndarray) -> None:
         """Writes the wave into `out`, (t,) float32."""
@@ -92,10 +88,18 @@ class RowReader:
 
     Where windows are what is wanted (`DataConfig.by_windows`), long recordings in wav and flac
     files stay on the disk, as do their features: slices of them are read.
+
+    Args:
+        config: rate and duration of a clip, and how recordings are cropped.
+        tracks: the features that are read.
+
+    Raises:
+        InputError: as `Grid`.
     """
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config, self.grid = config, Grid(config)
+    def __init__(self, config: DataConfig, tracks: Iterable[Track]) -> None:
+        self.config, self.tracks = config, tuple(tracks)
+        self.grid = Grid(config, self.tracks)
 
     def is_long(self, samples: int) -> bool:
         """Whether windows of a recording of so many samples are read, and it is not cached."""
@@ -115,21 +119,21 @@ class RowReader:
         known, level = level is not None, level or measure(wave)
         if level.peak <= SILENCE_PEAK:
             raise InputError(f"{row.audio_path}: the audio is silent")
-        keys = VIDEO_KEYS * row.video_exist + TEXT_KEYS * row.text_exist
-        shapes: dict[str, tuple[int | None, int]] = {
-            key: self.config.feature_shapes[key] for key in keys
+        # All rows of a longer recording are read of what lies in time.
+        shapes = {
+            track.key: (track.rows if track.timing is None else None, track.width)
+            for track in self.tracks
+            if row.has(track.flag)
         }
-        for key in VIDEO_KEYS * row.video_exist:
-            shapes[key] = (None, shapes[key][1])
         features = {}
-        if keys:
+        if shapes:
             mapped = self.is_long(wave.size)
             features = _read_arrays(
-                needed(row.features_path), shapes, keys, mapped=mapped, finite=mapped and known
+                needed(row.features_path), shapes, shapes, mapped=mapped, finite=mapped and known
             )
-        if row.video_exist:
-            self.grid.check(row.features_path, *(len(features[key]) for key in VIDEO_KEYS))
-        return Recording(wave, features, level)
+        recording = Recording(wave, features, level)
+        self.grid.check(row.features_path, recording.rows)
+        return recording
 
     def _wave(self, path: Path, *, first: bool) -> np.ndarray | SoundFile:
         rate = self.config.target_sample_rate

@@ -1,10 +1,11 @@
 """A packed data set, read through memory maps of its shards.
 
-A pack is a folder of WebDataset shards: uncompressed tar files whose members `<key>.wave.npy`,
-`<key>.clip.npy`, `<key>.sync.npy`, `<key>.text.npy` and `<key>.json` make one clip. `<key>` is the
-clip's id with "%" as "%25" and "." as "%2E", since WebDataset ends a key at its first dot; the JSON
-holds the id itself. Beside each shard-000000.tar its index shard-000000.json says where the arrays
-lie and how loud the recordings are; pack.json, written last, names all shards.
+A pack is a folder of WebDataset shards: uncompressed tar files whose members `<key>.wave.npy`, one
+`<key>.<name>.npy` for each track of features that the clip has (`wavflow.data.tracks`; WavFlow's
+are clip, sync and text) and `<key>.json` make one clip. `<key>` is the clip's id with "%" as "%25"
+and "." as "%2E", since WebDataset ends a key at its first dot; the JSON holds the id itself. Beside
+each shard-000000.tar its index shard-000000.json says where the arrays lie and how loud the
+recordings are; pack.json, written last, names all shards.
 """
 
 from __future__ import annotations
@@ -22,27 +23,15 @@ from wavflow.base.files import sha256
 from wavflow.config.schema import DataConfig
 from wavflow.data.dataset import Clips
 from wavflow.data.recording import Level, Recording
+from wavflow.data.tracks import Track
 
 SCHEMA = 2
 PACK = "pack.json"
-# What follows a clip's key in the name of a member, and the key in a features file.
-FEATURES = {"clip": "clip_features", "sync": "sync_features", "text": "text_features"}
-MEMBERS = ("wave", *FEATURES)
+# What follows a clip's key in the name of the member that holds its sound; features: `Track.name`.
+WAVE = "wave"
 PACK_KEYS = ("config", "table", "clips", "shards", "skipped")
 SHARD_KEYS = ("config", "table", "bytes", "sha256", "next", "clips", "skipped")
 DTYPES = ("<i2", "<f2", "<f4")
-# What a pack depends on.
-FACTS = (
-    "target_sample_rate",
-    "audio_duration",
-    "clip_seq_len",
-    "clip_dim",
-    "sync_seq_len",
-    "sync_dim",
-    "sync_layout",
-    "text_seq_len",
-    "text_dim",
-)
 
 
 class PackedDataset(Clips):
@@ -51,6 +40,7 @@ class PackedDataset(Clips):
     Args:
         folder: of the pack.
         config: rate, sizes, crop and order.
+        tracks: the features that are read.
         verify: reads every shard and compares its SHA-256 with the index.
 
     Raises:
@@ -59,9 +49,14 @@ class PackedDataset(Clips):
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], config: DataConfig, *, verify: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        config: DataConfig,
+        tracks: Iterable[Track],
+        *,
+        verify: bool = False,
     ) -> None:
-        folder = Path(folder)
+        folder, tracks = Path(folder), tuple(tracks)
         self.index = read_index(folder / PACK, PACK_KEYS)
         check_config(folder / PACK, self.index, config)
         self._maps: list[np.ndarray] = []
@@ -76,7 +71,7 @@ class PackedDataset(Clips):
             if verify and (found := sha256(tar)) != index["sha256"]:
                 raise InputError(f"{tar}: its SHA-256 is {found}; wanted {index['sha256']}")
             self._maps.append(np.memmap(tar, np.uint8, "r"))
-            places.append(_places(folder / f"{name}.json", index, config))
+            places.append(_places(folder / f"{name}.json", index, tracks))
             ids += [clip["id"] for clip in index["clips"]]
             sources += [clip["source"] for clip in index["clips"]]
             shards += [number] * len(index["clips"])
@@ -85,18 +80,17 @@ class PackedDataset(Clips):
         self._places = np.concatenate(places)
         self._levels = np.array(levels)  # (clips, 2) float64: mean square, peak
         self._shard_of = shards
-        self._widths = {name: config.feature_shapes[key][1] for name, key in FEATURES.items()}
-        super().__init__(folder, config, ids, sources, shards)
+        super().__init__(folder, config, tracks, ids, sources, shards)
 
     def recording(self, index: int) -> Recording:
         data = self._maps[self._shard_of[index]]
-        arrays = {}
-        for name, (offset, dtype, rows) in zip(MEMBERS, self._places[index].tolist(), strict=True):
+        (offset, dtype, samples), *places = self._places[index].tolist()
+        wave = np.ndarray((samples,), DTYPES[dtype], data, offset)
+        features = {}
+        for track, (offset, dtype, rows) in zip(self.tracks, places, strict=True):
             if rows:
-                shape = (rows, self._widths[name]) if name in FEATURES else (rows,)
-                arrays[name] = np.ndarray(shape, DTYPES[dtype], data, offset)
-        wave = arrays.pop("wave")
-        features = {FEATURES[name]: value for name, value in arrays.items()}
+                shape = (rows, track.width)
+                features[track.key] = np.ndarray(shape, DTYPES[dtype], data, offset)
         return Recording(wave, features, Level(*self._levels[index].tolist()))
 
 
@@ -139,7 +133,7 @@ def check_config(path: Path, index: dict[str, Any], config: DataConfig) -> None:
     Raises:
         InputError: the pack was made with another rate or other sizes than `config` has.
     """
-    for key in FACTS:
+    for key in config.PACK_KEYS:
         found, wanted = index["config"].get(key), getattr(config, key)
         if found != wanted:
             raise InputError(
@@ -148,17 +142,18 @@ def check_config(path: Path, index: dict[str, Any], config: DataConfig) -> None:
             )
 
 
-def _places(path: Path, index: dict[str, Any], config: DataConfig) -> np.ndarray:
-    """Where the arrays of a shard's clips lie, (clips, members, 3) int64."""
-    places = np.zeros((len(index["clips"]), len(MEMBERS), 3), np.int64)
-    shapes = {name: config.feature_shapes[key] for name, key in FEATURES.items()}
+def _places(path: Path, index: dict[str, Any], tracks: tuple[Track, ...]) -> np.ndarray:
+    """Where the arrays of a shard's clips lie, (clips, members, 3) int64: the sound, each track."""
+    widths: dict[str, list[int]] = {WAVE: [], **{track.name: [track.width] for track in tracks}}
+    members = list(widths)
+    places = np.zeros((len(index["clips"]), len(members), 3), np.int64)
     for clip, row in zip(index["clips"], places, strict=True):
-        for name, array in clip["arrays"].items():
+        for name in clip["arrays"].keys() & widths.keys():
+            array, wanted = clip["arrays"][name], widths[name]
             offset, dtype, (rows, *width) = array["offset"], array["dtype"], array["shape"]
-            wanted = [shapes[name][1]] if name in FEATURES else []
             end = offset + rows * int(np.prod(width)) * np.dtype(dtype).itemsize
             good = dtype in DTYPES and width == wanted and rows > 0 and end <= index["bytes"]
             if not good or offset % np.dtype(dtype).itemsize:
                 raise InputError(f"{path}: {name} of clip {clip['id']} cannot be {array}")
-            row[MEMBERS.index(name)] = offset, DTYPES.index(dtype), rows
+            row[members.index(name)] = offset, DTYPES.index(dtype), rows
     return places

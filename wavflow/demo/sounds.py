@@ -14,13 +14,13 @@ from torch import Tensor
 from wavflow.base.errors import InputError
 from wavflow.base.files import read_json
 from wavflow.base.precision import resolve_device, resolve_dtype
-from wavflow.config.schema import Config
 from wavflow.data.manifest import Row, read_manifest
-from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
+from wavflow.data.recording import read_features
 from wavflow.demo.score import CONTROLS, MODES
 from wavflow.pipeline.sampler import Sampler
 from wavflow.pipeline.table import row_seed
 from wavflow.systems.wavflow.build import build_model, empty_caption
+from wavflow.systems.wavflow.config import TEXT_KEYS, VIDEO_KEYS, RunConfig
 
 #: Which features a mode gives.
 GIVEN = {"vt2a": VIDEO_KEYS + TEXT_KEYS, "v2a": VIDEO_KEYS, "t2a": TEXT_KEYS}
@@ -30,7 +30,7 @@ FILMED = ("vt2a", "v2a")
 BATCH = 16
 
 
-def untrained(config: Config) -> Sampler:
+def untrained(config: RunConfig) -> Sampler:
     """The network as a training run starts it, before its first step."""
     torch.manual_seed(config.training.seed)
     device = resolve_device(config.inference.device)
@@ -61,7 +61,7 @@ class Heldout:
         return Heldout(self.rows[:count], self.features[:count], self.scenes[:count])
 
 
-def read_heldout(out: Path, config: Config) -> Heldout:
+def read_heldout(out: Path, config: RunConfig) -> Heldout:
     """The held-out clips of the world in `out/toy`, with the features in `out/features`.
 
     Raises:

@@ -48,6 +48,7 @@ class EmbeddedText:
     """
 
     name = "embedded-text"
+    key = "text_features"
     dim = 64
     length = TEXT_LENGTH
 
@@ -112,6 +113,7 @@ class EmbeddedVideo:
     """
 
     name = "embedded-video"
+    keys = ("clip_features", "sync_features")
     clip_dim = 64
     sync_dim = 4
     streams = (FrameStream(8, 32, "squash"), FrameStream(25, 32, "squash"))

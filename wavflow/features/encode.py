@@ -12,8 +12,7 @@ from torch import Tensor
 
 from wavflow.base import processes
 from wavflow.base.errors import InputError
-from wavflow.config.schema import DecodingConfig, ModelConfig
-from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS
+from wavflow.config.schema import DecodingConfig, EncodersConfig
 from wavflow.features.encoder import Encoders
 from wavflow.features.registry import get_encoders
 from wavflow.media import video_worker
@@ -26,7 +25,7 @@ WHOLE = "whole"
 PIECE = 32
 
 
-def load_encoders(model: ModelConfig, device: torch.device | str = "auto") -> Encoders:
+def load_encoders(model: EncodersConfig, device: torch.device | str = "auto") -> Encoders:
     """The encoders of a configuration, made once per process.
 
     Raises:
@@ -55,8 +54,8 @@ def encode_video(
     """
     streams = encoders.video.streams
     frames = video_worker.decode(path, streams, seconds, limits, threads, start=start, hold=hold)
-    clip, sync = encoders.video.encode(frames, seconds)
-    return {VIDEO_KEYS[0]: clip, VIDEO_KEYS[1]: sync}
+    rows = encoders.video.encode(frames, seconds)
+    return dict(zip(encoders.video.keys, rows, strict=True))
 
 
 def encode_whole_video(
@@ -87,13 +86,14 @@ def encode_whole_video(
         if not length:
             raise InputError(f"{path}: shorter than a frame at {fine.fps} a second")
 
-    clip, sync = encoders.video.encode_pieces(pieces())
-    return {VIDEO_KEYS[0]: clip, VIDEO_KEYS[1]: sync}, float(length)
+    rows = encoders.video.encode_pieces(pieces())
+    return dict(zip(encoders.video.keys, rows, strict=True)), float(length)
 
 
 def encode_captions(encoders: Encoders, captions: list[str]) -> list[dict[str, Tensor]]:
     """Features of each caption, under the key of a features file."""
-    return [{TEXT_KEYS[0]: rows} for rows in encoders.text.encode(captions)] if captions else []
+    text = encoders.text
+    return [{text.key: rows} for rows in text.encode(captions)] if captions else []
 
 
 _encoders = functools.cache(get_encoders)

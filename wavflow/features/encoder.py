@@ -18,12 +18,14 @@ class VideoEncoder(Protocol):
     """Turns decoded frames into appearance rows and motion rows.
 
     `streams` says which frames it wants from `wavflow.media.video.decode`; `encode` gets them
-    in that order as uint8 (t 3 s s), decoded for the same `seconds`. `load` and `encode` may be
-    called from many threads.
+    in that order as uint8 (t 3 s s), decoded for the same `seconds`. `keys` are those of a features
+    file that its rows go by. `load` and `encode` may be called from many threads.
     """
 
     @property
     def name(self) -> str: ...
+    @property
+    def keys(self) -> tuple[str, str]: ...
     @property
     def clip_dim(self) -> int: ...
     @property
@@ -62,10 +64,15 @@ class VideoEncoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Turns captions into token features (b, length, dim); [""] gives the empty caption."""
+    """Turns captions into token features (b, length, dim); [""] gives the empty caption.
+
+    `key` is that of a features file that they go by.
+    """
 
     @property
     def name(self) -> str: ...
+    @property
+    def key(self) -> str: ...
     @property
     def dim(self) -> int: ...
     @property

@@ -24,10 +24,9 @@ from wavflow.base.errors import InputError
 from wavflow.base.files import atomic_write, load_tensors, locked, working_in
 from wavflow.base.version import __version__
 from wavflow.config.load import load_config
-from wavflow.config.schema import Config, DecodingConfig
-from wavflow.data.dataset import COLUMNS
+from wavflow.config.schema import Config, DecodingConfig, EncodersConfig
 from wavflow.data.manifest import ReportRow, Row, needed, read_manifest, write_csv, write_report
-from wavflow.data.recording import TEXT_KEYS, VIDEO_KEYS, read_features
+from wavflow.data.recording import read_features
 from wavflow.features import provenance
 from wavflow.features.encode import (
     WHOLE,
@@ -40,6 +39,9 @@ from wavflow.features.encoder import Encoders
 from wavflow.features.index import Index
 
 log = logging.getLogger("wavflow")
+
+#: Columns of the table that is written.
+COLUMNS = ("id", "audio_path", "features_path", "video_exist", "text_exist")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,12 @@ def extract(
             in `out`. A row that cannot be encoded raises nothing: it is left out and reported.
     """
     config = config if isinstance(config, Config) else load_config(config)
-    model = replace(config.model, encoders=encoders or config.model.encoders)
+    model = config.model
+    if not isinstance(model, EncodersConfig):
+        raise InputError(
+            f"system {config.system} has no encoders; wanted a configuration with model.encoders"
+        )
+    model = replace(model, encoders=encoders or model.encoders)
     seconds = seconds or config.data.audio_duration
     if isinstance(seconds, str) and seconds != WHOLE:
         raise InputError(f"seconds is {seconds!r}; wanted a number or {WHOLE}")
@@ -288,7 +295,8 @@ class _Job:
     def _holds(self, path: Path, source: dict[str, Any]) -> bool:
         """Whether a features file is whole and of that source, by reading it."""
         facts = {**source.get("video", {}), **source.get("text", {})}
-        shapes = {key: tuple(facts[key]) for key in (*VIDEO_KEYS, *TEXT_KEYS) if key in facts}
+        keys = (*self.encoders.video.keys, self.encoders.text.key)
+        shapes = {key: tuple(facts[key]) for key in keys if key in facts}
         try:
             read_features(path, shapes, shapes)
         except InputError:

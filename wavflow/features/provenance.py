@@ -17,7 +17,7 @@ from typing import Any
 from wavflow.base.errors import InputError
 from wavflow.base.files import locked, read_json, write_json
 from wavflow.base.version import __version__
-from wavflow.config.schema import ModelConfig
+from wavflow.config.schema import EncodersConfig
 from wavflow.features.encoder import Encoders
 
 RECORD = "features.json"
@@ -40,21 +40,19 @@ def describe(
     record = {"wavflow": __version__, "encoders": encoders.name, "seconds": length}
     if video:
         see = encoders.video
+        rows = [
+            None if isinstance(seconds, str) else count(seconds)
+            for count in (see.clip_rows, see.sync_rows)
+        ]
+        shapes = zip(rows, (see.clip_dim, see.sync_dim), strict=True)
         record["video"] = {
             **see.facts(),
             "frames": [f"{s.fps} a second, {s.size} pixels, {s.resize}" for s in see.streams],
-            "clip_features": [
-                None if isinstance(seconds, str) else see.clip_rows(seconds),
-                see.clip_dim,
-            ],
-            "sync_features": [
-                None if isinstance(seconds, str) else see.sync_rows(seconds),
-                see.sync_dim,
-            ],
+            **dict(zip(see.keys, map(list, shapes), strict=True)),
         }
     if text:
         read = encoders.text
-        record["text"] = {**read.facts(), "text_features": [read.length, read.dim]}
+        record["text"] = {**read.facts(), read.key: [read.length, read.dim]}
     return record
 
 
@@ -84,7 +82,7 @@ def save(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> dict[str, 
     return agreed
 
 
-def check_model(csv_path: str | os.PathLike[str], model: ModelConfig) -> None:
+def check_model(csv_path: str | os.PathLike[str], model: EncodersConfig) -> None:
     """
     Raises:
         InputError: a record lies beside the table, and names other encoders than `model` does.

@@ -46,6 +46,7 @@ class ClipText:
     """All 77 token states of a caption, rows of length 1. Equal captions give equal features."""
 
     name = "clip-text"
+    key = "text_features"
     length = TEXT_LENGTH
 
     def __init__(self, clip: Clip, turn: AbstractContextManager) -> None:
@@ -76,6 +77,7 @@ class ClipSynchformerVideo:
     """
 
     name = "clip-synchformer-video"
+    keys = ("clip_features", "sync_features")
     sync_dim = synchformer.SynchformerConfig.dim
     streams = (CLIP_STREAM, SYNC_STREAM)
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 from wavflow.base.errors import InputError
-from wavflow.config.schema import ModelConfig
+from wavflow.config.schema import EncodersConfig
 from wavflow.features.encoder import Encoders
 
 
 def get_encoders(
     name: str = "embedded",
     *,
-    clip_model_name: str = ModelConfig.clip_model_name,
-    clip_pretrained: str = ModelConfig.clip_pretrained,
+    clip_model_name: str = EncodersConfig.clip_model_name,
+    clip_pretrained: str = EncodersConfig.clip_pretrained,
     synchformer_ckpt: str | None = None,
-    dtype: str = ModelConfig.encoder_dtype,
+    dtype: str = EncodersConfig.encoder_dtype,
     device: torch.device | str = "auto",
 ) -> Encoders:
     """Make the encoders called `name`; weights are loaded, and fetched, at their first use.

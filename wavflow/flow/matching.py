@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 import wavflow_kernels
+from wavflow.base.names import METHODS as INFERENCE_MODES
 from wavflow.base.shapes import check_shape
-from wavflow.flow.solvers import SOLVERS, adaptive, check_prediction, solve, solver_table
+from wavflow.flow.solvers import adaptive, check_prediction, solve, solver_table
 from wavflow.flow.times import shift_time, time_grid
-
-INFERENCE_MODES = (*SOLVERS, "adaptive")
 
 
 def log_normal_sample(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import wavflow_kernels
+from wavflow.base.names import FIXED_STEP
 
 # Smallest 1 - t that an x-prediction is divided by.
 MIN_REMAINDER = 1e-6
@@ -176,14 +177,9 @@ def _log_snr(t: float) -> float:
     return math.log(t / (1 - t))
 
 
-SOLVERS: dict[str, Callable[[float, float, float | None, str], Step]] = {
-    "euler": _euler,
-    "midpoint": _midpoint,
-    "heun": _heun,
-    "rk4": _rk4,
-    "ab2": _ab2,
-    "2m": _2m,
-}
+SOLVERS: dict[str, Callable[[float, float, float | None, str], Step]] = dict(
+    zip(FIXED_STEP, (_euler, _midpoint, _heun, _rk4, _ab2, _2m), strict=True)
+)
 
 
 class SolverError(RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TIMES = ("even", "sigmoid", "log-snr")
+from wavflow.base.names import TIMES
 
 SIGMOID_SLOPE = 8.0
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 FREQUENCY_BASE = 10000.0
 TIMESTEP_FEATURES = 256
-ROPE_SCALINGS = ("none", "linear", "ntk")
 
 
 def timestep_features(t: Tensor) -> Tensor:  # (b) -> (b 256)

@@ -15,9 +15,6 @@ from wavflow.config.schema import Config
 from wavflow.systems import system
 from wavflow.training.checkpoint import Weights, read_weights
 
-#: What a configuration that is given must have in common with the one that a checkpoint carries.
-TRAINED = ("target_sample_rate", "audio_duration", "audio_dim", "audio_scale")
-
 
 def read_model(
     checkpoint: str | os.PathLike[str],
@@ -62,7 +59,11 @@ def _settle(
     trained = config_from_dict(carried, where=str(checkpoint))
     if given is None:
         return trained
-    for key in TRAINED:
+    if given.system != trained.system:
+        raise InputError(
+            f"{checkpoint}: trained as system {trained.system}; asked for {given.system}"
+        )
+    for key in trained.data.TRAINED_KEYS:
         asked, was = getattr(given.data, key), getattr(trained.data, key)
         if asked != was:
             raise InputError(f"{checkpoint}: trained with data.{key} {was}; asked for {asked}")

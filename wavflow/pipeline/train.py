@@ -15,18 +15,19 @@ from wavflow.base import precision, processes
 from wavflow.base.console import counter, show_log
 from wavflow.base.errors import InputError
 from wavflow.config.load import load_config, save_config
-from wavflow.config.schema import Config, DataConfig, TrainingConfig
+from wavflow.config.schema import Config, DataConfig, EncodersConfig, ModelConfig, TrainingConfig
 from wavflow.data.dataset import Clips
 from wavflow.data.open import open_dataset
+from wavflow.data.tracks import Track
 from wavflow.features import provenance
-from wavflow.systems.wavflow.objective import WavflowObjective
+from wavflow.systems import system
 from wavflow.training.checkpoint import read_weights
 from wavflow.training.dry_run import DryRun, dry_run
 from wavflow.training.trainer import Trainer, TrainResult
 
 
 def train(config: Config | str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainResult:
-    """Trains WavFlow as a configuration says, or goes on with the run it describes.
+    """Trains a system as a configuration says, or goes on with the run it describes.
 
     The run lives in `<training.output_dir>/<experiment_id>/`, with `training.overfit` in
     `<experiment_id>_overfit_<clips>/`. Under torchrun every process calls it.
@@ -76,9 +77,10 @@ def _resolve(config: Config | str | os.PathLike[str], overrides: Iterable[str]) 
 
 
 @contextmanager
-def _prepare(config: Config, *, write: bool) -> Iterator[Trainer]:
+def _prepare(config: Config[ModelConfig, DataConfig], *, write: bool) -> Iterator[Trainer]:
     """The trainer of a configuration, in its processes."""
-    settings = config.training
+    settings, parts = config.training, system(config.system)
+    tracks = parts.tracks(config)
     show_log()
     # A smoke run must not be what the whole run goes on from.
     part = "" if settings.overfit is None else f"_overfit_{settings.overfit}"
@@ -87,19 +89,19 @@ def _prepare(config: Config, *, write: bool) -> Iterator[Trainer]:
         if not world.is_main:
             logging.getLogger("wavflow").setLevel(logging.WARNING)
         for table in (config.data.csv_path, config.data.val_csv_path):
-            if table is not None:
+            if table is not None and isinstance(config.model, EncodersConfig):
                 provenance.check_model(table, config.model)
         with world.main_first():
             report = out / "report.csv" if write and world.is_main else None
-            dataset = _open(config.data, settings, report)
+            dataset = _open(config.data, tracks, settings, report)
             validation = None
             if config.data.val_csv_path is not None:
-                validation = _open(_validation(config.data), settings, None)
+                validation = _open(_validation(config.data), tracks, settings, None)
         if settings.overfit is not None:
             dataset = dataset.subset(settings.overfit)
         torch.manual_seed(settings.seed)
         trainer = Trainer(
-            WavflowObjective(config),
+            parts.objective(config),
             dataset,
             settings,
             out,
@@ -113,9 +115,13 @@ def _prepare(config: Config, *, write: bool) -> Iterator[Trainer]:
         yield trainer
 
 
-def _open(data: DataConfig, settings: TrainingConfig, report: Path | None) -> Clips:
+def _open(
+    data: DataConfig, tracks: tuple[Track, ...], settings: TrainingConfig, report: Path | None
+) -> Clips:
     with counter("reading") as progress:
-        return open_dataset(data, report=report, workers=settings.num_workers, progress=progress)
+        return open_dataset(
+            data, tracks, report=report, workers=settings.num_workers, progress=progress
+        )
 
 
 def _validation(data: DataConfig) -> DataConfig:

@@ -8,21 +8,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from wavflow.systems import System
+from wavflow.systems.wavflow.config import RunConfig, WavflowDataConfig, WavflowModelConfig
 
 if TYPE_CHECKING:
-    from wavflow.config.schema import Config
+    from wavflow.data.tracks import Track
     from wavflow.systems.wavflow.conditioner import WavflowMaker
     from wavflow.systems.wavflow.network import WavflowModel
     from wavflow.systems.wavflow.objective import WavflowObjective
 
 
-def _build(config: Config) -> WavflowModel:
+def _build(config: RunConfig) -> WavflowModel:
     from wavflow.systems.wavflow.build import build_model
 
     return build_model(config)
 
 
-def _objective(config: Config) -> WavflowObjective:
+def _objective(config: RunConfig) -> WavflowObjective:
     from wavflow.systems.wavflow.objective import WavflowObjective
 
     return WavflowObjective(config)
@@ -34,4 +35,14 @@ def _maker(*args: Any, **options: Any) -> WavflowMaker:
     return WavflowMaker(*args, **options)
 
 
-SYSTEM = System(build=_build, objective=_objective, maker=_maker)
+def _tracks(config: RunConfig) -> tuple[Track, ...]:
+    return config.data.tracks
+
+
+SYSTEM = System(
+    sections={"model": WavflowModelConfig, "data": WavflowDataConfig},
+    build=_build,
+    tracks=_tracks,
+    objective=_objective,
+    maker=_maker,
+)

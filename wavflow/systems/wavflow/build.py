@@ -10,15 +10,14 @@ from torch import Tensor
 
 from wavflow.base.errors import InputError
 from wavflow.base.files import load_tensors
-from wavflow.config.schema import Config
 from wavflow.features.registry import get_encoders
-from wavflow.systems.wavflow.config import PRESETS
+from wavflow.systems.wavflow.config import PRESETS, TEXT_KEYS, RunConfig
 from wavflow.systems.wavflow.network import WavflowModel
 
 log = logging.getLogger("wavflow")
 
 
-def build_model(config: Config, empty_string_feat: Tensor | None = None) -> WavflowModel:
+def build_model(config: RunConfig, empty_string_feat: Tensor | None = None) -> WavflowModel:
     """The network of a configuration: the named preset, with the sizes the configuration gives.
 
     Raises:
@@ -56,7 +55,7 @@ def build_model(config: Config, empty_string_feat: Tensor | None = None) -> Wavf
     )
 
 
-def empty_caption(config: Config) -> Tensor:
+def empty_caption(config: RunConfig) -> Tensor:
     """Features of the empty caption, (77, text_dim): from `empty_string_ckpt`, else the encoder.
 
     A file holds (77, text_dim) or (1, 77, text_dim). The mean length of its rows is logged, since
@@ -65,7 +64,7 @@ def empty_caption(config: Config) -> Tensor:
     Raises:
         InputError: the file or the encoders do not fit the configuration.
     """
-    shape = config.data.feature_shapes["text_features"]
+    shape = config.data.feature_shapes[TEXT_KEYS[0]]
     path = config.model.empty_string_ckpt
     if path is not None:
         found = load_tensors(path, "file of the empty caption (model.empty_string_ckpt)")

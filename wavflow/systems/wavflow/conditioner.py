@@ -14,12 +14,12 @@ from torch import Tensor
 
 import wavflow_kernels as kernels
 from wavflow.base.errors import InputError
-from wavflow.config.schema import Config, DataConfig
 from wavflow.features.encode import encode_captions, encode_video, load_encoders
 from wavflow.layers.prepare import prepare_inference
 from wavflow.sampling.field import Known, Size
 from wavflow.sampling.scene import Features, Scene
 from wavflow.systems.wavflow.conditions import Conditions
+from wavflow.systems.wavflow.config import RunConfig, WavflowDataConfig
 from wavflow.systems.wavflow.footprint import clip_bytes
 from wavflow.systems.wavflow.network import WavflowModel
 from wavflow.systems.wavflow.scenes import film, stored
@@ -40,7 +40,7 @@ class WavflowField:
     """
 
     def __init__(
-        self, network: WavflowModel, config: Config, dtype: torch.dtype = torch.float32
+        self, network: WavflowModel, config: RunConfig, dtype: torch.dtype = torch.float32
     ) -> None:
         self.network, self.config, self.dtype = network, config, dtype
         self.prediction = config.sampling.prediction_type
@@ -159,7 +159,7 @@ class WavflowMaker:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         model: WavflowModel,
         device: torch.device,
         dtype: torch.dtype,
@@ -249,7 +249,7 @@ class WavflowMaker:
         clean = data.audio_scale * (gain * wave).clamp(-1, 1)
         return Known(clean.view(tokens, -1), kept.view(tokens, -1).all(1)), gain
 
-    def _data(self, size: Size) -> DataConfig:
+    def _data(self, size: Size) -> WavflowDataConfig:
         """The configuration's data sizes for sounds of `size`."""
         clip_rows, sync_rows = self.field.rows(size)
         return replace(

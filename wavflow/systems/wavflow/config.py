@@ -1,14 +1,139 @@
-"""Sizes of WavFlow's network, and the named ones."""
+"""WavFlow's configuration: its sections `model` and `data`, the sizes of its network by name."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-from wavflow.layers.embeddings import ROPE_SCALINGS
-from wavflow_kernels import Window
+from wavflow.base.names import ROPE_SCALINGS
+from wavflow.base.seconds import exact
+from wavflow.config.schema import Config, DataConfig, EncodersConfig, ModelConfig, one_of, over
+from wavflow.data.tracks import Even, Segments, Track
+
+if TYPE_CHECKING:
+    from wavflow_kernels import Window
+
+#: Keys of a features file, by what the table says is there.
+VIDEO_KEYS = ("clip_features", "sync_features")
+TEXT_KEYS = ("text_features",)
 
 # One segment of sync features is 8 tokens; their positions inside it have a learned embedding.
 SYNC_SEGMENT = 8
+# It is made from 16 frames at 25 a second; the next one begins 8 frames on.
+SYNC_STEP = Fraction(8, 25)
+
+
+@dataclass(frozen=True)
+class WavflowModelConfig(EncodersConfig, ModelConfig):
+    """The network, the encoders whose features it hears, and the weights to generate from.
+
+    A size left at null is the named preset's.
+
+    Attributes:
+        name: Preset of the network: `medium_16k`, `medium_44k`, `large_16k`, `large_44k` or
+            `toy_8k`.
+        hidden_dim: Channels of a token inside the network, a multiple of 2 x `num_heads`.
+        depth: Blocks in all, joint and fused.
+        fused_depth: How many of the blocks, the last ones, see the audio tokens alone; less than
+            `depth`.
+        num_heads: Attention heads.
+        mlp_ratio: Asked width of a block's feed-forward over `hidden_dim`. The inner width is two
+            thirds of it, rounded up to a multiple of 256.
+        attention_window: Seconds away that a token of sound or video may be to be attended to; null
+            for any distance. Text tokens see, and are seen by, all.
+        rope_scaling: Rotary positions in clips longer than those of the training: go on with them
+            (`none`), squeeze them into the trained range (`linear`), or raise the base of the
+            frequencies (`ntk`).
+        empty_string_ckpt: File with the features of the empty caption; null asks the encoder.
+    """
+
+    name: str = "medium_16k"
+    hidden_dim: int | None = over(None, 0)
+    depth: int | None = over(None, 0)
+    fused_depth: int | None = over(None, 0, equal=True)
+    num_heads: int | None = over(None, 0)
+    mlp_ratio: float | None = over(None, 0)
+    attention_window: float | None = over(None, 0)
+    rope_scaling: str = one_of(*ROPE_SCALINGS)
+    empty_string_ckpt: str | None = None
+
+
+@dataclass(frozen=True)
+class WavflowDataConfig(DataConfig):
+    """The table of clips, for training or for generation, and the sizes of a clip's data.
+
+    Attributes:
+        audio_scale: Factor from samples in [-1, 1] to what the network sees.
+        audio_dim: Samples of a token.
+        clip_seq_len: Rows of clip features (what is seen) in a clip.
+        clip_dim: Width of a clip row.
+        sync_seq_len: Rows of sync features (when it moves) in a clip.
+        sync_dim: Width of a sync row.
+        sync_layout: What a sync row stands for: a part of one of Synchformer's overlapping
+            segments of 8 rows (`segments`), or an even stretch of time (`even`).
+        text_seq_len: Rows of text features of a caption.
+        text_dim: Width of a text row.
+    """
+
+    PACK_KEYS: ClassVar[tuple[str, ...]] = (
+        *DataConfig.PACK_KEYS,
+        "clip_seq_len",
+        "clip_dim",
+        "sync_seq_len",
+        "sync_dim",
+        "sync_layout",
+        "text_seq_len",
+        "text_dim",
+    )
+    TRAINED_KEYS: ClassVar[tuple[str, ...]] = (
+        *DataConfig.TRAINED_KEYS,
+        "audio_dim",
+        "audio_scale",
+    )
+
+    audio_scale: float = over(3.0, 0)
+    audio_dim: int = over(200, 0)
+    clip_seq_len: int = over(64, 0)
+    clip_dim: int = over(1024, 0)
+    sync_seq_len: int = over(192, 0)
+    sync_dim: int = over(768, 0)
+    sync_layout: str = one_of("segments", "even")
+    text_seq_len: int = over(77, 0)
+    text_dim: int = over(1024, 0)
+
+    @property
+    def latent_seq_len(self) -> int:
+        """Tokens in one clip, ceil(samples / audio_dim)."""
+        return math.ceil(self.samples / self.audio_dim)
+
+    @property
+    def read_samples(self) -> int:
+        return self.latent_seq_len * self.audio_dim
+
+    @property
+    def tracks(self) -> tuple[Track, ...]:
+        """Appearance and motion of a clip's video, and its caption."""
+        duration = exact(self.audio_duration)
+        even = self.sync_layout == "even"
+        clip = Even(self.clip_seq_len / duration)
+        sync = Even(self.sync_seq_len / duration) if even else Segments(SYNC_SEGMENT, SYNC_STEP)
+        clip_key, sync_key, text_key = *VIDEO_KEYS, *TEXT_KEYS
+        return (
+            Track(clip_key, self.clip_seq_len, self.clip_dim, "video", clip, "data.clip_seq_len"),
+            Track(sync_key, self.sync_seq_len, self.sync_dim, "video", sync, "data.sync_seq_len"),
+            Track(text_key, self.text_seq_len, self.text_dim, "text"),
+        )
+
+    @property
+    def feature_shapes(self) -> dict[str, tuple[int, int]]:
+        """Key in a features file -> (rows, width)."""
+        return {track.key: track.shape for track in self.tracks}
+
+
+#: A whole configuration of WavFlow.
+RunConfig: TypeAlias = Config[WavflowModelConfig, WavflowDataConfig]
 
 
 @dataclass(frozen=True)
@@ -79,6 +204,8 @@ class WavflowConfig:
         """What audio, clip and text tokens see in the joint attention; None: all of it."""
         if self.attention_window is None or self.attention_window >= self.latent_seq_len:
             return None
+        from wavflow_kernels import Window
+
         return Window(self.attention_window, self.latent_seq_len, self.clip_seq_len)
 
 

@@ -8,13 +8,13 @@ from torch import nn
 import wavflow_kernels as kernels
 from wavflow.base import precision
 from wavflow.base.seeding import Draw
-from wavflow.config.schema import Config
 from wavflow.data.dataset import ClipBatch, Clips
 from wavflow.flow.matching import FlowMatching
 from wavflow.sampling.batched import Generator
 from wavflow.sampling.plan import Plan
 from wavflow.systems.wavflow.build import build_model, empty_caption
 from wavflow.systems.wavflow.conditioner import WavflowMaker
+from wavflow.systems.wavflow.config import RunConfig
 from wavflow.systems.wavflow.network import WavflowModel
 from wavflow.training.micro_batch import to_device
 from wavflow.training.objective import LossTerms
@@ -34,7 +34,7 @@ class WavflowObjective:
         config: model, data, flow, and how samples are made.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
         sampling = config.sampling
         self.flow = FlowMatching(
@@ -57,7 +57,10 @@ class WavflowObjective:
         t = to_device(self.flow.shift_timestep(t), device)
         video, text = (
             flag & to_device(draw.uniform(name) >= training.label_drop_prob, device)
-            for name, flag in (("drop video", batch.has_video), ("drop text", batch.has_text))
+            for name, flag in (
+                ("drop video", batch.present["video"]),
+                ("drop text", batch.present["text"]),
+            )
         )
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             x_1 = kernels.lift_patchify(

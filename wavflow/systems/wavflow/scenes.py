@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from wavflow.base.seconds import exact
-from wavflow.config.schema import DataConfig, DecodingConfig
-from wavflow.data.crop import SEGMENT_ROWS, Grid
-from wavflow.data.recording import VIDEO_KEYS
+from wavflow.config.schema import DecodingConfig
+from wavflow.data.crop import Grid
 from wavflow.features.encode import encode_video
 from wavflow.features.encoder import Encoders
 from wavflow.media import video_worker
 from wavflow.media.video import finest
 from wavflow.sampling.scene import Scene
+from wavflow.systems.wavflow.config import VIDEO_KEYS, WavflowDataConfig
 
 
 def film(
@@ -52,7 +52,7 @@ def film(
     return Scene(text, video, grid)
 
 
-def stored(features: Mapping[str, Tensor], data: DataConfig) -> Scene:
+def stored(features: Mapping[str, Tensor], data: WavflowDataConfig) -> Scene:
     """A scene of the features of the whole sound, as one features file holds them.
 
     A window's rows are those from its start on (`wavflow.data.crop` says where windows may begin),
@@ -65,16 +65,16 @@ def stored(features: Mapping[str, Tensor], data: DataConfig) -> Scene:
     text = {key: value for key, value in features.items() if key not in VIDEO_KEYS}
     if VIDEO_KEYS[0] not in features:
         return Scene(text)
-    grid = Grid(data)
-    clip, sync = (features[key] for key in VIDEO_KEYS)
-    unit = SEGMENT_ROWS if grid.segments else 1
+    grid = Grid(data, data.tracks)
+    timed = [(track, track.timing) for track in data.tracks if track.timing is not None]
 
     def video(time: Fraction) -> dict[str, Tensor]:
-        place = grid.place(int(time / grid.step))
-        clip_rows = (place.clip_row + torch.arange(data.clip_seq_len)).clamp(max=len(clip) - 1)
-        sync_rows = place.sync_row + torch.arange(data.sync_seq_len)
-        beyond = (sync_rows - len(sync)).div(unit, rounding_mode="floor") + 1
-        sync_rows = sync_rows - unit * beyond.clamp(min=0)
-        return {VIDEO_KEYS[0]: clip[clip_rows], VIDEO_KEYS[1]: sync[sync_rows]}
+        place, found = grid.place(int(time / grid.step)), {}
+        for track, timing in timed:
+            held = features[track.key]
+            rows = place.rows[track.key] + torch.arange(track.rows)
+            beyond = (rows - len(held)).div(timing.rows, rounding_mode="floor") + 1
+            found[track.key] = held[rows - timing.rows * beyond.clamp(min=0)]
+        return found
 
     return Scene(text, video, grid.step)

@@ -1,0 +1,12 @@
+"""Words that a configuration may hold and that code acts on, where reading them needs no torch."""
+
+from __future__ import annotations
+
+#: Solvers with fixed steps (`wavflow.flow.solvers.SOLVERS`).
+FIXED_STEP = ("euler", "midpoint", "heun", "rk4", "ab2", "2m")
+#: All ways to integrate the flow.
+METHODS = (*FIXED_STEP, "adaptive")
+#: Times at which a solver evaluates the flow (`wavflow.flow.times.sampling_times`).
+TIMES = ("even", "sigmoid", "log-snr")
+#: Rotary positions beyond the lengths of training (`wavflow.layers.embeddings.rope_scale`).
+ROPE_SCALINGS = ("none", "linear", "ntk")
