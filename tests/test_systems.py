@@ -18,7 +18,10 @@ from wavflow.config.load import config_from_dict, load_config, save_config
 from wavflow.config.schema import Config
 from wavflow.data.manifest import write_csv
 from wavflow.data.open import open_dataset
-from wavflow.media.audio import save_wav
+from wavflow.media.audio import load_audio, save_wav
+from wavflow.pipeline.sampler import Sampler
+from wavflow.pipeline.table import infer
+from wavflow.serve.studio import Form, Limits, Studio
 from wavflow.systems import SYSTEMS, system
 from wavflow.training.checkpoint import LATEST
 from wavflow.training.run_log import read_metrics
@@ -127,6 +130,55 @@ def test_a_table_must_have_the_columns_of_its_tracks(table, tmp_path):
     write_csv(bare, [{"id": 0, "audio_path": table.with_name("0.wav")}], ["id", "audio_path"])
     with pytest.raises(InputError, match=r"bare\.csv: no column 'features_path'"):
         train(table, tmp_path, f"data.csv_path={bare}")
+
+
+# Sampling
+
+
+@pytest.fixture(scope="module")
+def sampler(table, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sampled")
+    result = train(table, out, "training.epochs=30", "training.max_steps=90")
+    return Sampler.load(result.checkpoint, config=load_config(table.with_name("pulse.yaml")))
+
+
+def test_it_is_sampled_in_any_batch_and_hears_its_beat(sampler):
+    beats = [torch.full((8, 3), level) for level in (0.05, 0.95, 0.5)]
+    rows = [{"beat": beat} for beat in beats]
+    together = sampler.generate_features(rows, [1, 1, 2], guidance=1.5)
+    (alone,) = sampler.generate_features(rows[1:2], [1], guidance=1.5)
+    assert [sound.audio.numel() for sound in together] == [1600] * 3
+    torch.testing.assert_close(together[1].audio, alone.audio, atol=1e-5, rtol=1e-4)
+    assert together[1].audio.std() > 1.5 * together[0].audio.std()
+    with pytest.raises(InputError, match=r"row 0: beat is \(7, 3\); the model wants \(8, 3\)"):
+        sampler.generate_features([{"beat": beats[0][:7]}], [1])
+
+
+def test_its_long_sounds_are_streamed_completed_and_looped(sampler):
+    given = {"seconds": 5.0, "seed": 3, "steps": 4}
+    (whole,) = sampler.generate(["abcabc"], **given)
+    streamed = torch.cat([part.audio for part in sampler.stream("abcabc", batch_size=2, **given)])
+    torch.testing.assert_close(streamed, whole.audio, atol=1e-5, rtol=1e-4)
+    kept = sampler.complete(whole.audio[:1600], "abcabc", seconds=2.0, steps=4)
+    assert torch.equal(kept.audio[:1600], whole.audio[:1600]) and kept.audio.numel() == 3200
+    assert sampler.loop("abc", seconds=2.0, steps=4).audio.numel() == 3200
+
+
+def test_it_is_served_and_fills_a_table(sampler, tmp_path):
+    folder = tmp_path / "served"
+    folder.mkdir()
+    studio = Studio(sampler, folder, Limits())
+    form = Form("abc", "", None, 1.0, 7, 1.0, 4, None)
+    view = list(studio.generate(form))[-1]
+    studio.close()
+    assert view.sound is not None and view.share == 1
+    assert load_audio(view.sound, RATE).numel() == 1600
+    write_csv(tmp_path / "t.csv", [{"id": i, "caption": "abc"} for i in "xy"], ["id", "caption"])
+    done = infer(sampler, tmp_path / "t.csv", tmp_path / "out", steps=4, seconds=1.5)
+    assert (done.done, done.failed) == (2, 0)
+    assert load_audio(tmp_path / "out/x.wav", RATE).numel() == 2400
+    with pytest.raises(InputError, match="film.mp4: a video has no pulse; wanted a caption"):
+        sampler("abc", "film.mp4")
 
 
 def test_the_library_does_not_know_it():
