@@ -31,9 +31,10 @@ from torch import Tensor
 
 import wavflow_kernels as wk
 from bench import plain, stages
-from bench.clips import HeldClips, clips, write_clips
-from bench.harness import fail, free_memory, machine
-from bench.sample import Checkout, fill
+from bench.checkout import Checkout
+from bench.data import HeldClips, clips, write_clips
+from bench.machine import fail, free_memory, machine
+from bench.weights import fill
 from wavflow.config import Config, load_config
 from wavflow.data.dataset import ClipBatch
 from wavflow.data.store import open_dataset
@@ -45,7 +46,7 @@ from wavflow.objective import WavflowObjective
 from wavflow.parallel import World
 from wavflow.trainer import Trainer
 from wavflow.window import Pace
-from wavflow_kernels._timing import interleaved
+from wavflow_kernels.tools.timing import interleaved
 
 #: Sizes beside the presets: of medium_16k's clips, for a CPU.
 C256 = ("model.hidden_dim=256", "model.depth=12", "model.fused_depth=8", "model.num_heads=4")
@@ -89,7 +90,7 @@ for line in sys.stdin.buffer:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, and how; travels to other processes."""
+    """What a benchmark trains, and how; travels to other processes."""
 
     model: str
     batch: int
@@ -106,7 +107,7 @@ class Job:
         return getattr(torch, self.dtype)
 
     def config(self, **training: object) -> Config:
-        """The preset's, with the empty caption's features zero."""
+        """The preset's configuration, with zeros as the empty caption's features."""
         c256 = self.model == "c256"
         given = {"batch_size": self.batch, "num_workers": 0, "epochs": 10**6} | training
         config = load_config(
@@ -341,7 +342,7 @@ def measure(job: Job, seconds: float, compiled: bool, against: Path | None) -> d
 
 
 def check_memory(job: Job, ways: int) -> None:
-    """Ends the program where the weights of so many ways do not fit."""
+    """End the program where the weights of so many ways do not fit."""
     objective = WavflowObjective(job.config())
     with torch.device("meta"):
         parameters = sum(p.numel() for p in objective.build().parameters())
@@ -354,7 +355,7 @@ def check_memory(job: Job, ways: int) -> None:
 
 
 def child_job(job: Job, trainer: Trainer, inputs: Inputs) -> dict[str, Any]:
-    """What CHILD is told."""
+    """The job that CHILD reads."""
     model: Any = trainer.model
     return {
         "sizes": asdict(model.config),

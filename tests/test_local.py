@@ -20,7 +20,7 @@ from wavflow.errors import InputError
 from wavflow.flops import count_flops
 from wavflow.model.inference import prepare_inference
 from wavflow.model.networks import WavflowConfig, WavflowModel
-from wavflow_kernels import Window
+from wavflow_kernels import AttentionWindow
 
 SIZES = {
     **{"latent_dim": 6, "clip_dim": 5, "sync_dim": 4, "text_dim": 5, "hidden_dim": 16},
@@ -52,7 +52,7 @@ def test_a_window_as_long_as_the_clip_is_none():
     model.update_attention(100, "none")
     assert torch.equal(prediction(model, given), wanted)
     model.update_attention(99, "none")
-    assert model.config.window == Window(99, 100, 13)
+    assert model.config.window == AttentionWindow(99, 100, 13)
     assert relative_error(prediction(model, given), wanted) < 1e-5
     model.update_attention(20, "none")
     assert relative_error(prediction(model, given), wanted) > 1e-3
@@ -72,7 +72,7 @@ def test_every_window_of_a_step():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wk, "rope_attention", recorded)
         prediction(model, inputs(model, 1))
-    joint, alone = Window(9, 100, 13), Window(9, 100)
+    joint, alone = AttentionWindow(9, 100, 13), AttentionWindow(9, 100)
     assert seen == [(100, 116, joint), *[(100, 100, alone)] * 3]
 
 
@@ -218,7 +218,10 @@ def test_conditions_of_other_settings_are_refused():
     latent, *features, t = inputs(model, 2)
     conditions = model.preprocess_conditions(*features)
     for setting, message in (
-        ((20, "none"), r"conditions have window None, the model has Window\(size=20, local=100"),
+        (
+            (20, "none"),
+            r"conditions have window None, the model has AttentionWindow\(size=20, local=100",
+        ),
         ((None, "ntk"), "conditions have rope_scaling none, the model has ntk"),
     ):
         model.update_attention(*setting)

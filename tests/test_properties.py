@@ -100,21 +100,6 @@ def test_property_lengths_are_rows_of_their_own(lengths: list[int], backend: str
             torch.testing.assert_close(tokens, alone[0], rtol=1e-6, atol=1e-6)
 
 
-@given(
-    w=st.integers(1, 5), n=st.integers(1, 12), d=st.integers(1, 9), data=st.data(), backend=BACKEND
-)
-def test_property_windows_of_one_wave_join_to_it(
-    w: int, n: int, d: int, data: st.DataObject, backend: str
-) -> None:
-    hop = data.draw(st.integers(1, n))
-    wave = normal(2, ((w - 1) * hop + n) * d)
-    windows = torch.stack([wave.view(2, -1, d)[:, i * hop : i * hop + n] for i in range(w)], dim=1)
-    window = torch.rand(n) + 0.01
-    with wk.use_backend(backend):
-        joined = wk.unpatchify(windows, audio_scale=1.0, hop=hop, window=window)
-    torch.testing.assert_close(joined, wave, rtol=1e-5, atol=1e-5)
-
-
 # flow_mix and its noise
 
 
@@ -312,9 +297,9 @@ def everything() -> list[Tensor]:
     out = []
     cpu = torch.device("cpu")
     for op in REGISTRY.values():
-        if _backend.choose(op, cpu, torch.float32) == "library":
-            continue  # oneDNN and SDPA cut their sums by the number of threads
         for sample in op.samples(cpu, torch.float32, 11):
+            if _backend.choose(op, cpu, torch.float32, sample.args) == "library":
+                continue  # oneDNN and SDPA cut their sums by the number of threads
             args = tuple(a.clone() if isinstance(a, Tensor) else a for a in sample.args)
             result = op(*args)
             result = op.mutated(args) if op.mutates else result

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import wavflow_kernels as wk
 from wavflow.model.sharing import Sharing
-from wavflow_kernels import PreparedConv, TokenRows, Window
+from wavflow_kernels import AttentionWindow, PreparedConv, TokenRows
 
 # RMSNorm's eps is float32's machine epsilon whatever the input's dtype.
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
@@ -253,7 +253,7 @@ class TransformerBlock(nn.Module):
         return Stream(x, self.ffn(h), gate2, tokens)
 
     def forward(
-        self, stream: Stream, c: Conditioning, rope: Tensor, window: Window | None
+        self, stream: Stream, c: Conditioning, rope: Tensor, window: AttentionWindow | None
     ) -> Stream:
         """The block on its own: self-attention over its tokens."""
         entered = self.enter(stream, c)
@@ -265,7 +265,7 @@ def attention(
     inputs: Sequence[AttentionInput],
     projected: Sequence[Tensor],
     rope: Tensor,
-    window: Window | None,
+    window: AttentionWindow | None,
     sharing: Sharing | None,
 ) -> tuple[Tensor, ...]:
     """Joint attention of the streams, (b n 3c) or (b n 2c) each -> (b n c) of those with queries.
@@ -309,7 +309,7 @@ class JointBlock(nn.Module):
         latent_c: Conditioning,
         global_c: Conditioning,
         rope: Tensor,
-        window: Window | None,
+        window: AttentionWindow | None,
     ) -> tuple[Stream, ...]:
         """The streams that go on: all three, or the audio alone from a ``pre_only`` block."""
         blocks = (self.latent_block, self.clip_block, self.text_block)

@@ -25,7 +25,7 @@ from wavflow.model.embeddings import ROPE_SCALINGS, TimestepEmbedding, rope_scal
 from wavflow.model.inference import PreparedNetwork, Preparing
 from wavflow.model.shapes import check_shape
 from wavflow.model.sharing import Sharing
-from wavflow_kernels import TokenRows, Window, rope_table
+from wavflow_kernels import AttentionWindow, TokenRows, rope_table
 
 # One segment of sync features is 8 tokens; their positions inside it have a learned embedding.
 SYNC_SEGMENT = 8
@@ -97,11 +97,11 @@ class WavflowConfig:
         return int(self.mlp_ratio * self.hidden_dim)
 
     @property
-    def window(self) -> Window | None:
+    def window(self) -> AttentionWindow | None:
         """What audio, clip and text tokens see in the joint attention; None: all of it."""
         if self.attention_window is None or self.attention_window >= self.latent_seq_len:
             return None
-        return Window(self.attention_window, self.latent_seq_len, self.clip_seq_len)
+        return AttentionWindow(self.attention_window, self.latent_seq_len, self.clip_seq_len)
 
 
 PRESETS: dict[str, WavflowConfig] = {
@@ -143,7 +143,7 @@ class Conditions:
     sync_tokens: TokenRows  # the sync row of each audio token
     rope: Tensor  # (n + n_clip + n_text, head_dim), rotations of the joint attention's tokens
     rope_scaling: str = "none"  # of these rotations
-    window: Window | None = None  # of the joint attention
+    window: AttentionWindow | None = None  # of the joint attention
     prepared: PreparedNetwork | None = None
 
     @property
@@ -530,7 +530,9 @@ class WavflowModel(Preparing):
             rope=torch.cat((rope[tokens], rope[len(index) :])),
         )
 
-    def _run(self, block: nn.Module, *args: Stream | Conditioning | Tensor | Window | None) -> Any:
+    def _run(
+        self, block: nn.Module, *args: Stream | Conditioning | Tensor | AttentionWindow | None
+    ) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
