@@ -93,8 +93,8 @@ OLD_TRITON := build/triton36
 aot: setup
 	@test -e $(OLD_TRITON)/triton || $(BIN)/python -m pip install --quiet --no-deps \
 	  --target $(OLD_TRITON) $(PIP_ARGS) triton==3.6.0
-	$(BIN)/python -m wavflow_kernels.aot --cache build/aot --json build/aot.json
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m wavflow_kernels.aot --cache build/aot --arch 90 \
+	$(BIN)/python -m wavflow_kernels.tools.aot --cache build/aot --json build/aot.json
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m wavflow_kernels.tools.aot --cache build/aot --arch 90 \
 	  --json build/aot36.json
 
 # What only exercises the compiled kernels: the matrix in eager mode, and their laws.

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 import wavflow_kernels as wk
-from bench.harness import fail, machine
+from bench.machine import fail, machine
 from wavflow.base.console import counter
 from wavflow.base.errors import InputError
 from wavflow.base.files import write_json
@@ -119,7 +119,7 @@ class Clips:
         return len(self._clips)
 
     def first(self, count: int) -> Clips:
-        """The same with fewer clips."""
+        """The first of these clips, with the same network."""
         fewer = copy.copy(self)
         fewer.features, fewer.seeds = self.features[:count], self.seeds[:count]
         fewer._clips = self._clips[:count]
@@ -130,7 +130,7 @@ class Clips:
         return choice.solver or Recommended(sampling.method, sampling.num_steps, "even")
 
     def sampler(self, choice: Choice) -> Sampler:
-        """What generates; a ValueError says why the library does not offer it here."""
+        """The sampler that generates; a ValueError says why the library does not offer it."""
         dtype = torch.float32
         if choice.prepared is not None:
             network, dtype = (
@@ -145,7 +145,7 @@ class Clips:
     def waves(
         self, choice: Choice, sampler: Sampler, batch: int, progress: Callable[[int, int], None]
     ) -> Tensor:  # (clips t)
-        """The choice's sounds."""
+        """The sounds that the choice makes."""
         way = self.solver(choice)
         with wk.use_backend(choice.backend):
             sounds = sampler.generate_features(
@@ -161,7 +161,7 @@ class Clips:
         return torch.stack([sound.audio for sound in sounds])
 
     def figures(self, waves: Tensor) -> dict[str, float]:
-        """The demo's, of sounds made from video and text."""
+        """The demo's figures of sounds made from video and text."""
         return self._heard.figures(self._clips, waves.unbind())
 
 

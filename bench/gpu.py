@@ -203,7 +203,7 @@ def plan(capability: tuple[int, int], gpu: str, workers: int) -> list[Stage]:
         Stage("test-large", [*pytest, "-m", "gpu and large"], 60, needs="build"),
         Stage(
             "tune",
-            [*python, "-m", "wavflow_kernels.tune", "--seconds", "75"],
+            [*python, "-m", "wavflow_kernels.tools.tune", "--seconds", "75"],
             110,
             needs="build",
             then=keep_tables,

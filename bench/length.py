@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import fail, machine
+from bench.machine import fail, machine
 from wavflow.base import memory
 from wavflow.base.files import write_json
 from wavflow.config.load import load_config
@@ -44,7 +44,7 @@ GUESSED_GROWTH = 2.0
 
 @dataclass(frozen=True)
 class Job:
-    """What a process generates."""
+    """What one process generates."""
 
     model: str
     way: str
@@ -67,7 +67,7 @@ class Job:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Generates once; in a fresh process, whose memory is the job's."""
+    """Generate once; in a fresh process, whose memory is the job's."""
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     config = job.config()
@@ -173,7 +173,7 @@ def main(
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints a table of one model and way."""
+    """Print a table of one model and way."""
     slope = "" if result["growth"] is None else f", seconds grow as length^{result['growth']:.3f}"
     table = Table(title=f"{result['model']}, {result['way']}{slope}", title_justify="left")
     for column in ("length (s)", "took (s)", "s of sound a second", "peak (MB)", "first sound (s)"):
@@ -191,13 +191,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _few(y: float, _: int | None) -> str:
-    """Labels for 2 and 5 of a decade's minor ticks."""
+    """Label 2 and 5 of a decade's minor ticks."""
     text = f"{y:g}"
     return text if text.strip("0.") in ("2", "5") else ""
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Writes a picture: speed and memory over length, one column a model."""
+    """Write a picture: speed and memory over length, one column a model."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from wavflow.base.flops import matmul_rate
-from wavflow_kernels._timing import interleaved
+from wavflow_kernels.tools.timing import interleaved
 
 COPY_BYTES = 2**28  # read, and as many written: far beyond any cache
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """copy: bytes read and written a second; gemm: operations a second of a square product."""
+    """Rates of the machine: bytes that a copy moves, operations of a product, a second."""
 
     copy: float
     gemm: float

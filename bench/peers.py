@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wavflow_kernels import _panels
-from wavflow_kernels._window import Window, visible
-from wavflow_kernels.ops.rope_attention import norm_rope, pairs
+from wavflow_kernels._attention_window import AttentionWindow, visible
+from wavflow_kernels.ops.rope_attention import pairs
 
 Calls = dict[str, Callable[[], object]]
 
@@ -51,29 +51,22 @@ def _rope_attention(
     q: Tensor,  # b h nq d
     k: Tensor,  # b h n d
     v: Tensor,  # b h n d
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    rope: Tensor | None,
     window: int,
     local: int,
     spread: int,
 ) -> Calls:
-    """Each attention kernel of torch and flash-attn, behind the norm and RoPE it needs, compiled.
+    """Each attention kernel of torch and flash-attn.
 
     The mask of a window, of all pairs, is made beforehand; flash kernels of GPUs take none, and are
     left out then.
     """
-    prepare = norm_rope if q_weight is None else torch.compile(norm_rope, dynamic=False)
     rows, cols = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
-    mask = visible(rows, cols, Window(window, local, spread)) if window >= 0 else None
-
-    def ready() -> tuple[Tensor, Tensor]:
-        return prepare(q, q_weight, rope).to(v.dtype), prepare(k, k_weight, rope).to(v.dtype)
+    mask = visible(rows, cols, AttentionWindow(window, local, spread)) if window >= 0 else None
 
     def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
         def call() -> Tensor:
             with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(*ready(), v, attn_mask=mask)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             return out.transpose(1, 2).flatten(2)
 
         return call
@@ -88,8 +81,7 @@ def _rope_attention(
             from flash_attn import flash_attn_func
 
             def flash_attn() -> Tensor:
-                q_in, k_in = ready()
-                out = flash_attn_func(*(x.transpose(1, 2) for x in (q_in, k_in, v)))
+                out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
                 return out.flatten(2)
 
             calls["flash-attn"] = flash_attn

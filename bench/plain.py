@@ -27,7 +27,7 @@ from wavflow.training.ema import warmed_up_decay
 
 
 def conv(layer: Any, x: Tensor) -> Tensor:
-    """A Linear, or a convolution over tokens with "same" padding, and its SELU."""
+    """Apply a Linear, or a convolution over tokens with "same" padding, and its SELU."""
     if layer.weight.dim() == 2:
         return F.linear(x, layer.weight, layer.bias)
     padding = layer.weight.shape[2] // 2
@@ -214,7 +214,7 @@ def training_step(
     dtype: torch.dtype,
     compiled: bool = False,
 ) -> Callable[[], None]:
-    """A step on `batch`: ``torch.optim.AdamW`` as it comes, averages parameter by parameter."""
+    """Train on `batch`: ``torch.optim.AdamW`` as it comes, averages parameter by parameter."""
     settings = config.training
     kind = model.device.type
     network = torch.compile(forward, dynamic=False) if compiled else forward

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.harness import fail
+from bench.machine import fail
 from wavflow.media.pictures import INK, QUIET, RULE, STYLE, can_draw
 
 # In this order from the top of each group; the same colour means the same peer everywhere.

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.clips import clips
-from bench.harness import fail, machine
-from bench.sample import inputs
+from bench.data import clips
+from bench.machine import fail, machine
 from bench.stages import PARTS, Meter
 from bench.train import MODELS, Job, network, our_step
+from bench.weights import inputs
 from wavflow.base.files import write_json
 from wavflow.base.memory import keep_freed_memory
 from wavflow.base.precision import resolve_device, resolve_dtype
@@ -55,7 +55,7 @@ class Line:
 
 
 class _Ranges(Meter):
-    """Names stages for the profiler, and measures nothing."""
+    """A meter that names stages for the profiler, and measures nothing."""
 
     def __init__(self) -> None:
         super().__init__(time.perf_counter)

@@ -16,9 +16,6 @@ a CPU, a share may pass 100 %.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +31,9 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import peaks, plain, stages
-from bench.harness import fail, machine
+from bench.checkout import Checkout
+from bench.machine import fail, machine
+from bench.weights import filled, inputs
 from wavflow.base.files import write_json
 from wavflow.base.memory import keep_freed_memory
 from wavflow.config.schema import Config
@@ -44,102 +43,11 @@ from wavflow.layers.prepare import prepare_inference
 from wavflow.sampling.engine import Engine
 from wavflow.systems.wavflow.conditioner import WavflowField
 from wavflow.systems.wavflow.config import PRESETS
-from wavflow.systems.wavflow.network import WavflowModel, get_wavflow_model
-from wavflow_kernels._timing import interleaved
+from wavflow.systems.wavflow.network import WavflowModel
+from wavflow_kernels.tools.timing import interleaved
 
-T, SEED = 0.4, 0
 ONCE = ("conditions", "preparation", "unpatchify")  # of a generation
 CLIP_SECONDS = {name: 2.0 if name == "toy_8k" else 8.0 for name in PRESETS}
-CHILD = """
-import sys, torch
-from wavflow.model.networks import get_wavflow_model
-job = torch.load(sys.stdin.buffer.readline().strip().decode(), weights_only=True)
-device, dtype = job["device"], getattr(torch, job["dtype"])
-torch.set_num_threads(job["threads"])
-model = get_wavflow_model(job["model"])
-model.load_state_dict(job["state"], strict=False)
-model = model.to(device).eval()
-clip, sync, text, latent, t = (x.to(device) for x in job["inputs"])
-with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-    conditions = model.preprocess_conditions(clip, sync, text)
-    empty = model.get_empty_conditions(len(latent))
-    for line in sys.stdin.buffer:
-        out = model.ode_wrapper(t, latent, conditions, empty, job["guidance"])
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if line.strip():
-            torch.save(out.float().cpu(), line.strip().decode())
-        print("done", flush=True)
-"""
-
-
-class Checkout:
-    """Another checkout's network in a child process, one step for a line on its stdin.
-
-    `program` reads the path of the saved job from its first line; of a line that is not empty it
-    takes a path to save the step's output to.
-    """
-
-    def __init__(self, path: Path, job: dict[str, Any], folder: Path, program: str = CHILD) -> None:
-        torch.save(job, folder / "job.pt")
-        self._output = folder / "out.pt"
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONPATH": str(path)},
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self._ask(str(folder / "job.pt"))
-
-    def _ask(self, line: str) -> None:
-        assert self._child.stdin is not None
-        self._child.stdin.write(line.encode() + b"\n")
-        self._child.stdin.flush()
-
-    def _step(self, line: str) -> None:
-        self._ask(line)
-        assert self._child.stdout is not None
-        if not self._child.stdout.readline():
-            fail(f"bench.run: the checkout's process ended with code {self._child.wait()}")
-
-    def step(self) -> None:
-        self._step("")
-
-    def output(self) -> Tensor:
-        self._step(str(self._output))
-        return torch.load(self._output, weights_only=True)
-
-    def close(self) -> None:
-        self._child.communicate()
-
-
-def filled(name: str, device: torch.device) -> WavflowModel:
-    """A preset with random weights everywhere: fresh ones predict zeros."""
-    model = get_wavflow_model(name)
-    fill(model)
-    return model.to(device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def fill(model: WavflowModel) -> None:
-    """Gives a network on the CPU random weights everywhere, the same ones each time."""
-    generator = torch.Generator().manual_seed(SEED)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02, generator=generator).add_(1 if parameter.dim() == 1 else 0)
-
-
-def inputs(model: WavflowModel, batch: int) -> list[Tensor]:
-    """clip, sync and text features, latent, t."""
-    c, generator = model.config, torch.Generator().manual_seed(SEED)
-    shapes = (
-        (c.clip_seq_len, c.clip_dim),
-        (c.sync_seq_len, c.sync_dim),
-        (c.text_seq_len, c.text_dim),
-        (c.latent_seq_len, c.latent_dim),
-    )
-    given = [torch.randn(batch, *shape, generator=generator) for shape in shapes]
-    return [x.to(model.device) for x in given] + [torch.tensor(T, device=model.device)]
 
 
 def steps_of(

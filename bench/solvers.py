@@ -35,7 +35,7 @@ from torch import Tensor
 
 import wavflow_kernels as wk
 from bench.fidelity import Clips, relative_l2
-from bench.harness import fail, machine
+from bench.machine import fail, machine
 from bench.plot import INK, RULE
 from wavflow.base.console import counter
 from wavflow.base.errors import InputError
@@ -68,7 +68,7 @@ class Way:
     times: str
 
     def steps(self, evaluations: int) -> int:
-        """As many as take no more than these evaluations, but one."""
+        """How many steps these evaluations pay for, at least one."""
         return max(1, evaluations // CALLS[self.solver])
 
     @property
@@ -242,7 +242,7 @@ def judge(
 
 
 def evaluations(exact: int, batches: int, studies: int) -> int:
-    """About all calls of the network in a run, for its progress bar."""
+    """About how often a run calls the network, for its progress bar."""
     studied, judged = (
         sum(CALLS[way.solver] * way.steps(budget) for way in ways for budget in budgets)
         for ways, budgets in ((WAYS, BUDGETS), (JUDGED_WAYS, JUDGED))

@@ -52,7 +52,7 @@ class Meter:
 
     @contextmanager
     def watching(self, network: WavflowModel) -> Iterator[None]:
-        """Makes stages of the network's parts, by hooks."""
+        """Make stages of the network's parts, by hooks."""
         parts: tuple[Iterable[nn.Module], ...] = (
             [network.audio_input_proj],
             network.joint_blocks,
@@ -131,7 +131,7 @@ def generate(
 def ready(
     model: WavflowModel, features: list[Tensor], guidance: float, meter: Meter
 ) -> tuple[WavflowModel, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]]:
-    """What computes the steps; and its predictions at (t, x), with and without conditions."""
+    """The network that computes the steps, and its predictions with and without conditions."""
     with meter.stage("conditions"):
         conditions = model.preprocess_conditions(*features)
         empty = model.get_empty_conditions(len(features[0])) if guidance > 1 else None

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import stages
-from bench.harness import fail, free_memory, machine
+from bench.machine import fail, free_memory, machine
 from wavflow.base.files import write_json
 from wavflow.base.flops import count_flops, matmul_rate
 from wavflow.base.memory import keep_freed_memory
@@ -36,7 +36,7 @@ from wavflow.features.synchformer import (
     Synchformer,
     SynchformerConfig,
 )
-from wavflow_kernels._timing import interleaved
+from wavflow_kernels.tools.timing import interleaved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FPS = 25
@@ -47,7 +47,7 @@ AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 class PlainLinear(nn.Linear):
-    """Torch's, in its weight's dtype."""
+    """A linear layer of torch's own, in its weight's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -56,7 +56,7 @@ class PlainLinear(nn.Linear):
 def network(
     config: SynchformerConfig, device: torch.device, dtype: torch.dtype, linear: type[nn.Linear]
 ) -> Synchformer:
-    """Random weights, the same for every class of `linear`."""
+    """The network with random weights, the same for every class of `linear`."""
     torch.manual_seed(0)
     model = Synchformer(config)
     for name in ("cls_token", "pos_embed", "temp_embed"):
@@ -71,7 +71,7 @@ def network(
 def ways(
     config: SynchformerConfig, pixels: Tensor, dtype: torch.dtype
 ) -> dict[str, Callable[[], Tensor]]:
-    """Rows (b 8s c) of pixels (b t 3 h w), computed in each way."""
+    """The ways to compute rows (b 8s c) of pixels (b t 3 h w), by name."""
     ours = network(config, pixels.device, dtype, Linear)
     plain = network(config, pixels.device, dtype, PlainLinear)
 

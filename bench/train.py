@@ -31,9 +31,10 @@ from torch import Tensor
 
 import wavflow_kernels as wk
 from bench import plain, stages
-from bench.clips import HeldClips, clips, write_clips
-from bench.harness import fail, free_memory, machine
-from bench.sample import Checkout, fill
+from bench.checkout import Checkout
+from bench.data import HeldClips, clips, write_clips
+from bench.machine import fail, free_memory, machine
+from bench.weights import fill
 from wavflow.base.files import write_json
 from wavflow.base.memory import keep_freed_memory
 from wavflow.base.processes import World
@@ -46,7 +47,7 @@ from wavflow.systems.wavflow.network import WavflowModel
 from wavflow.systems.wavflow.objective import WavflowObjective
 from wavflow.training.step_figures import Pace
 from wavflow.training.trainer import Trainer
-from wavflow_kernels._timing import interleaved
+from wavflow_kernels.tools.timing import interleaved
 
 #: Sizes beside the presets: of medium_16k's clips, for a CPU.
 C256 = ("model.hidden_dim=256", "model.depth=12", "model.fused_depth=8", "model.num_heads=4")
@@ -90,7 +91,7 @@ for line in sys.stdin.buffer:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, and how; travels to other processes."""
+    """What a benchmark trains, and how; travels to other processes."""
 
     model: str
     batch: int
@@ -107,7 +108,7 @@ class Job:
         return getattr(torch, self.dtype)
 
     def config(self, **training: object) -> RunConfig:
-        """The preset's, with the empty caption's features zero."""
+        """The preset's configuration, with zeros as the empty caption's features."""
         c256 = self.model == "c256"
         given = {"batch_size": self.batch, "num_workers": 0, "epochs": 10**6} | training
         config = load_config(
@@ -342,7 +343,7 @@ def measure(job: Job, seconds: float, compiled: bool, against: Path | None) -> d
 
 
 def check_memory(job: Job, ways: int) -> None:
-    """Ends the program where the weights of so many ways do not fit."""
+    """End the program where the weights of so many ways do not fit."""
     objective = WavflowObjective(job.config())
     with torch.device("meta"):
         parameters = sum(p.numel() for p in objective.build().parameters())
@@ -355,7 +356,7 @@ def check_memory(job: Job, ways: int) -> None:
 
 
 def child_job(job: Job, trainer: Trainer, inputs: Inputs) -> dict[str, Any]:
-    """What CHILD is told."""
+    """The job that CHILD reads."""
     model: Any = trainer.model
     return {
         "sizes": asdict(model.config),

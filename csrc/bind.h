@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "args.h"
 
 namespace wavflow {
 
@@ -83,7 +83,6 @@ class Module {
 
   // A function that is a lambda without captures.
   template <class F> void def(const char* name, F function) { def_pointer(name, +function); }
-  void structure(const char* name);  // a name for the tuple of a struct's members
   void set(const char* name, int64_t value);
   void set(const char* name, const char* value);
 

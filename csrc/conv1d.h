@@ -4,7 +4,7 @@
 // product whose left rows overlap in memory: nothing is unfolded.
 #pragma once
 
-#include "check.h"
+#include "args.h"
 
 namespace wavflow {
 

@@ -1,7 +1,7 @@
 // The four flow-matching losses: residual of one element, its weight, and the gradient.
 #pragma once
 
-#include "check.h"
+#include "args.h"
 
 namespace wavflow {
 

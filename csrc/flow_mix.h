@@ -1,7 +1,8 @@
 // The training mix x_t = (1 - (1 - sigma_min) t) x_0 + t x_1, with x_0 given or drawn.
 #pragma once
 
-#include "check.h"
+#include "args.h"
+#include "random.h"
 
 namespace wavflow {
 

@@ -1,7 +1,7 @@
 // Amplitude lifting and waveform patchify: arithmetic of one item's gain and of one sample.
 #pragma once
 
-#include "check.h"
+#include "args.h"
 
 namespace wavflow {
 

@@ -3,14 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-#include <stdexcept>
-
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
-
-#include "cpu/parallel.h"
 #ifdef WAVFLOW_CUDA
 #include "cuda/launch.h"
 #endif
@@ -63,10 +55,6 @@ static py::module_& in(void* module) { return *static_cast<py::module_*>(module)
 void Module::set(const char* name, int64_t value) { in(module_).attr(name) = value; }
 void Module::set(const char* name, const char* value) { in(module_).attr(name) = value; }
 
-void Module::structure(const char* name) {
-  in(module_).def(name, [](const py::args& members) -> py::tuple { return members; });
-}
-
 void Module::add(const char* name, Call call, void (*function)(), size_t arguments) {
   in(module_).def(name, [=](const py::args& given) -> py::object {
     if (given.size() != arguments)
@@ -80,63 +68,17 @@ void Module::add(const char* name, Call call, void (*function)(), size_t argumen
   });
 }
 
-static bool forked_child = false;
-bool in_forked_child() { return forked_child; }
-
-// In the order of their instructions; the last is Isa::avx512 with AVX-512-bf16.
-static const char* const isa_names[] = {"default", "avx2", "avx512", "avx512_bf16"};
-static constexpr int isa_count = 4;
-
-static int best_isa() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2"))
-    return 1;
-#endif
-  return 0;
-}
-
-static int current_isa = best_isa();
-Isa isa() { return Isa(std::min(current_isa, int(Isa::avx512))); }
-bool has_avx512_bf16() { return current_isa == 3; }
-
-// Chooses an instruction set by name; "" the best one. Returns the name of the one in use.
-static const char* use_isa(const std::string& wanted) {
-  const int best = best_isa();
-  int chosen = wanted.empty() ? best : 0;
-  while (!wanted.empty() && chosen < isa_count && wanted != isa_names[chosen]) ++chosen;
-  if (chosen == isa_count)
-    throw std::invalid_argument("WAVFLOW_CPU_ISA is '" + wanted +
-                                "', wanted one of avx512_bf16, avx512, avx2, default");
-  if (chosen > best)
-    throw std::invalid_argument("WAVFLOW_CPU_ISA is '" + wanted +
-                                "', which this processor does not have; its best is '" +
-                                isa_names[best] + "'");
-  current_isa = chosen;
-  return isa_names[chosen];
-}
-
 }  // namespace wavflow
 
 PYBIND11_MODULE(_C, module) {
   using namespace wavflow;
   module.doc() = "Compiled kernels of wavflow_kernels: raw pointers and sizes in, nothing of torch.";
-#if defined(__unix__) || defined(__APPLE__)
-  pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
-#endif
 #ifdef _OPENMP
   module.attr("openmp") = true;
 #else
   module.attr("openmp") = false;
 #endif
   Module m(&module);
-  m.structure("Target");
-  m.def("use_isa", [](std::string wanted) { return use_isa(wanted); });
 #ifdef WAVFLOW_CUDA
   m.set("cuda_architectures", WAVFLOW_CUDA_ARCHITECTURES);
   m.def("cuda_probe", [] { return cuda_probe(); });

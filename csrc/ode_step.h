@@ -1,7 +1,7 @@
 // One step of a general linear solver: new state = M [D, state], D the guided prediction.
 #pragma once
 
-#include "check.h"
+#include "args.h"
 
 namespace wavflow {
 

@@ -6,7 +6,7 @@
 // by a matrix multiplication of their own, between the two transforms.
 #pragma once
 
-#include "check.h"
+#include "args.h"
 #include "swiglu.h"
 
 namespace wavflow {

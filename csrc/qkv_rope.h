@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "check.h"
+#include "args.h"
 
 namespace wavflow {
 

@@ -1,7 +1,7 @@
-// Flash attention with RMSNorm and RoPE inside, and its backward: the arguments of a call.
+// Flash attention and its backward: the arguments of a call.
 #pragma once
 
-#include "check.h"
+#include "args.h"
 
 namespace wavflow {
 
@@ -22,10 +22,8 @@ struct RopeAttentionArgs {
   Target target;
   DType dtype;
   Heads q, k, v;
-  const void *q_weight, *k_weight;  // (d) computed type, or null: no norm
-  const void* rope;                 // (n, d) cos and sin of the pairs, computed type, or null
-  void* out;                        // (b, nq, h d)
-  void* lse;                        // (b, h, nq) computed type
+  void* out;  // (b, nq, h d)
+  void* lse;  // (b, h, nq) computed type
   int64_t b, h, nq, n, d;
   AttentionMask mask;
 };

@@ -1,7 +1,7 @@
 // silu(a) * b and its gradients: one element of each, and the exponential they need.
 #pragma once
 
-#include "check.h"
+#include "args.h"
 
 namespace wavflow {
 

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavflow_kernels import REGISTRY, aot
+from wavflow_kernels import REGISTRY
 from wavflow_kernels._check import check
 from wavflow_kernels._registry import Op
 from wavflow_kernels._triton.launch import launch
+from wavflow_kernels.tools import aot
 
 SIZE = 128
 

@@ -76,8 +76,8 @@ def prepared_weights_give_the_same() -> None:
                 pair = wk.prepare_conv(weights, dtype=dtype, winograd=winograd)
                 found = [wk.conv1d(x, single, bias), wk.conv_swiglu(x, pair)]
             peer = [
-                conv1d.reference(x, cast[0], bias, False, None, None, None),
-                conv_swiglu.reference(x, *cast, False)[0],
+                conv1d.OP.reference(x, cast[0], bias, False, None, None, None),
+                conv_swiglu.OP.reference(x, *cast, False)[0],
             ]
             truth = [a + bias.double(), F.silu(a) * b]
             if len(pair.weights) == 1:

@@ -1,4 +1,4 @@
-"""`python -m wavflow_kernels.aot` compiles the kernels without a GPU and finds what is wrong."""
+"""`python -m wavflow_kernels.tools.aot` compiles kernels without a GPU and finds what is wrong."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from wavflow_kernels import REGISTRY, _sass
-from wavflow_kernels._offline import collect
-from wavflow_kernels.aot import main
+from wavflow_kernels import REGISTRY
+from wavflow_kernels.tools import sass
+from wavflow_kernels.tools.aot import main
+from wavflow_kernels.tools.offline import collect
 
 TOYS = Path(__file__).with_name("aot_toys.py")
 needs_triton = pytest.mark.skipif(
@@ -121,7 +122,7 @@ def test_command_line(capsys, monkeypatch) -> None:
 
 @needs_triton
 def test_the_interpreter_is_refused() -> None:
-    done = aot("-m", "wavflow_kernels.aot", TRITON_INTERPRET="1")
+    done = aot("-m", "wavflow_kernels.tools.aot", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET=1 is set" in done.stderr
 
 
@@ -167,7 +168,7 @@ $L__BB0_1:
 
 
 def test_loads_are_followed_to_the_parameters() -> None:
-    loads = [(load.width, set(load.parameters)) for load in _sass.global_loads(PTX)]
+    loads = [(load.width, set(load.parameters)) for load in sass.global_loads(PTX)]
     assert loads == [(16, {0, 2}), (4, {1}), (16, {0, 1}), (2, {0})]
 
 
@@ -185,7 +186,7 @@ def test_loads_are_followed_to_the_parameters() -> None:
     ],
 )
 def test_load_widths(opcode: str, width: str) -> None:
-    code = _sass.Code("k", "sm_90a")
+    code = sass.Code("k", "sm_90a")
     code.opcodes.update({opcode: 3, "LDGDEPBAR": 1, "STG.E.128": 1, "LDS.64": 1})
     assert code.loads == {width: 3}
 
@@ -194,7 +195,7 @@ def test_load_widths(opcode: str, width: str) -> None:
     "opcode", ["DFMA", "DADD", "DMUL.RP", "DSETP.GTU.AND", "F2F.F32.F64", "F2F.F64.F32", "I2F.F64"]
 )
 def test_float64_instructions(opcode: str) -> None:
-    code = _sass.Code("k", "sm_80")
+    code = sass.Code("k", "sm_80")
     code.opcodes.update({opcode: 2, "DEPBAR.LE": 1, "F2F.F16.F32": 1, "FADD": 1, "LDG.E.64": 1})
     assert code.fp64 == {opcode: 2}
 
@@ -217,8 +218,8 @@ Resource usage:
 
 
 def test_cuobjdump_is_read() -> None:
-    (code,) = _sass.parse(SASS)
+    (code,) = sass.parse(SASS)
     assert code.architecture == "sm_90a"
     assert (code.registers, code.stack, code.shared, code.local) == (38, 112, 72, 2)
     assert code.opcodes == {"LDC": 1, "BRA": 1, "STL.128": 1, "LDL": 1}
-    assert _sass.demangled(code.name) == "void wavflow::mix<double, false>(wavflow::FlowMixArgs)"
+    assert sass.demangled(code.name) == "void wavflow::mix<double, false>(wavflow::FlowMixArgs)"

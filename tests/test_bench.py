@@ -15,7 +15,7 @@ import torch
 from golden_weights import relative_error
 from test_model import golden_model, inputs
 
-from bench import fidelity, gpu, harness, peers, plain, plot, run, sample, solvers, stages
+from bench import fidelity, gpu, machine, ops, peers, plain, plot, sample, solvers, stages, weights
 from bench.peaks import Peaks
 from wavflow.base import memory
 from wavflow.config.load import load_config
@@ -59,27 +59,27 @@ def small(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small(name, monkeypatch)
     op = REGISTRY[name]
-    for case in run.cases([name]):
-        row = run.measure_case(case, CPU, torch.float32, Peaks(1e9, 1e9), SHORT)
+    for case in ops.cases([name]):
+        row = ops.measure_case(case, CPU, torch.float32, Peaks(1e9, 1e9), SHORT)
         seconds = row["seconds"]
         assert {"reference", "compile"} <= set(seconds), row["left_out"]
         assert ("copy" in seconds) == (not case.training) == ("bytes" in row)
         assert ("tflop_s" in row) == (op.tolerance == "matrix")
         assert row["runs_as"] == next(iter(seconds))
-        assert len(run.cells(row | {"op": name})) == len(run.HEADERS)
+        assert len(ops.cells(row | {"op": name})) == len(ops.HEADERS)
         json.dumps(row)
-    assert [case.training for case in run.cases([name])] == (
-        [False] if not run.differentiated(op) else [False, True]
+    assert [case.training for case in ops.cases([name])] == (
+        [False] if not ops.differentiated(op) else [False, True]
     )
 
 
 def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(ops, "free_memory", lambda device: 1000)
     small("unpatchify", monkeypatch)
-    case = run.cases(["unpatchify"])[0]
-    row = run.measure_case(case, CPU, torch.float32, Peaks(1, 1), SHORT)
+    case = ops.cases(["unpatchify"])[0]
+    row = ops.measure_case(case, CPU, torch.float32, Peaks(1, 1), SHORT)
     assert "seconds" not in row and "are free" in row["skipped"]
-    assert run.cells(row)[2].startswith("skipped: needs 0.0 GB")
+    assert ops.cells(row)[2].startswith("skipped: needs 0.0 GB")
 
 
 def test_variants_that_fail_are_left_out_but_never_the_first() -> None:
@@ -87,38 +87,38 @@ def test_variants_that_fail_are_left_out_but_never_the_first() -> None:
         raise RuntimeError("No available kernel.\nAborting")
 
     calls = {"cpp": lambda: 1, "cudnn": broken, "reference": broken}
-    kept, left_out = run.runnable(calls, lambda: None, 5, 1)
+    kept, left_out = ops.runnable(calls, lambda: None, 5, 1)
     assert list(kept) == ["cpp"]
     assert left_out["cudnn"] == "No available kernel."
     assert "needs about" in left_out["reference"]
     with pytest.raises(RuntimeError):
-        run.runnable({"cpp": broken}, lambda: None, 0, 1)
+        ops.runnable({"cpp": broken}, lambda: None, 0, 1)
 
 
 def test_one_broken_row_and_a_spent_budget_do_not_cost_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "measure", lambda device, dtype: Peaks(1, 1))
+    monkeypatch.setattr(ops, "measure", lambda device, dtype: Peaks(1, 1))
 
-    def measured(case: run.Case, *_: object) -> dict:
+    def measured(case: ops.Case, *_: object) -> dict:
         if case.workload == "bad":
             raise RuntimeError("illegal address\nmore")
         return {"seconds": {}}
 
-    monkeypatch.setattr(run, "measure_case", measured)
+    monkeypatch.setattr(ops, "measure_case", measured)
     op = REGISTRY["unpatchify"]
-    todo = [run.Case(op, name, False) for name in ("bad", "good")]
-    bad, good = (row for _, row in run.results(todo, CPU, torch.float32, 1, None))
+    todo = [ops.Case(op, name, False) for name in ("bad", "good")]
+    bad, good = (row for _, row in ops.results(todo, CPU, torch.float32, 1, None))
     assert bad["failed"] == "RuntimeError: illegal address" and "seconds" in good
     assert all("commit" in row and "torch" in row for row in (bad, good))
-    late = list(run.results(todo, CPU, torch.float32, 1, -1.0))
-    assert [(case, row["skipped"]) for case, row in late] == [(c, run.NO_TIME) for c in todo]
-    twice = list(run.results(todo, CPU, torch.float32, 1, 60.0))
+    late = list(ops.results(todo, CPU, torch.float32, 1, -1.0))
+    assert [(case, row["skipped"]) for case, row in late] == [(c, ops.NO_TIME) for c in todo]
+    twice = list(ops.results(todo, CPU, torch.float32, 1, 60.0))
     assert [case for case, _ in twice] == todo * 2
 
 
 def test_first_workloads_come_first_and_later_backwards_last() -> None:
-    found = run.cases(["flow_loss", "unpatchify"])
+    found = ops.cases(["flow_loss", "unpatchify"])
     order = [(case.op.name, list(case.op.workloads).index(case.workload)) for case in found]
     assert order == [
         ("flow_loss", 0),
@@ -129,7 +129,7 @@ def test_first_workloads_come_first_and_later_backwards_last() -> None:
         ("flow_loss", 1),
     ]
     assert [case.training for case in found] == [False, False, True, False, False, True]
-    assert {case.workload for case in run.cases(["flow_loss"], "256")} == {"256 clips of 8 s"}
+    assert {case.workload for case in ops.cases(["flow_loss"], "256")} == {"256 clips of 8 s"}
 
 
 def options(**given: object) -> dict:
@@ -155,7 +155,7 @@ def test_bad_arguments_are_one_line(
     given: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as error:
-        run.main(**options(**given), seconds=1.0, budget=None)
+        ops.main(**options(**given), seconds=1.0, budget=None)
     said = capsys.readouterr().err
     assert error.value.code == 2 and said.startswith(message) and said.count("\n") == 1
 
@@ -164,11 +164,11 @@ def test_the_command_line_writes_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small("unpatchify", monkeypatch)
-    monkeypatch.setattr(run, "measure", lambda device, dtype: Peaks(1e9, 1e9))
-    monkeypatch.setattr(run, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(ops, "measure", lambda device, dtype: Peaks(1e9, 1e9))
+    monkeypatch.setattr(ops, "keep_freed_memory", lambda: True)
     path = tmp_path / "deep" / "r.json"
     with pytest.raises(SystemExit) as error:
-        run.main(**options(ops=["unpatchify"], json_path=path), seconds=SHORT, budget=None)
+        ops.main(**options(ops=["unpatchify"], json_path=path), seconds=SHORT, budget=None)
     assert error.value.code == 0
     (row,) = json.loads(path.read_text())
     assert row["op"] == "unpatchify" and row["dtype"] == "bfloat16" and row["commit"]
@@ -207,8 +207,8 @@ def test_sample_compares_a_step_with_another_checkout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "row.json"
-    sample.main("toy_8k", seconds=0.01, against=harness.ROOT, json_path=path)
-    row, other = json.loads(path.read_text()), str(harness.ROOT)
+    sample.main("toy_8k", seconds=0.01, against=machine.ROOT, json_path=path)
+    row, other = json.loads(path.read_text()), str(machine.ROOT)
     assert set(row["seconds"]) == {"ours", "plain", "plain, weights cast", other}
     # Two processes that each compile the ops need not round alike.
     slack = 0.05 if os.environ.get("WAVFLOW_BACKEND") == "compile" else 0
@@ -280,7 +280,7 @@ def test_operations_are_those_of_the_matrix_products() -> None:
 
 
 def shapes(batch: int) -> list[torch.Size]:
-    given = sample.inputs(sample.filled("toy_8k", CPU), batch)
+    given = weights.inputs(weights.filled("toy_8k", CPU), batch)
     return [x.shape for x in given[:-1]]
 
 
@@ -419,7 +419,7 @@ def test_freed_memory_is_kept_where_glibc_is(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_free_memory_is_plausible() -> None:
-    assert 10**7 < harness.free_memory(CPU) < 10**14
+    assert 10**7 < machine.free_memory(CPU) < 10**14
 
 
 def rows() -> list[dict]:

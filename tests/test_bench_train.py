@@ -10,8 +10,8 @@ import torch
 from golden_weights import relative_error
 from torch import Tensor
 
-from bench import harness, plain, train
-from bench.clips import clips, write_clips
+from bench import machine, plain, train
+from bench.data import clips, write_clips
 from wavflow.base.seeding import Draw
 from wavflow.systems.wavflow.objective import WavflowObjective
 from wavflow_kernels import philox_normal
@@ -95,12 +95,12 @@ def test_train_measures_a_step_against_another_checkout(
         batch=2,
         seconds=0.001,
         compiled=False,
-        against=harness.ROOT,
+        against=machine.ROOT,
         data=None,
         json_path=out,
     )
     row = json.loads(out.read_text())
-    other = str(harness.ROOT)
+    other = str(machine.ROOT)
     assert set(row["seconds"]) == set(row["mfu"]) == {"ours", "plain", other}
     for way in ("plain", other, "float32"):
         assert row["losses"][way] == pytest.approx(row["losses"]["ours"], rel=1e-4)

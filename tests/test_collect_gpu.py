@@ -53,11 +53,9 @@ def test_gpu_tests_are_collected_without_the_optional_packages(tmp_path: Path) -
 
 
 def test_modules_are_imported_without_the_optional_packages(tmp_path: Path) -> None:
-    kernels = "import blocker, wavflow_kernels.tune, bench.run, bench.plot, bench.gpu"
+    kernels = "import blocker, wavflow_kernels.tools.tune, bench.run, bench.plot, bench.gpu"
     done = run(
-        tmp_path,
-        "-c",
-        f"{kernels}; import wavflow.systems.wavflow.network, wavflow.pipeline.sampler",
+        tmp_path, "-c", f"{kernels}; import wavflow.model.networks, wavflow.pipeline.sampler"
     )
     assert done.returncode == 0, done.stderr
 

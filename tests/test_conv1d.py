@@ -115,13 +115,13 @@ def test_property_prepared_weights_give_the_same(
     cast = [w.to(dtype) for w in weights]
     if gated:
         out = wk.conv_swiglu(x, wk.prepare_conv(weights, dtype=dtype))
-        plain = conv_swiglu.reference(x, *cast, False)[0]
+        plain = conv_swiglu.OP.reference(x, *cast, False)[0]
         a, b = (conv1d.plain(x.double(), w.double()) for w in cast)
         truth = F.silu(a) * b
     else:
         bias = normal(o, seed=3, dtype=dtype)
         out = wk.conv1d(x, wk.prepare_conv(weights[0], dtype=dtype), bias, activation="selu")
-        plain = conv1d.reference(x, cast[0], bias, True, None, None, None)
+        plain = conv1d.OP.reference(x, cast[0], bias, True, None, None, None)
         truth = F.selu(conv1d.plain(x.double(), cast[0].double(), bias.double()))
     assert_close(out, truth, "matrix", peer=plain)
 

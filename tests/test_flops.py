@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry
 
-from bench import peaks, plain, sample
+from bench import peaks, plain, weights
 from wavflow.base.flops import count_flops, matmul_rate
 from wavflow.systems.wavflow.config import PRESETS
 from wavflow.systems.wavflow.network import WavflowModel
@@ -33,12 +33,12 @@ def test_torch_counts_the_matrix_ops(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def network() -> WavflowModel:
-    return sample.filled("toy_8k", CPU).requires_grad_(True)
+    return weights.filled("toy_8k", CPU).requires_grad_(True)
 
 
 @pytest.fixture(scope="module")
 def given(network: WavflowModel) -> list[Tensor]:
-    return sample.inputs(network, BATCH)
+    return weights.inputs(network, BATCH)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

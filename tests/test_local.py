@@ -21,7 +21,7 @@ from wavflow.layers.prepare import prepare_inference
 from wavflow.systems.wavflow.build import build_model
 from wavflow.systems.wavflow.config import WavflowConfig
 from wavflow.systems.wavflow.network import WavflowModel
-from wavflow_kernels import Window
+from wavflow_kernels import AttentionWindow
 
 SIZES = {
     **{"latent_dim": 6, "clip_dim": 5, "sync_dim": 4, "text_dim": 5, "hidden_dim": 16},
@@ -53,7 +53,7 @@ def test_a_window_as_long_as_the_clip_is_none():
     model.update_attention(100, "none")
     assert torch.equal(prediction(model, given), wanted)
     model.update_attention(99, "none")
-    assert model.config.window == Window(99, 100, 13)
+    assert model.config.window == AttentionWindow(99, 100, 13)
     assert relative_error(prediction(model, given), wanted) < 1e-5
     model.update_attention(20, "none")
     assert relative_error(prediction(model, given), wanted) > 1e-3
@@ -73,7 +73,7 @@ def test_every_window_of_a_step():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wk, "rope_attention", recorded)
         prediction(model, inputs(model, 1))
-    joint, alone = Window(9, 100, 13), Window(9, 100)
+    joint, alone = AttentionWindow(9, 100, 13), AttentionWindow(9, 100)
     assert seen == [(100, 116, joint), *[(100, 100, alone)] * 3]
 
 
@@ -219,7 +219,10 @@ def test_conditions_of_other_settings_are_refused():
     latent, *features, t = inputs(model, 2)
     conditions = model.preprocess_conditions(*features)
     for setting, message in (
-        ((20, "none"), r"conditions have window None, the model has Window\(size=20, local=100"),
+        (
+            (20, "none"),
+            r"conditions have window None, the model has AttentionWindow\(size=20, local=100",
+        ),
         ((None, "ntk"), "conditions have rope_scaling none, the model has ntk"),
     ):
         model.update_attention(*setting)

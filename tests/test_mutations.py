@@ -12,18 +12,15 @@ from numerics import excess, excess_over_peer, to_float64
 from torch import Tensor
 
 from wavflow_kernels import REGISTRY
+from wavflow_kernels._rows import gather_rows, segment_sums
 from wavflow_kernels.ops import (
     adaln,
     conv1d,
     conv_swiglu,
     flow_loss,
-    flow_mix,
     gated_residual_adaln,
-    lift_patchify,
     ode_step,
-    prepared_conv,
     qkv_rope,
-    rope_attention,
     swiglu,
     unpatchify,
 )
@@ -60,24 +57,25 @@ def lift(rms_offset: float = 0.0, limit: float = 0.3, roll: int = 0, mean: bool 
     return wrong
 
 
-def variant(reference: Callable[..., Any], **changes: Callable[[Any], Any]) -> Callable[..., Any]:
-    """The reference with some arguments changed, by position: a0, a1, ..."""
+def variant(name: str, **changes: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The op's reference with some arguments changed, by name."""
+    op = REGISTRY[name]
 
     def wrong(*args: Any) -> Any:
-        args = list(args)
-        for name, change in changes.items():
-            args[int(name[1:])] = change(args[int(name[1:])])
-        return reference(*args)
+        named = op.named(args)
+        for argument, change in changes.items():
+            named[argument] = change(named[argument])
+        return op.reference(*named.values())
 
     return wrong
 
 
 def swapped_guidance(state: Tensor, pred: Tensor, uncond: Any, *rest: Any) -> Tensor:
-    return ode_step.reference(state, pred if uncond is None else uncond, pred, *rest)
+    return ode_step.OP.reference(state, pred if uncond is None else uncond, pred, *rest)
 
 
 def shifted_tail(tokens: Tensor, *rest: Any) -> Tensor:
-    return unpatchify.reference(tokens, *rest).roll(1, 1)
+    return unpatchify.OP.reference(tokens, *rest).roll(1, 1)
 
 
 def missing_clamp(pred: Tensor, x_1: Tensor, other: Any, t: Tensor, kind: int, s: float) -> Tensor:
@@ -87,7 +85,7 @@ def missing_clamp(pred: Tensor, x_1: Tensor, other: Any, t: Tensor, kind: int, s
 
 def unbiased(pred: Tensor, x_1: Tensor, *rest: Any) -> Tensor:
     count = pred[0].numel() if len(pred) else 2
-    return flow_loss.reference(pred, x_1, *rest) * count / (count - 1)
+    return flow_loss.OP.reference(pred, x_1, *rest) * count / (count - 1)
 
 
 def conjugate(rope: Tensor) -> Tensor:
@@ -96,8 +94,8 @@ def conjugate(rope: Tensor) -> Tensor:
 
 def large_epsilon(qkv: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     """sqrt(mean(x^2) + 100 eps): the same as 10 times smaller projections with eps."""
-    q, k, _ = qkv_rope.reference([x / 10 for x in qkv], *args)
-    return q, k, qkv_rope.reference(qkv, *args)[2]
+    q, k, _ = qkv_rope.OP.reference([x / 10 for x in qkv], *args)
+    return q, k, qkv_rope.OP.reference(qkv, *args)[2]
 
 
 def exchanged_parts(qkv: list[Tensor], q_weight: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
@@ -107,7 +105,7 @@ def exchanged_parts(qkv: list[Tensor], q_weight: list[Tensor], *args: Any) -> tu
         parts = x.shape[2] // (heads * d)
         order = [1, 0, 2] if parts == 3 else [0, 1]
         wrong.append(x.unflatten(2, (heads, d, parts))[..., order].flatten(2))
-    return qkv_rope.reference(wrong, q_weight, *args)
+    return qkv_rope.OP.reference(wrong, q_weight, *args)
 
 
 def modulated(unbiased: bool = False, one: float = 1.0, shifted: float = 1.0) -> Any:
@@ -118,7 +116,7 @@ def modulated(unbiased: bool = False, one: float = 1.0, shifted: float = 1.0) ->
         centred = x - x.mean(-1, keepdim=True)
         variance = centred.square().sum(-1, keepdim=True) / (max(c - 1, 1) if unbiased else c)
         normed = centred / (variance + eps).sqrt()
-        shift, scale = (adaln.of_tokens(t, index, x.dtype) for t in (shift, scale))
+        shift, scale = (gather_rows(t, index, x.dtype) for t in (shift, scale))
         return normed * (one + scale) + shifted * shift
 
     return wrong
@@ -130,13 +128,13 @@ def next_row_early(index: Any) -> Any:
 
 
 def norm_of_x(x: Tensor, y: Tensor, gate: Tensor, *rest: Any) -> Any:
-    new, _ = gated_residual_adaln.reference(x, y, gate, *rest)
-    return new, adaln.reference(x, *rest[2:])
+    new, _ = gated_residual_adaln.OP.reference(x, y, gate, *rest)
+    return new, adaln.OP.reference(x, *rest[2:])
 
 
 def norm_of_rounded(x: Tensor, y: Tensor, gate: Tensor, *rest: Any) -> Any:
-    new, _ = gated_residual_adaln.reference(x, y, gate, *rest)
-    return new, adaln.reference(new.bfloat16().double(), *rest[2:])
+    new, _ = gated_residual_adaln.OP.reference(x, y, gate, *rest)
+    return new, adaln.OP.reference(new.bfloat16().double(), *rest[2:])
 
 
 def without_mean_of_gradient(grad: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> Any:
@@ -144,7 +142,7 @@ def without_mean_of_gradient(grad: Tensor, x: Tensor, scale: Tensor, *rest: Any)
     d_x, *others = adaln.BACKWARD.reference(grad, x, scale, *rest)
     index, _, eps = rest
     _, inverse = adaln.layer_norm(x, eps)
-    modulated = grad * (1 + adaln.of_tokens(scale, index, x.dtype))
+    modulated = grad * (1 + gather_rows(scale, index, x.dtype))
     return d_x + inverse * modulated.mean(-1, keepdim=True), *others
 
 
@@ -153,7 +151,7 @@ def last_token_dropped(*args: Any) -> Any:
     *start, d_shift, d_scale = gated_residual_adaln.BACKWARD.reference(*args)
     grad, index = args[1].clone(), args[8]
     grad[:, -1] = 0
-    return *start, adaln.segment_sums(grad, index, d_shift.shape[1]), d_scale
+    return *start, segment_sums(grad, index, d_shift.shape[1]), d_scale
 
 
 def repeated_edge(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -162,29 +160,11 @@ def repeated_edge(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         return None
     wide = torch.cat([x[:, :1].expand(-1, k, -1), x, x[:, -1:].expand(-1, k, -1)], 1)
     none = (rest[0], rest[1], None, None, None)
-    return conv1d.reference(wide, weight, *none)[:, k:-k] if rest[2] is None else None
+    return conv1d.OP.reference(wide, weight, *none)[:, k:-k] if rest[2] is None else None
 
 
 def elu(x: Tensor, weight: Tensor, bias: Any, selu: bool, *rest: Any) -> Tensor:
     return F.elu(conv1d.plain(x, weight, bias)) if selu else None
-
-
-def conjugate_rotation(rope: Tensor | None) -> Tensor | None:
-    """The rotation the other way."""
-    if rope is None:
-        return None
-    return rope * torch.tensor([1.0, -1.0], dtype=rope.dtype).repeat(rope.shape[1] // 2)
-
-
-def attention_epsilon(q: Tensor, k: Tensor, v: Tensor, q_weight: Any, *rest: Any) -> Any:
-    """sqrt(mean(x^2) + 100 eps): the same as 10 times smaller queries and keys with eps."""
-    if q_weight is None:
-        return None
-    return rope_attention.reference(q / 10, k / 10, v, q_weight, *rest)
-
-
-def exchanged_norms(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    return rope_attention.reference(q, k, v, rest[1], rest[0], *rest[2:])
 
 
 MUTATIONS = {
@@ -192,116 +172,102 @@ MUTATIONS = {
     ("lift_patchify", "an epsilon in the RMS"): lift(rms_offset=1e-4),
     ("lift_patchify", "peak rule off"): lift(limit=10.0),
     ("lift_patchify", "padding one sample off"): lift(roll=1),
-    ("lift_patchify", "levels dropped"): variant(lift_patchify.reference, a2=lambda levels: None),
+    ("lift_patchify", "levels dropped"): variant("lift_patchify", levels=lambda levels: None),
     ("unpatchify", "one sample late"): shifted_tail,
-    ("unpatchify", "scale off by 1e-5"): variant(unpatchify.reference, a4=lambda s: s * (1 + 1e-5)),
-    ("unpatchify", "window reversed"): variant(
-        unpatchify.reference, a1=lambda w: None if w is None else w.flip(0)
+    ("unpatchify", "scale off by 1e-5"): variant(
+        "unpatchify", audio_scale=lambda s: s * (1 + 1e-5)
     ),
-    ("flow_mix", "t squared"): variant(flow_mix.reference, a1=torch.square),
-    ("flow_mix", "sigma_min dropped"): variant(flow_mix.reference, a4=lambda s: 0.0),
-    ("flow_mix", "next seed"): variant(
-        flow_mix.reference, a3=lambda s: None if s is None else s + 1
-    ),
+    ("flow_mix", "t squared"): variant("flow_mix", t=torch.square),
+    ("flow_mix", "sigma_min dropped"): variant("flow_mix", sigma_min=lambda s: 0.0),
+    ("flow_mix", "next seed"): variant("flow_mix", seeds=lambda s: None if s is None else s + 1),
     ("flow_loss", "1 - t without clamp"): missing_clamp,
     ("flow_loss", "n - 1 in the mean"): unbiased,
-    ("flow_loss", "sigma_min dropped"): variant(flow_loss.reference, a5=lambda s: 0.0),
+    ("flow_loss", "sigma_min dropped"): variant("flow_loss", sigma_min=lambda s: 0.0),
     ("ode_step", "guidance the wrong way round"): swapped_guidance,
-    ("ode_step", "next row"): variant(ode_step.reference, a4=lambda i: i + 1),
+    ("ode_step", "next row"): variant("ode_step", index=lambda i: i + 1),
     ("qkv_rope", "eps x 100"): large_epsilon,
-    ("qkv_rope", "rotation the other way"): variant(qkv_rope.reference, a3=conjugate),
+    ("qkv_rope", "rotation the other way"): variant("qkv_rope", rope=conjugate),
     ("qkv_rope", "rotation of the next token"): variant(
-        qkv_rope.reference, a3=lambda rope: rope.roll(1, 0)
+        "qkv_rope", rope=lambda rope: rope.roll(1, 0)
     ),
-    ("qkv_rope", "norm weights swapped"): lambda x, q, k, *rest: qkv_rope.reference(x, k, q, *rest),
+    ("qkv_rope", "norm weights swapped"): lambda x, q, k, *rest: qkv_rope.OP.reference(
+        x, k, q, *rest
+    ),
     ("qkv_rope", "weight of a stream's neighbour"): variant(
-        qkv_rope.reference, a2=lambda weights: [*weights[1:], weights[0]]
+        "qkv_rope", k_weight=lambda weights: [*weights[1:], weights[0]]
     ),
     ("qkv_rope", "q and k exchanged"): exchanged_parts,
     ("adaln", "unbiased variance"): modulated(unbiased=True),
-    ("adaln", "eps x 100"): variant(adaln.reference, a5=lambda eps: eps * 100),
+    ("adaln", "eps x 100"): variant("adaln", eps=lambda eps: eps * 100),
     ("adaln", "shift dropped"): modulated(shifted=0.0),
     ("adaln", "scale without the 1"): modulated(one=0.0),
-    ("adaln", "rows one token early"): variant(adaln.reference, a3=next_row_early),
+    ("adaln", "rows one token early"): variant("adaln", index=next_row_early),
     ("adaln_backward", "mean held constant"): without_mean_of_gradient,
-    ("adaln_backward", "eps x 100"): variant(adaln.BACKWARD.reference, a5=lambda eps: eps * 100),
-    ("adaln_backward", "rows one token early"): variant(
-        adaln.BACKWARD.reference, a3=next_row_early
-    ),
+    ("adaln_backward", "eps x 100"): variant("adaln_backward", eps=lambda eps: eps * 100),
+    ("adaln_backward", "rows one token early"): variant("adaln_backward", index=next_row_early),
     ("gated_residual_adaln", "norm of x"): norm_of_x,
     ("gated_residual_adaln", "norm of the rounded sum"): norm_of_rounded,
-    ("gated_residual_adaln", "gate dropped"): variant(
-        gated_residual_adaln.reference, a2=torch.ones_like
-    ),
+    ("gated_residual_adaln", "gate dropped"): variant("gated_residual_adaln", gate=torch.ones_like),
     ("gated_residual_adaln", "gate's rows one token early"): variant(
-        gated_residual_adaln.reference, a3=next_row_early
+        "gated_residual_adaln", gate_index=next_row_early
     ),
     ("gated_residual_adaln", "rows one token early"): variant(
-        gated_residual_adaln.reference, a7=next_row_early
+        "gated_residual_adaln", index=next_row_early
     ),
     ("gated_residual_adaln_backward", "last token dropped"): last_token_dropped,
     ("gated_residual_adaln_backward", "the sum's gradient dropped"): variant(
-        gated_residual_adaln.BACKWARD.reference, a0=torch.zeros_like
+        "gated_residual_adaln_backward", grad_new=torch.zeros_like
     ),
     ("gated_residual_adaln_backward", "gate's rows one token early"): variant(
-        gated_residual_adaln.BACKWARD.reference, a5=next_row_early
+        "gated_residual_adaln_backward", gate_index=next_row_early
     ),
-    ("conv1d", "taps reversed"): variant(conv1d.reference, a1=lambda w: w.flip(2)),
-    ("conv1d", "padding one token off"): variant(conv1d.reference, a0=lambda x: x.roll(1, 1)),
+    ("conv1d", "taps reversed"): variant("conv1d", weight=lambda w: w.flip(2)),
+    ("conv1d", "padding one token off"): variant("conv1d", x=lambda x: x.roll(1, 1)),
     ("conv1d", "edge repeated for zeros"): repeated_edge,
-    ("conv1d", "bias dropped"): variant(conv1d.reference, a2=lambda b: None),
+    ("conv1d", "bias dropped"): variant("conv1d", bias=lambda b: None),
     ("conv1d", "next gate row"): variant(
-        conv1d.reference, a6=lambda i: None if i is None else (i + 1) % 5
+        "conv1d", gate_index=lambda i: None if i is None else (i + 1) % 5
     ),
     ("conv1d", "ELU for SELU"): elu,
-    ("conv_swiglu", "w1 and w3 swapped"): lambda x, w1, w3, keep: conv_swiglu.reference(
+    ("conv_swiglu", "w1 and w3 swapped"): lambda x, w1, w3, keep: conv_swiglu.OP.reference(
         x, w3, w1, False
     )[0],
     ("conv_swiglu", "sigmoid for SiLU"): lambda x, w1, w3, keep: (
         conv1d.plain(x, w1).sigmoid() * conv1d.plain(x, w3)
     ),
     ("prepared_conv", "sign of the fourth product"): variant(
-        prepared_conv.reference, a1=lambda w: [*w[:3], -w[3]] if len(w) == 4 else w
+        "prepared_conv", weights=lambda w: [*w[:3], -w[3]] if len(w) == 4 else w
     ),
     ("prepared_conv", "inner products swapped"): variant(
-        prepared_conv.reference, a1=lambda w: [w[0], w[2], w[1], w[3]] if len(w) == 4 else w
+        "prepared_conv", weights=lambda w: [w[0], w[2], w[1], w[3]] if len(w) == 4 else w
     ),
-    ("prepared_conv", "pairs one token off"): variant(
-        prepared_conv.reference, a0=lambda x: x.roll(1, 1)
-    ),
+    ("prepared_conv", "pairs one token off"): variant("prepared_conv", x=lambda x: x.roll(1, 1)),
     ("prepared_conv", "halves swapped"): variant(
-        prepared_conv.reference, a1=lambda w: [t.roll(t.shape[0] // 2, 0) for t in w]
+        "prepared_conv", weights=lambda w: [t.roll(t.shape[0] // 2, 0) for t in w]
     ),
-    ("swiglu", "a and b swapped"): lambda a, b: swiglu.reference(b, a),
+    ("swiglu", "a and b swapped"): lambda a, b: swiglu.OP.reference(b, a),
     ("swiglu", "sigmoid of 1.01 a"): lambda a, b: a * (1.01 * a).sigmoid() * b,
-    ("rope_attention", "scale off by 1 %"): variant(
-        rope_attention.reference, a0=lambda q: q * 1.01
-    ),
+    ("rope_attention", "scale off by 1 %"): variant("rope_attention", q=lambda q: q * 1.01),
     ("rope_attention", "window one wider"): variant(
-        rope_attention.reference, a6=lambda w: w + 1 if w >= 0 else w
+        "rope_attention", window=lambda w: w + 1 if w >= 0 else w
     ),
     ("rope_attention", "one local token fewer"): variant(
-        rope_attention.reference, a7=lambda local: max(local - 1, 0)
+        "rope_attention", local=lambda local: max(local - 1, 0)
     ),
     ("rope_attention", "one spread token fewer"): variant(
-        rope_attention.reference, a8=lambda spread: max(spread - 1, 0)
+        "rope_attention", spread=lambda spread: max(spread - 1, 0)
     ),
-    ("rope_attention", "rotation the other way"): variant(
-        rope_attention.reference, a5=conjugate_rotation
-    ),
-    ("rope_attention", "norm weights exchanged"): exchanged_norms,
-    ("rope_attention", "eps x 100"): attention_epsilon,
     ("rope_attention_backward", "no rowsum(grad * out)"): variant(
-        rope_attention.BACKWARD.reference, a4=torch.zeros_like
+        "rope_attention_backward", out=torch.zeros_like
     ),
     ("rope_attention_backward", "weights off by 1 %"): variant(
-        rope_attention.BACKWARD.reference, a5=lambda lse: lse + 0.01
+        "rope_attention_backward", lse=lambda lse: lse + 0.01
     ),
     ("rope_attention_backward", "window one wider"): variant(
-        rope_attention.BACKWARD.reference, a6=lambda w: w + 1 if w >= 0 else w
+        "rope_attention_backward", window=lambda w: w + 1 if w >= 0 else w
     ),
     ("rope_attention_backward", "one spread token fewer"): variant(
-        rope_attention.BACKWARD.reference, a8=lambda spread: max(spread - 1, 0)
+        "rope_attention_backward", spread=lambda spread: max(spread - 1, 0)
     ),
 }
 

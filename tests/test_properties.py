@@ -18,6 +18,7 @@ from torch import Tensor
 
 import wavflow_kernels as wk
 from wavflow_kernels import REGISTRY, _backend, _philox
+from wavflow_kernels._registry import Op
 
 SIZES = st.integers(1, 40)
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -98,21 +99,6 @@ def test_property_lengths_are_rows_of_their_own(lengths: list[int], backend: str
         for row, length, tokens in zip(wave, lengths, together, strict=True):
             alone = wk.lift_patchify(row[None, :length], token_size=30, tokens=20)
             torch.testing.assert_close(tokens, alone[0], rtol=1e-6, atol=1e-6)
-
-
-@given(
-    w=st.integers(1, 5), n=st.integers(1, 12), d=st.integers(1, 9), data=st.data(), backend=BACKEND
-)
-def test_property_windows_of_one_wave_join_to_it(
-    w: int, n: int, d: int, data: st.DataObject, backend: str
-) -> None:
-    hop = data.draw(st.integers(1, n))
-    wave = normal(2, ((w - 1) * hop + n) * d)
-    windows = torch.stack([wave.view(2, -1, d)[:, i * hop : i * hop + n] for i in range(w)], dim=1)
-    window = torch.rand(n) + 0.01
-    with wk.use_backend(backend):
-        joined = wk.unpatchify(windows, audio_scale=1.0, hop=hop, window=window)
-    torch.testing.assert_close(joined, wave, rtol=1e-5, atol=1e-5)
 
 
 # flow_mix and its noise
@@ -307,18 +293,26 @@ def test_property_inplace_is_seen_by_autograd() -> None:
 # Threads
 
 
-def everything() -> list[Tensor]:
-    """Outputs of every op with kernels of ours, on inputs of several blocks."""
-    out = []
+def calls_of_ours() -> list[tuple[Op, tuple[Any, ...]]]:
+    """Calls of every op that kernels of ours run, on inputs of several blocks."""
     cpu = torch.device("cpu")
-    for op in REGISTRY.values():
-        for sample in op.samples(cpu, torch.float32, 11):
-            if _backend.choose(op, cpu, torch.float32, sample.args) == "library":
-                continue  # oneDNN and SDPA cut their sums by the number of threads
-            args = tuple(a.clone() if isinstance(a, Tensor) else a for a in sample.args)
-            result = op(*args)
-            result = op.mutated(args) if op.mutates else result
-            out += list(result) if isinstance(result, (tuple, list)) else [result]
+    return [
+        (op, sample.args)
+        for op in REGISTRY.values()
+        for sample in op.samples(cpu, torch.float32, 11)
+        # oneDNN and SDPA cut their sums by the number of threads.
+        if _backend.choose(op, cpu, torch.float32, sample.args) != "library"
+    ]
+
+
+def everything(calls: list[tuple[Op, tuple[Any, ...]]]) -> list[Tensor]:
+    """The outputs of these calls."""
+    out: list[Tensor] = []
+    for op, inputs in calls:
+        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in inputs)
+        result = op(*args)
+        result = op.mutated(args) if op.mutates else result
+        out += list(result) if isinstance(result, (tuple, list)) else [result]
     return out
 
 
@@ -328,12 +322,12 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 @pytest.mark.compiled
 def test_property_thread_count_changes_no_bit() -> None:
-    threads = torch.get_num_threads()
+    threads, calls = torch.get_num_threads(), calls_of_ours()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(everything())
+            results.append(everything(calls))
     finally:
         torch.set_num_threads(threads)
     assert same(results[0], results[1]) and same(results[0], results[2])
@@ -341,8 +335,9 @@ def test_property_thread_count_changes_no_bit() -> None:
 
 @pytest.mark.compiled
 def test_property_a_new_thread_runs_the_ops() -> None:
-    expected, found = everything(), []
-    worker = threading.Thread(target=lambda: found.extend(everything()))
+    calls = calls_of_ours()
+    expected, found = everything(calls), []
+    worker = threading.Thread(target=lambda: found.extend(everything(calls)))
     worker.start()
     worker.join(60)
     assert not worker.is_alive() and same(expected, found)

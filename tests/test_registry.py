@@ -15,25 +15,22 @@ import torch
 import wavflow_kernels as wk
 from wavflow_kernels import REGISTRY, _backend, cpu
 from wavflow_kernels.__main__ import report
+from wavflow_kernels._registry import by_name
 from wavflow_kernels.ops import conv1d
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = sorted(name for name, op in REGISTRY.items() if not op.internal)
 
 
-def stem(name: str) -> str:
-    return name.rstrip("_").removesuffix("_backward")
-
-
 def test_one_op_one_stem() -> None:
     """Each op has its files under one stem, and no file belongs to no op."""
-    stems = {stem(name) for name in REGISTRY}
+    stems = {op.stem for op in REGISTRY.values()}
+    names = {op.name.removesuffix("_backward").rstrip("_") for op in REGISTRY.values()}
     package = Path(wk.__file__).parent
     files = {
-        "csrc/{}.h": {"bind", "check", "math"},
-        "csrc/cpu/{}.cpp": set(),
+        "csrc/{}.h": {"bind", "args", "numeric", "random"},
+        "csrc/cpu/{}.cpp": {"isa"},
         "csrc/cuda/{}.cu": {"launch"},
-        "wavflow_kernels/ops/{}.py": {"__init__"},
         "wavflow_kernels/_triton/{}.py": {"__init__", "launch"},
     }
     found = {}
@@ -41,7 +38,7 @@ def test_one_op_one_stem() -> None:
         folder = package.parent if pattern.startswith("wavflow_kernels") else ROOT
         found[pattern] = {p.stem for p in folder.glob(pattern.format("*"))} - common
         assert found[pattern] <= stems, f"{pattern}: {found[pattern] - stems} belong to no op"
-    assert found["wavflow_kernels/ops/{}.py"] == stems
+    assert {p.stem for p in (package / "ops").glob("*.py")} - {"__init__"} == names
     for op in REGISTRY.values():
         wanted = ["wavflow_kernels/_triton/{}.py"] if "triton" in op.supported else []
         devices = op.supported.get("cpp", {})
@@ -49,7 +46,18 @@ def test_one_op_one_stem() -> None:
         wanted += ["csrc/{}.h", "csrc/cpu/{}.cpp"] if "cpu" in devices and own else []
         wanted += ["csrc/cuda/{}.cu"] if "cuda" in devices else []
         for pattern in wanted:
-            assert stem(op.name) in found[pattern], f"{op.name} has no {pattern}"
+            assert op.stem in found[pattern], f"{op.name} has no {pattern}"
+
+
+def test_an_op_takes_arguments_by_name() -> None:
+    names = ("x", "scale", "flag")
+    call = (1, 2, 3)
+    assert by_name(lambda flag, x: (flag, x), names)(*call) == (3, 1)
+    assert by_name(lambda scale, **rest: (scale, rest), names)(*call) == (2, {"x": 1, "flag": 3})
+    assert by_name(lambda out, scale: (out, scale), names, own=1)(0, *call) == (0, 2)
+    assert by_name(lambda x, *rest: rest, names)(*call) == (2, 3)
+    with pytest.raises(TypeError, match="parameters .'shift'., wanted of x, scale, flag"):
+        by_name(lambda shift: shift, names)
 
 
 def test_public_functions() -> None:
@@ -121,13 +129,6 @@ BAD_CALLS = {
     "lift_patchify: out_dtype must be": lambda: lift(WAVE.double(), out_dtype=torch.bfloat16),
     "unpatchify: tokens must have shape": lambda: wk.unpatchify(WAVE),
     "unpatchify: samples must lie in [1, 12], got 13": lambda: wk.unpatchify(X, samples=13),
-    "unpatchify: hop needs windows": lambda: wk.unpatchify(X, hop=2),
-    "unpatchify: hop must be at most the window's 3 tokens, got 4": lambda: wk.unpatchify(
-        torch.zeros(1, 2, 3, 4), hop=4
-    ),
-    "unpatchify: window must have shape (n) with n = 3, got (2,)": lambda: wk.unpatchify(
-        torch.zeros(1, 2, 3, 4), hop=2, window=torch.ones(2)
-    ),
     "flow_mix: t must have shape (b) with b = 2, got (3,)": lambda: wk.flow_mix(
         X, torch.zeros(3), noise=X
     ),
@@ -309,18 +310,6 @@ BAD_CALLS = {
     "rope_attention: k must be float32, got bfloat16": lambda: wk.rope_attention(
         Q, Q.bfloat16(), Q
     ),
-    "rope_attention: q_weight must be float32, got bfloat16": lambda: wk.rope_attention(
-        Q, Q, Q, q_weight=D.bfloat16(), k_weight=D
-    ),
-    "rope_attention: q_weight and k_weight must be given together": lambda: wk.rope_attention(
-        Q, Q, Q, k_weight=D
-    ),
-    "rope_attention: rope needs the norm weights, got rope alone": lambda: wk.rope_attention(
-        Q, Q, Q, rope=Q[0, 0]
-    ),
-    "rope_attention: rope must have shape (n, d) with n = 5, got (4, 4)": (
-        lambda: wk.rope_attention(Q, Q, Q, q_weight=D, k_weight=D, rope=Q[0, 0, 1:])
-    ),
     "rope_attention: there must be at least one of the queries, got none": (
         lambda: wk.rope_attention(Q[:, :, :0], Q, Q)
     ),
@@ -332,16 +321,16 @@ BAD_CALLS = {
         Q, Q[:, :, 1:], Q[:, :, 1:]
     ),
     "rope_attention: the window's size must be at least 0, got -1": lambda: wk.rope_attention(
-        Q, Q, Q, window=wk.Window(-1, 5)
+        Q, Q, Q, window=wk.AttentionWindow(-1, 5)
     ),
     "rope_attention: local must lie in [1, 5], got 6": lambda: wk.rope_attention(
-        Q, Q, Q, window=wk.Window(1, 6)
+        Q, Q, Q, window=wk.AttentionWindow(1, 6)
     ),
     "rope_attention: spread must lie in [0, 2], got 3": lambda: wk.rope_attention(
-        Q, Q, Q, window=wk.Window(1, 3, 3)
+        Q, Q, Q, window=wk.AttentionWindow(1, 3, 3)
     ),
     "rope_attention: local must lie in [1, 5], got 0": lambda: wk.rope_attention(
-        Q, Q, Q, window=wk.Window(1, 0)
+        Q, Q, Q, window=wk.AttentionWindow(1, 0)
     ),
 }
 

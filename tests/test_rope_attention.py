@@ -12,7 +12,7 @@ from numerics import relative
 from torch import Tensor
 
 import wavflow_kernels as wk
-from wavflow_kernels import Window, _backend
+from wavflow_kernels import AttentionWindow, _backend
 from wavflow_kernels.ops import rope_attention as ops
 
 BACKEND = st.sampled_from(["cpp", "reference"] if _backend.C is not None else ["reference"])
@@ -32,11 +32,6 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 def qkv(b: int, h: int, nq: int, n: int, d: int, dtype: torch.dtype) -> list[Tensor]:
     return [normal(b, h, m, d, dtype=dtype, seed=i) for i, m in enumerate((nq, n, n))]
-
-
-def rotations(n: int, d: int, dtype: torch.dtype, first: int = 0) -> Tensor:
-    angle = torch.arange(first, first + n)[:, None] * 0.6 ** torch.arange(d // 2).double()
-    return torch.stack((angle.cos(), angle.sin()), -1).flatten(1).to(dtype)
 
 
 @given(b=st.integers(0, 2), n=LENGTH, half=HALF_DIM, dtype=DTYPE, backend=BACKEND)
@@ -63,28 +58,13 @@ def test_property_weights_sum_to_one(
     assert relative(out, wanted) < TOLERANCE[dtype]
 
 
-@given(n=st.integers(1, 60), half=st.integers(2, 33), backend=BACKEND, first=st.integers(1, 50))
-def test_property_norm_forgets_the_level_and_rope_the_start(
-    n: int, half: int, backend: str, first: int
-) -> None:
-    d, dtype = 2 * half, torch.float64
-    q, k, v = qkv(1, 2, n, n, d, dtype)
-    weights = {"q_weight": 1 + 0.1 * normal(d, dtype=dtype), "k_weight": normal(d, dtype=dtype)}
-    with wk.use_backend(backend):
-        out = wk.rope_attention(q, k, v, **weights, rope=rotations(n, d, dtype))
-        louder = wk.rope_attention(q * 8, k * 4, v, **weights, rope=rotations(n, d, dtype))
-        later = wk.rope_attention(q, k, v, **weights, rope=rotations(n, d, dtype, first))
-    assert relative(louder, out) < 1e-4  # eps is 1.2e-7 beside the mean square of few channels
-    assert relative(later, out) < 1e-11
-
-
 @given(n=LENGTH, spread=st.integers(0, 40), backend=WINDOWED)
 def test_property_a_window_as_long_as_all_is_none(n: int, spread: int, backend: str) -> None:
     q, k, v = qkv(1, 1, n, n, 8, torch.float32)
     spread = min(spread, n - 1)
     with wk.use_backend(backend):
         out = wk.rope_attention(q, k, v)
-        everything = wk.rope_attention(q, k, v, window=Window(n, n - spread, spread))
+        everything = wk.rope_attention(q, k, v, window=AttentionWindow(n, n - spread, spread))
     assert relative(everything, out) < 1e-6
 
 
@@ -112,7 +92,7 @@ def test_property_a_window_is_a_masked_softmax(
     wanted = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
     grad = normal(*wanted.shape, dtype=torch.float64, seed=4)
     with wk.use_backend(backend):
-        out = wk.rope_attention(q, k, v, window=Window(size, local, spread))
+        out = wk.rope_attention(q, k, v, window=AttentionWindow(size, local, spread))
     for found, right in zip(
         (out, *torch.autograd.grad(out, inputs, grad)),
         (wanted, *torch.autograd.grad(wanted, inputs, grad)),
@@ -138,7 +118,7 @@ def test_what_a_token_sees(backend: str) -> None:
     v = torch.eye(11)[None, None, :, :10]
     zero = torch.zeros_like(v)
     with wk.use_backend(backend):
-        (out,) = wk.rope_attention(zero, zero, v, window=Window(1, local=6, spread=4))
+        (out,) = wk.rope_attention(zero, zero, v, window=AttentionWindow(1, local=6, spread=4))
     for token, wanted in seen.items():
         bits = "".join(str(int(weight > 0)) for weight in out[token])
         assert bits == wanted.replace(" ", ""), token
@@ -149,15 +129,15 @@ def test_long_windows_hold_nothing_square(backend: str) -> None:
     """Scores of 20,000 tokens squared are 1.6 GB; a thousand keys for each take 80 MB."""
     q, k, v = qkv(1, 1, 20000, 20100, 8, torch.float32)
     with wk.use_backend(backend), torch.profiler.profile(profile_memory=True) as held:
-        wk.rope_attention(q, k, v, window=Window(300, 20000, 50))
+        wk.rope_attention(q, k, v, window=AttentionWindow(300, 20000, 50))
     assert max(e.cpu_memory_usage for e in held.events()) < 100e6
 
 
 def results(backend: str, args: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
-    """Output and gradients of q, k, v and, where there are any, the norm weights."""
-    inputs = [x.detach().clone().requires_grad_() for x in args[:5] if x is not None]
+    """Output and gradients of q, k and v."""
+    inputs = [x.detach().clone().requires_grad_() for x in args[:3]]
     with wk.use_backend(backend):
-        out = ops.OP(*inputs[:3], *(inputs[3:] or (None, None)), *args[5:])[0]
+        out = ops.OP(*inputs, *args[3:])[0]
         return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
 
 
@@ -170,7 +150,6 @@ def results(backend: str, args: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
     window=st.integers(-1, 120),
     local=st.integers(1, 300),
     spread=st.integers(0, 300),
-    norm=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float64, torch.bfloat16, torch.float32]),
 )
 def test_property_blocks_of_any_size_give_the_mathematics(
@@ -181,17 +160,12 @@ def test_property_blocks_of_any_size_give_the_mathematics(
     window: int,
     local: int,
     spread: int,
-    norm: bool,
     dtype: torch.dtype,
 ) -> None:
     nq, d = max(n - fewer, 1), 2 * half
     q, k, v = qkv(*heads, nq, n, d, dtype)
-    wide = ops.compute_dtype(dtype)
-    extra: list[Tensor | None] = [None] * 3
-    if norm:
-        extra = [normal(d, dtype=wide), normal(d, dtype=wide, seed=3), rotations(n, d, wide)]
     local = min(local, n)
-    args = (q, k, v, *extra, window, local, min(spread, n - local))
+    args = (q, k, v, window, local, min(spread, n - local))
     grad = normal(heads[0], nq, heads[1] * d, seed=4, dtype=dtype)
     exact = tuple(x.double() if isinstance(x, Tensor) else x for x in args)
     found, truth = results("cpp", args, grad), results("reference", exact, grad)
@@ -207,7 +181,7 @@ def test_property_one_token_has_nothing_to_choose(dtype: torch.dtype, backend: s
     """The output is its value, and the gradients of q and k vanish but for rounding."""
     q, k, v = qkv(3, 2, 1, 1, 16, dtype)
     grad = normal(3, 1, 32, seed=4, dtype=dtype)
-    out, d_q, d_k, d_v = results(backend, (q, k, v, None, None, None, -1, 0, 0), grad)
+    out, d_q, d_k, d_v = results(backend, (q, k, v, -1, 0, 0), grad)
     assert torch.equal(out, v.transpose(1, 2).flatten(2))
     assert torch.equal(d_v.transpose(1, 2).flatten(2), grad)
     for d_x in (d_q, d_k):
@@ -218,17 +192,15 @@ def test_property_one_token_has_nothing_to_choose(dtype: torch.dtype, backend: s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     q, k, v = qkv(1, 3, 300, 330, 48, dtype)
-    wide = ops.compute_dtype(dtype)
-    extra = (normal(48, dtype=wide), normal(48, dtype=wide), rotations(330, 48, wide))
     grad = normal(1, 300, 3 * 48, dtype=dtype, seed=4)
     before = torch.get_num_threads()
     try:
         runs = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            runs.append(results("cpp", (q, k, v, None, None, None, 40, 250, 20), grad))
+            runs.append(results("cpp", (q, k, v, 40, 250, 20), grad))
             with wk.use_backend("cpp"):
-                runs[-1] += ops.OP(q, k, v, *extra, -1, 0, 0)
+                runs[-1] += ops.OP(q, k, v, -1, 0, 0)
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:
@@ -273,7 +245,7 @@ def test_scores_of_any_size(dtype: torch.dtype) -> None:
 @pytest.mark.compiled
 def test_wide_heads() -> None:
     q, k, v = qkv(1, 1, 70, 90, 600, torch.float64)
-    args = (q, k, v, None, None, None, -1, 0, 0)
+    args = (q, k, v, -1, 0, 0)
     grad = normal(1, 70, 600, dtype=torch.float64)
     for a, t in zip(results("cpp", args, grad), results("reference", args, grad), strict=True):
         assert relative(a, t) < 1e-12

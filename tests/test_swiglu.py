@@ -27,7 +27,7 @@ def test_property_swiglu_of_halves_is_that_of_copies(
         apart = wk.swiglu(*(h.transpose(0, 1).contiguous().transpose(0, 1) for h in halves))
     if backend == "cpp":  # torch's own loops take another path, with other bits, along a stride
         assert torch.equal(out, copies) and torch.equal(out, apart)
-    truth = swiglu.reference(*to_float64(halves))
+    truth = swiglu.OP.reference(*to_float64(halves))
     assert_close([out, copies, apart], [truth] * 3, "single_pass")
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from wavflow_kernels import _tuned, tune
-from wavflow_kernels._timing import Timing, interleaved
+from wavflow_kernels import _tuned
+from wavflow_kernels.tools import tune
+from wavflow_kernels.tools.timing import Timing, interleaved
 
 CPU = torch.device("cpu")
 ABOUT = {"device": "gpu", "torch": "2.13", "triton": "3.9"}
@@ -178,7 +179,7 @@ def test_bad_arguments_are_one_line(
     with pytest.raises(SystemExit) as error:
         tune.main(**{"ops": None, "dtype": None, "device": "cuda", "seconds": 1.0, **arguments})
     said = capsys.readouterr().err
-    assert error.value.code == 2 and said.startswith(f"wavflow_kernels.tune: {message}")
+    assert error.value.code == 2 and said.startswith(f"wavflow_kernels.tools.tune: {message}")
     assert said.count("\n") == 1
 
 

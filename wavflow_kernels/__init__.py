@@ -4,10 +4,11 @@ Public functions only. Every one takes torch tensors, runs on CPU and CUDA, and 
 ``torch.compile(fullgraph=True)``, autocast and ``torch.inference_mode``.
 """
 
+from ._attention_window import AttentionWindow
 from ._backend import BackendError, use_backend
 from ._registry import REGISTRY
-from ._window import Window
-from .ops.adaln import TokenRows, adaln, token_rows
+from ._rows import TokenRows, token_rows
+from .ops.adaln import adaln
 from .ops.conv1d import conv1d
 from .ops.conv_swiglu import conv_swiglu
 from .ops.flow_loss import flow_loss
@@ -23,10 +24,10 @@ from .ops.unpatchify import unpatchify
 
 __all__ = [
     "REGISTRY",
+    "AttentionWindow",
     "BackendError",
     "PreparedConv",
     "TokenRows",
-    "Window",
     "adaln",
     "conv1d",
     "conv_swiglu",

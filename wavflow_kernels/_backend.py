@@ -18,14 +18,11 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch  # before _C: the extension then shares torch's OpenMP runtime
-
-if TYPE_CHECKING:
-    from ._registry import Op
 
 BACKENDS = ("cpp", "triton", "library", "compile", "reference")
 log = logging.getLogger("wavflow_kernels")
@@ -43,13 +40,26 @@ except ImportError as error:
     )
 
 
+class Choosable(Protocol):
+    """An op, as far as the choice of a backend asks."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def supported(self) -> Mapping[str, Mapping[str, frozenset[torch.dtype]]]: ...
+
+    @property
+    def prefer(self) -> Callable[..., str | None] | None: ...
+
+
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run the call."""
+    """The error of a call whose backend was chosen by name and cannot run it."""
 
 
 @cache
 def cuda_reason() -> str:
-    """'' where the compiled CUDA kernels can run, else why not. Probes the driver on first use."""
+    """Why the compiled CUDA kernels cannot run here, '' where they can; asks the driver once."""
     if C is None:
         return C_MISSING
     if not C.cuda_architectures:
@@ -63,7 +73,7 @@ TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @cache
 def triton_reason(device: torch.device) -> str:
-    """'' where Triton kernels can run, else why not."""
+    """Why Triton kernels cannot run on the device, '' where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if device.type == "cpu":
@@ -80,8 +90,8 @@ def triton_reason(device: torch.device) -> str:
     return ""
 
 
-def unavailable(op: Op, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """'' if `backend` can run `op` on (device, dtype), else the reason in one sentence."""
+def unavailable(op: Choosable, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why `backend` cannot run `op` on (device, dtype), in one sentence; '' where it can."""
     if backend in ("compile", "reference"):
         return ""
     devices = op.supported.get(backend, {})
@@ -110,7 +120,7 @@ _override: str | None = _checked(os.environ.get("WAVFLOW_BACKEND"), "WAVFLOW_BAC
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every op inside the block with one backend: one of BACKENDS.
+    """Run every op inside the block with the backend `name`, one of BACKENDS.
 
     ``None`` restores the automatic choice. Raises ValueError for an unknown name; a call that the
     backend cannot run raises :class:`BackendError`.
@@ -127,7 +137,7 @@ _explained: set[tuple[str, str]] = set()
 
 
 def choose(
-    op: Op,
+    op: Choosable,
     device: torch.device,
     dtype: torch.dtype,
     args: Sequence[Any] | None = None,
@@ -135,6 +145,7 @@ def choose(
 ) -> str:
     """The backend a call gets: the override, else the measured one, else the first that runs.
 
+    args: the call's, in the order of the schema; without them nothing measured is asked for.
     part: the call comes through the dispatcher: from the op's public function, which has met the
     override already, or as a part of another op, a gate or a backward, which chooses freely where
     it cannot meet it. Libraries are called past the dispatcher.
@@ -160,7 +171,7 @@ def choose(
     return fallback
 
 
-def _explain(op: Op, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def _explain(op: Choosable, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     lines = []
     for backend in BACKENDS:
         reason = unavailable(op, backend, device, dtype)

@@ -42,9 +42,11 @@ def check(op: str, **arguments: Spec) -> dict[str, int]:
                     f"{op}: {name} must have shape ({', '.join(wanted)}) with "
                     f"{dim} = {expected}, got {tuple(shape)}"
                 )
-        device = tensor.device if device is None else device
-        if tensor.device != device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, wanted {device}")
+        here = tensor.device
+        if device is None:
+            device = here
+        elif here != device:
+            raise ValueError(f"{op}: {name} is on {here}, wanted {device}")
     return sizes
 
 
@@ -63,5 +65,5 @@ def require(condition: bool, message: str) -> None:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else: the dtype an op computes in."""
+    """The dtype that an op computes in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32

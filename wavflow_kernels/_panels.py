@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cpu
 from ._backend import C
-from ._registry import address, target
+from ._launch import address, target
 
 WIDTH = 16 if C is None else C.conv1d_panel
 

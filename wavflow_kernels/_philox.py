@@ -1,4 +1,4 @@
-"""Philox 4x32-10 normals in torch, bit for bit those of csrc/math.h.
+"""Philox 4x32-10 normals in torch, bit for bit those of csrc/random.h.
 
 Only IEEE +, -, *, / and sqrt are used, in the same order, so eager torch gives the same bits.
 Integers are held in int64 and masked to 32 bits.
@@ -73,7 +73,7 @@ def _normal_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normal(seeds: Tensor, count: int, offset: int = 0) -> Tensor:
-    """(b, count) float32 standard normals; row i is the stream of ``seeds[i]`` (int64).
+    """Standard normals (b, count) in float32; row i is the stream of ``seeds[i]`` (int64).
 
     They begin at number ``offset`` of the stream, a multiple of 4.
     """

@@ -2,7 +2,7 @@
 
 ``tuned/<device>.json`` holds {op: {key: row}}. A key names what decides speed ("bfloat16 d64
 n1024"), made by the op; a row has "backend", and what that backend's launcher reads of it. The
-tables are written by ``python -m wavflow_kernels.tune`` on the GPU itself.
+tables are written by ``python -m wavflow_kernels.tools.tune`` on the GPU itself.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def slug(device_name: str) -> str:
 
 @cache
 def table(device_index: int) -> dict[str, dict[str, Row]]:
-    """All rows of a CUDA device; empty, with one log line, where it was never measured."""
+    """The table of a CUDA device; empty, with one log line, where it was never measured."""
     name = torch.cuda.get_device_name(device_index)
     path = FOLDER / f"{slug(name)}.json"
     if not path.exists():
         log.warning(
             "%s was never measured: attention and convolutions run as library calls there "
-            "(python -m wavflow_kernels.tune chooses)",
+            "(python -m wavflow_kernels.tools.tune chooses)",
             name,
         )
         return {}
@@ -44,7 +44,7 @@ def table(device_index: int) -> dict[str, dict[str, Row]]:
 
 
 def tables(capability: tuple[int, int]) -> list[dict[str, dict[str, Row]]]:
-    """The rows of every measured GPU of that compute capability."""
+    """The tables of all measured GPUs of that compute capability."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
     return [table["ops"] for table in found if table["capability"] == list(capability)]
 
@@ -70,7 +70,7 @@ def lookup(op: str, device: torch.device, key: str) -> Row:
 
 @contextlib.contextmanager
 def pretending(rows: dict[str, dict[str, Row]]) -> Iterator[None]:
-    """Calls inside the block look into `rows` in place of their device's table."""
+    """Let calls inside the block look into `rows` in place of their device's table."""
     global _pretended
     previous, _pretended = _pretended, rows
     try:
@@ -81,7 +81,7 @@ def pretending(rows: dict[str, dict[str, Row]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def trying(op: str, row: Row) -> Iterator[None]:
-    """Calls of `op` inside the block use `row`, whatever the tables say."""
+    """Let calls of `op` inside the block use `row`, whatever the tables say."""
     previous = _trial.get(op)
     _trial[op] = row
     try:
@@ -94,7 +94,7 @@ def trying(op: str, row: Row) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keys_asked(op: str) -> Iterator[set[str]]:
-    """Collects the keys that calls of `op` inside the block look up."""
+    """Collect the keys that calls of `op` inside the block look up."""
     _asked[op] = set()
     try:
         yield _asked[op]

@@ -28,7 +28,7 @@ _NEEDS = {
 
 @dataclass(frozen=True)
 class Cpu:
-    """What choices go by."""
+    """What a choice of kernels asks about the processor."""
 
     level: str  # of LEVELS, for the compiled kernels
     onednn_level: str  # likewise, for torch's oneDNN
@@ -37,6 +37,7 @@ class Cpu:
 
 
 def lower(*levels: str) -> str:
+    """The level with the fewest instructions."""
     return min(levels, key=LEVELS.index)
 
 
@@ -92,6 +93,7 @@ _cpu = _known(checked(os.environ.get("WAVFLOW_CPU_ISA", ""), PROCESSOR, "WAVFLOW
 
 
 def current() -> Cpu:
+    """The processor as choices see it now."""
     return _cpu
 
 
@@ -108,7 +110,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextlib.contextmanager
 def feign(level: str) -> Iterator[None]:
-    """Inside the block choices are made, and compiled kernels run, as on a CPU of this level.
+    """Make choices inside the block, and run compiled kernels, as on a CPU of this level.
 
     For tests. Raises ValueError for a level that this processor does not have.
     """
@@ -127,13 +129,14 @@ def feign(level: str) -> Iterator[None]:
 
 
 def name() -> str:
+    """The processor's name."""
     return (
         torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
     )
 
 
 def describe() -> str:
-    """One line: the processor, and the instructions that each part may use."""
+    """The processor, and the instructions that each part may use, in one line."""
     halves = "yes" if _cpu.bf16 else "no" if torch.bfloat16 in _cpu.onednn else "no, by float32"
     return (
         f"{name()}, {os.cpu_count()} cores, {PROCESSOR}; in use: kernels {_cpu.level}, oneDNN "

@@ -1,10 +1,10 @@
 // Sixteen elements at a time, as vectors that every instruction set can hold in some of its registers.
 //
 // Loops over a row are written with these where the compiler does not keep the lanes of lane_sum in
-// registers. Each lane does what load() and store() of math.h do, so the bits are the same.
+// registers. Each lane does what load() and store() of numeric.h do, so the bits are the same.
 #pragma once
 
-#include "../math.h"
+#include "../numeric.h"
 
 namespace wavflow {
 

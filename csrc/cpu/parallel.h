@@ -12,7 +12,7 @@
 #include <omp.h>
 #endif
 
-#include "../math.h"
+#include "../numeric.h"
 
 namespace wavflow {
 

@@ -227,7 +227,6 @@ static void read(Value from, QkvRopeStream& to) {
 }
 
 WAVFLOW_BIND(m) {
-  m.structure("QkvRopeStream");
   m.def("qkv_rope", [](Target target, int dtype, bool backward, std::vector<QkvRopeStream> streams,
                        uintptr_t rope, uintptr_t q, uintptr_t k, uintptr_t v, int64_t batch,
                        int64_t heads, int64_t d) {

@@ -6,7 +6,7 @@
 //   columns  (tile, channel, row)       right factor summed over channels, kTile rows side by side
 //   depth    (row, channel)             right factor summed over rows, channels padded to whole vectors
 // A unit is one element, or two neighbours along the summed axis where the processor multiplies
-// bfloat16 pairs. Norm and rotation happen while packing, so they cost nothing.
+// bfloat16 pairs.
 #include "../rope_attention.h"
 
 #include <algorithm>
@@ -16,6 +16,7 @@
 #include <new>
 
 #include "../bind.h"
+#include "attention_mask.h"
 #include "simd.h"
 
 namespace wavflow {
@@ -25,9 +26,6 @@ constexpr int64_t kRows = 6;         // rows of a register block
 constexpr int64_t kQueries = 48;     // queries of a forward block
 constexpr int64_t kKeys = 256;       // keys of a forward block
 constexpr int64_t kBackQueries = 192, kBackKeys = 96;  // of a backward block
-constexpr float kRmsNormEps = 1.1920929e-07f;
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // n rows cut into as few blocks of at most `most` rows as there can be, of about the same size.
 struct Cut {
@@ -60,13 +58,6 @@ class Elements {
       using T = typename decltype(type)::type;
       T* x = static_cast<T*>(to) + first;
       for (int64_t c = 0; c < d; ++c) x[c] = wavflow::store<T>(from[c] * factor);
-    });
-  }
-  // x as it would be read where it had been written.
-  template <class A> WF_HD void round(A* x, int64_t d) const {
-    visit<A>([=](auto type) WF_BODY {
-      using T = typename decltype(type)::type;
-      for (int64_t c = 0; c < d; ++c) x[c] = A(wavflow::load(wavflow::store<T>(x[c])));
     });
   }
 
@@ -106,56 +97,6 @@ Buffer allocate(int64_t bytes) {
   return Buffer(static_cast<char*>(::operator new(size_t(bytes), std::align_val_t(64))));
 }
 
-// Ranges of columns: of the first stream, of the spread one, and of all that follow.
-constexpr int kParts = 3;
-struct Ranges {
-  int64_t begin[kParts], end[kParts];
-};
-
-// The columns of `columns` that rows [first, last] see some of; one row's are those it sees.
-WF_HD Ranges seen(int64_t first, int64_t last, int64_t columns, AttentionMask mask) {
-  const int64_t local = mask.local, paced = local + mask.spread;
-  if (mask.window < 0 || last >= paced || (first < local && last >= local))
-    return {{0, columns, columns}, {columns, columns, columns}};
-  // Places on the clock, `unit` to a token of the first stream.
-  const int64_t unit = std::max<int64_t>(mask.spread, 1), reach = mask.window * unit;
-  const int64_t step = first < local ? unit : local, from = first < local ? 0 : local;
-  const int64_t low = std::max<int64_t>((first - from) * step - reach, 0);
-  const int64_t high = (last - from) * step + reach;
-  const int64_t begin = std::min((low + unit - 1) / unit, local);
-  const int64_t end = std::min(high / unit + 1, local);
-  const int64_t spread = local + std::min((low + local - 1) / local, mask.spread);
-  const int64_t spread_end = local + std::min(high / local + 1, mask.spread);
-  return {{std::min(begin, columns), std::min(spread, columns), std::min(paced, columns)},
-          {std::min(end, columns), std::min(spread_end, columns), columns}};
-}
-
-// The same in whole tiles, in order and none twice.
-WF_HD Ranges visits(int64_t first, int64_t last, int64_t columns, AttentionMask mask,
-                    int64_t tile) {
-  Ranges ranges = seen(first, last, columns, mask);
-  int64_t done = 0;
-  for (int part = 0; part < kParts; ++part) {
-    int64_t &begin = ranges.begin[part], &end = ranges.end[part];
-    end = begin < end ? std::max(round_up(end, tile), done) : done;
-    begin = std::min(std::max(begin / tile * tile, done), end);
-    done = end;
-  }
-  return ranges;
-}
-
-// Sets the scores of columns [begin, end) that row i does not see to minus infinity.
-template <class A>
-WF_HD void hide(A* scores, int64_t i, int64_t begin, int64_t end, AttentionMask mask) {
-  if (mask.window < 0) return;
-  const Ranges ranges = seen(i, i, end, mask);
-  int64_t done = begin;
-  for (int part = 0; part < kParts; ++part) {
-    for (int64_t j = done; j < ranges.begin[part]; ++j) scores[j - begin] = -INFINITY;
-    done = std::max(ranges.end[part], done);
-  }
-}
-
 // Attention by products of factors F in instruction set I.
 template <class F, class I>
 struct Attention {
@@ -174,39 +115,20 @@ struct Attention {
     I::run([&](int64_t) WF_BODY { body(); }, 0);
   }
 
-  struct Norm {
-    const A *weight, *rope;  // null: none
-  };
-
   static WF_HD F factor(A x) {
     if constexpr (std::is_same_v<F, BFloat16>) return wavflow::store<BFloat16>(x);
     else return x;
   }
 
-  // Row n of a tensor as factors: in place where that is possible, else in `row` (d).
-  static WF_HD const F* read(Elements elements, const void* x, int64_t n, int64_t d, Norm norm,
-                             A* wide, F* row) {
+  // A row of d elements as factors: in place where that is possible, else in `row`.
+  static WF_HD const F* read(Elements elements, const void* x, int64_t d, A* wide, F* row) {
     constexpr DType own = std::is_same_v<F, double>  ? DType::f64
                           : std::is_same_v<F, float> ? DType::f32
                                                      : DType::bf16;
-    if (!norm.weight && elements.is(own)) return static_cast<const F*>(x);
+    if (elements.is(own)) return static_cast<const F*>(x);
     if constexpr (std::is_same_v<F, A>) wide = row;
     apart([&]() WF_BODY {
       elements.load(x, d, wide);
-      if (norm.weight) {
-        const A square = lane_sum<A>(d, [=](int64_t c) WF_BODY { return wide[c] * wide[c]; });
-        const A inverse = A(1) / square_root(square / A(d) + A(kRmsNormEps));
-        for (int64_t c = 0; c < d; ++c) wide[c] = wide[c] * inverse * norm.weight[c];
-        if (norm.rope) {
-          const A* turn = norm.rope + n * d;
-          for (int64_t c = 0; c < d; c += 2) {
-            const A even = wide[c], odd = wide[c + 1];
-            wide[c] = even * turn[c] - odd * turn[c + 1];
-            wide[c + 1] = even * turn[c + 1] + odd * turn[c];
-          }
-        }
-        elements.round(wide, d);  // as if it had been written out
-      }
       if constexpr (!std::is_same_v<F, A>)
         for (int64_t c = 0; c < d; ++c) row[c] = factor(wide[c]);
     });
@@ -219,18 +141,18 @@ struct Attention {
 
   // Rows [begin, begin + count) of x (n, d) to `to` (count rounded up to kRows, d / pair).
   static WF_HD void pack_rows(Elements elements, const void* x, int64_t stride, int64_t begin,
-                              int64_t end, int64_t d, Norm norm, A* wide, F* row, U* to) {
+                              int64_t end, int64_t d, A* wide, F* row, U* to) {
     for (int64_t n = begin; n < end; ++n, to += d / pair)
-      std::memcpy(to, read(elements, elements.at(x, n * stride), n, d, norm, wide, row),
+      std::memcpy(to, read(elements, elements.at(x, n * stride), d, wide, row),
                   size_t(d) * sizeof(F));
     std::memset(to, 0, size_t(round_up(end - begin, kRows) - (end - begin)) * size_t(d) * sizeof(F));
   }
 
   // Rows [begin, end), at most kTile of them, to one tile (d / pair, kTile).
   static WF_HD void pack_columns(Elements elements, const void* x, int64_t stride, int64_t begin,
-                                 int64_t end, int64_t d, Norm norm, A* wide, F* row, U* to) {
+                                 int64_t end, int64_t d, A* wide, F* row, U* to) {
     for (int64_t n = begin; n < end; ++n) {
-      const F* from = read(elements, elements.at(x, n * stride), n, d, norm, wide, row);
+      const F* from = read(elements, elements.at(x, n * stride), d, wide, row);
       for (int64_t p = 0; p < d / pair; ++p) std::memcpy(to + p * kTile + n - begin, from + p * pair, sizeof(U));
     }
     for (int64_t p = 0; p < d / pair; ++p)
@@ -251,7 +173,7 @@ struct Attention {
         const F* second = n + 1 < end ? first + stride : nullptr;
         for (int64_t c = 0; c < d; ++c) to[c] = unit(first[c], second ? second[c] : F{});
       } else {
-        std::memcpy(to, read(elements, elements.at(x, n * stride), n, d, {}, wide, row),
+        std::memcpy(to, read(elements, elements.at(x, n * stride), d, wide, row),
                     size_t(d) * sizeof(F));
       }
       std::memset(to + d, 0, size_t(width - d) * sizeof(U));
@@ -369,8 +291,7 @@ struct Attention {
                            const Forward& at) {
     const int64_t d = a.d, depth = d / pair;
     const Elements elements(a.dtype);
-    pack_rows(elements, head_of(elements, a.q, b, h), a.q.n, begin, end, d,
-              {static_cast<const A*>(a.q_weight), static_cast<const A*>(a.rope)}, at.wide, at.row,
+    pack_rows(elements, head_of(elements, a.q, b, h), a.q.n, begin, end, d, at.wide, at.row,
               at.queries);
     const int64_t rows = round_up(end - begin, kRows);
     std::fill(at.out, at.out + rows * width, A(0));
@@ -429,7 +350,6 @@ struct Attention {
           const int64_t b = (first + head) / a.h, h = (first + head) % a.h;
           const int64_t end = std::min(begin + kTile, a.n);
           pack_columns(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, a.d,
-                       {static_cast<const A*>(a.k_weight), static_cast<const A*>(a.rope)},
                        at.scratch.wide, at.scratch.row, at.keys + (head * keys + begin) * a.d / pair);
           pack_depth(elements, head_of(elements, a.v, b, h), a.v.n, begin, end, kTile, a.d, width,
                      at.scratch.wide, at.scratch.row, at.values + (head * keys + begin) * width / pair);
@@ -483,8 +403,8 @@ struct Attention {
     const void *q = head_of(elements, a.q, b, h), *grad = head_of(elements, a.grad, b, h);
     const void* out = head_of(elements, a.out, b, h);
     const int64_t column = begin * d / pair, depth = begin * width / pair;
-    pack_columns(elements, q, a.q.n, begin, end, d, {}, at.wide, at.row, to.queries + column);
-    pack_columns(elements, grad, a.grad.n, begin, end, d, {}, at.wide, at.row, to.grads + column);
+    pack_columns(elements, q, a.q.n, begin, end, d, at.wide, at.row, to.queries + column);
+    pack_columns(elements, grad, a.grad.n, begin, end, d, at.wide, at.row, to.grads + column);
     pack_depth(elements, q, a.q.n, begin, end, kTile, d, width, at.wide, at.row,
                to.query_depth + depth);
     pack_depth(elements, grad, a.grad.n, begin, end, kTile, d, width, at.wide, at.row,
@@ -533,9 +453,9 @@ struct Attention {
                             const Backward& at) {
     const int64_t d = a.d, depth = d / pair, rows = round_up(end - begin, kRows);
     const Elements elements(a.dtype);
-    pack_rows(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, d, {}, at.wide, at.row,
+    pack_rows(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, d, at.wide, at.row,
               at.keys);
-    pack_rows(elements, head_of(elements, a.v, b, h), a.v.n, begin, end, d, {}, at.wide, at.row,
+    pack_rows(elements, head_of(elements, a.v, b, h), a.v.n, begin, end, d, at.wide, at.row,
               at.values);
     pack_depth(elements, head_of(elements, a.k, b, h), a.k.n, begin, end, rows, d, width, at.wide,
                at.row, at.key_depth);
@@ -671,12 +591,11 @@ static Heads heads(uintptr_t data, Strides s) { return {pointer<void>(data), s[0
 
 WAVFLOW_BIND(m) {
   m.def("rope_attention", [](Target target, int dtype, uintptr_t q, Strides q_strides, uintptr_t k,
-                             Strides k_strides, uintptr_t v, Strides v_strides, uintptr_t q_weight,
-                             uintptr_t k_weight, uintptr_t rope, uintptr_t out, uintptr_t lse,
-                             std::array<int64_t, 5> sizes, std::array<int64_t, 3> window) {
+                             Strides k_strides, uintptr_t v, Strides v_strides, uintptr_t out,
+                             uintptr_t lse, std::array<int64_t, 5> sizes,
+                             std::array<int64_t, 3> window) {
     rope_attention_cpu({target, DType(dtype), heads(q, q_strides), heads(k, k_strides),
-                        heads(v, v_strides), pointer<void>(q_weight), pointer<void>(k_weight),
-                        pointer<void>(rope), pointer<void>(out), pointer<void>(lse), sizes[0],
+                        heads(v, v_strides), pointer<void>(out), pointer<void>(lse), sizes[0],
                         sizes[1], sizes[2], sizes[3], sizes[4],
                         {window[0], window[1], window[2]}});
   });

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../check.h"
+#include "../args.h"
 
 namespace wavflow {
 std::string cuda_probe();  // "" where a driver and a device answer, else why not

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import wavflow_kernels as wk
 from wavflow.layers.sequence_parallel import Sharing
-from wavflow_kernels import PreparedConv, TokenRows, Window
+from wavflow_kernels import AttentionWindow, PreparedConv, TokenRows
 
 # RMSNorm's eps is float32's machine epsilon whatever the input's dtype.
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
@@ -65,7 +65,7 @@ def attention(
     inputs: Sequence[AttentionInput],
     projected: Sequence[Tensor],
     rope: Tensor,
-    window: Window | None,
+    window: AttentionWindow | None,
     sharing: Sharing | None,
 ) -> tuple[Tensor, ...]:
     """Joint attention of the streams, (b n 3c) or (b n 2c) each -> (b n c) of those with queries.

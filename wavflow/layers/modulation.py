@@ -10,7 +10,7 @@ import wavflow_kernels as wk
 from wavflow_kernels import TokenRows
 
 
-class Conditioning(NamedTuple):
+class Modulation(NamedTuple):
     """Modulation input: distinct rows (b r c), and which of them each token takes.
 
     Without ``tokens`` there is one row, the same for all tokens. The nearest upsampling of the sync

@@ -42,7 +42,7 @@ class BadStep:
     clips: list[int]
 
 
-class Window:
+class AttentionWindow:
     """Sums over steps: adding is exact to the bit wherever a run is cut.
 
     Attributes:

@@ -32,7 +32,7 @@ from wavflow.training.objective import Dataset, Loaded, Objective
 from wavflow.training.optimizer import make_optimizer
 from wavflow.training.parallel import Parallel, whole
 from wavflow.training.run_state import State
-from wavflow.training.step_figures import Pace, StepRecord, Window
+from wavflow.training.step_figures import AttentionWindow, Pace, StepRecord
 from wavflow.training.validation import validate
 
 log = logging.getLogger("wavflow")
@@ -120,7 +120,7 @@ class Trainer:
         self.ema_age = 0
         self.elapsed = 0.0
         self.loss = math.nan
-        self.window, self.pace = Window(), Pace()
+        self.window, self.pace = AttentionWindow(), Pace()
         self.unreadable: set[str] = set()
         self.shown: run_log.RunLog | None = None
         self.saved_at = time.monotonic()

@@ -7,6 +7,7 @@ come from the first-level cache, since one program takes those tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._registry import dense_rows
+from .._launch import dense, dense_rows
 from .launch import launch
 
 _SIZES = ["batch_tokens", "tokens", "rows", "gate_rows", "splits", "parts", "groups"]
@@ -228,23 +229,25 @@ def _strides(table: Tensor, index: Tensor | None) -> tuple[int, int]:
     return table.stride(0), 0 if index is None else table.stride(1)
 
 
-def launch_forward(
+def gated_forward(
     outs: tuple[Tensor | None, Tensor],
+    /,
     x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    gate_index: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     index: Tensor | None,
     eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_index: Tensor | None = None,
+    **_: Any,
 ) -> None:
-    """Fills (new, out); y, gate and new are None in adaln."""
+    """Fill (new, out); y, gate and new are None in adaln."""
     if not x.numel():
         return
     b, n, c = x.shape
-    x, shift, scale = x.contiguous(), dense_rows(shift), dense_rows(scale)
-    y = None if y is None else y.contiguous()
+    shift, scale = dense_rows(shift), dense_rows(scale)
+    x, y = dense(x, y)
     gate = None if gate is None else dense_rows(gate)
     block = triton.next_power_of_2(c)
     # Tokens that share rows come together once there are programs enough to fill a GPU.
@@ -279,7 +282,7 @@ def launch_forward(
 
 
 def _sum_parts(parts: Tensor, out: Tensor) -> None:
-    """out (b r c) = sums of parts (b * splits, c): each row's of out are neighbours."""
+    """Fill out (b r c) with sums of parts (b * splits, c): those of a row are neighbours."""
     groups, c = out.shape[0] * out.shape[1], out.shape[2]
     launch(
         _sum_kernel,
@@ -293,25 +296,22 @@ def _sum_parts(parts: Tensor, out: Tensor) -> None:
     )
 
 
-def launch_backward(
-    d_x: Tensor,
-    d_y: Tensor | None,
-    d_gate: Tensor | None,
-    d_shift: Tensor,
-    d_scale: Tensor,
-    grad_new: Tensor | None,
+def gated_backward(
+    outs: Sequence[Any],
+    /,
     grad: Tensor,
     x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    gate_index: Tensor | None,
-    gate_offsets: Tensor | None,
     scale: Tensor,
     index: Tensor | None,
     offsets: Tensor | None,
     eps: float,
+    grad_new: Tensor | None = None,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_index: Tensor | None = None,
+    gate_offsets: Tensor | None = None,
 ) -> None:
-    """Fills the five gradients; d_y, d_gate, grad_new, y and gate are None in adaln.
+    """Fill (d_x, d_y, d_gate, d_shift, d_scale); in adaln all of the gate and of y are None.
 
     Programs follow the rows of shift and scale, or those of the gate where shift and scale have
     but one. A tensor whose rows they follow gets its gradient from one program or a few, one that
@@ -321,9 +321,9 @@ def launch_backward(
     if not x.numel():
         return
     b, n, c = x.shape
-    grad, x, scale = grad.contiguous(), x.contiguous(), dense_rows(scale)
-    grad_new = None if grad_new is None else grad_new.contiguous()
-    y = None if y is None else y.contiguous()
+    d_x, d_y, d_gate, d_shift, d_scale = outs
+    scale = dense_rows(scale)
+    grad, x, grad_new, y = dense(grad, x, grad_new, y)
     gate = None if gate is None else dense_rows(gate)
     follows_gate = index is None and gate_index is not None
     own_gate = gate_index is not None and index is not None and gate_index is not index
@@ -392,21 +392,10 @@ def launch_backward(
         )
 
 
-def forward(
-    out: Tensor, x: Tensor, shift: Tensor, scale: Tensor, index: Any, offsets: Any, eps: float
-) -> None:
-    launch_forward((None, out), x, None, None, None, shift, scale, index, eps)
+def forward(out: Tensor, /, **arguments: Any) -> None:
+    gated_forward((None, out), **arguments)
 
 
-def backward(
-    outs: tuple[Tensor, Tensor, Tensor],
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    index: Tensor | None,
-    offsets: Tensor | None,
-    eps: float,
-) -> None:
+def backward(outs: tuple[Tensor, Tensor, Tensor], /, **arguments: Any) -> None:
     d_x, d_shift, d_scale = outs
-    rest = None, grad, x, None, None, None, None, scale, index, offsets, eps
-    launch_backward(d_x, None, None, d_shift, d_scale, *rest)
+    gated_backward((d_x, None, None, d_shift, d_scale), **arguments)

@@ -9,15 +9,13 @@ weights in the same order (tap, channel).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import _tuned
-from .._registry import dense_rows
+from .._launch import dense, dense_rows
 from ..ops.conv1d import key
 from .launch import capability, launch
 
@@ -55,7 +53,7 @@ def convolve(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) float32: the convolution at BLOCK_M rows for the channels of `weights`."""
+    """The convolution at BLOCK_M rows for BLOCK_N channels of `weights`, in float32."""
     PAD: tl.constexpr = TAPS // 2
     row = first_row + tl.arange(0, BLOCK_M)
     # A row past the end gets a token that no tap brings into [0, n).
@@ -269,13 +267,13 @@ def configure(op: str, key: str, x: Tensor, width: int) -> Config:
     return next((c for c in table if tiles(c, rows, width) >= wanted), table[-1])
 
 
-def candidates(x: Tensor, *_: Any) -> list[Config]:
+def candidates(x: Tensor) -> list[Config]:
     """Configurations worth measuring for a call of conv1d or conv_swiglu."""
     return CANDIDATES_FLOAT32 if x.dtype == torch.float32 else CANDIDATES[_generation(x)]
 
 
 def tap_major(weight: Tensor) -> Tensor:
-    """(o, c, k) as (o, k, c) contiguous from a 16-byte boundary; no copy where it is so already.
+    """A weight (o, c, k) as (o, k, c), contiguous from a 16-byte boundary; copied if it must be.
 
     Runs of k * c numbers are then loaded 16 bytes at a time.
     """
@@ -308,18 +306,19 @@ def forward(
     if not b:
         return
     gate = None if gate is None else dense_rows(gate)
+    x, bias, residual, gate_index = dense(x, bias, residual, gate_index)
     kind = " selu" if selu else "" if residual is None else " residual"
     config = configure("conv1d", key(x, weight, kind), x, o)
     launch(
         _forward,
         (tiles(config, b * n, o),),
         out,
-        x.contiguous(),
+        x,
         tap_major(weight),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else residual.contiguous(),
+        bias,
+        residual,
         gate,
-        None if gate_index is None else gate_index.contiguous(),
+        gate_index,
         0 if gate is None else gate.stride(0),
         0 if gate is None else gate.stride(1),
         b * n,

@@ -1,7 +1,8 @@
 """The one way a Triton kernel is launched, so that launches can be recorded without a GPU.
 
-``python -m wavflow_kernels.aot`` runs the ops' launchers on meta tensors under :func:`recording`
-and compiles what they would have launched: there is no second list of configurations.
+``python -m wavflow_kernels.tools.aot`` runs the ops' launchers on meta tensors under
+:func:`recording` and compiles what they would have launched: there is no second list of
+configurations.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._registry import dense_rows
-from ..ops.rope_attention import RMS_NORM_EPS
+from .._launch import dense, dense_rows
+from ..ops.qkv_rope import RMS_NORM_EPS
 from .launch import launch
 
 _THREADS = 128
@@ -28,19 +28,19 @@ _LENGTHS = ["tokens", "offset", "nq", "n"]
 
 @triton.jit
 def _halves(x):
-    """(t g m) -> the even and the odd elements, (t g m/2) each."""
+    """Split (t g m) into its even and its odd elements, (t g m/2) each."""
     return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
 
 
 @triton.jit
 def _interleave(even, odd):
-    """The way back from _halves."""
+    """Undo _halves."""
     return tl.reshape(tl.join(even, odd), (even.shape[0], even.shape[1], 2 * even.shape[2]))
 
 
 @triton.jit
 def _elements4(x):
-    """(t g 4) -> 4 x (t g)."""
+    """Split (t g 4) into 4 x (t g)."""
     even, odd = _halves(x)
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -49,7 +49,7 @@ def _elements4(x):
 
 @triton.jit
 def _elements8(x):
-    """(t g 8) -> 8 x (t g)."""
+    """Split (t g 8) into 8 x (t g)."""
     even, odd = _halves(x)
     x0, x2, x4, x6 = _elements4(even)
     x1, x3, x5, x7 = _elements4(odd)
@@ -58,19 +58,19 @@ def _elements8(x):
 
 @triton.jit
 def _vector4(x0, x1, x2, x3):
-    """4 x (t g) -> (t g 4)."""
+    """Join 4 x (t g) to (t g 4)."""
     return _interleave(tl.join(x0, x2), tl.join(x1, x3))
 
 
 @triton.jit
 def _vector8(x0, x1, x2, x3, x4, x5, x6, x7):
-    """8 x (t g) -> (t g 8)."""
+    """Join 8 x (t g) to (t g 8)."""
     return _interleave(_vector4(x0, x2, x4, x6), _vector4(x1, x3, x5, x7))
 
 
 @triton.jit
 def _load8(x, row, at, inside, LIMIT: tl.constexpr, FULL: tl.constexpr):
-    """8 x (t g): elements at .. at + 7 of each row, 0 from LIMIT on; 16 bytes a load."""
+    """Load elements at .. at + 7 of each row, 0 from LIMIT on: 8 x (t g), 16 bytes a load."""
     if x.dtype.element_ty.primitive_bitwidth == 16:
         i = at + tl.arange(0, 8)[None, None, :]
         mask = inside if FULL else inside & (i < LIMIT)
@@ -88,7 +88,7 @@ def _load8(x, row, at, inside, LIMIT: tl.constexpr, FULL: tl.constexpr):
 def _store8(
     x, row, at, inside, LIMIT: tl.constexpr, FULL: tl.constexpr, x0, x1, x2, x3, x4, x5, x6, x7
 ):
-    """The way back from _load8, in the element type of x."""
+    """Store what _load8 loads, in the element type of x."""
     dtype: tl.constexpr = x.dtype.element_ty
     if dtype.primitive_bitwidth == 16:
         i = at + tl.arange(0, 8)[None, None, :]
@@ -104,14 +104,14 @@ def _store8(
 
 @triton.jit
 def _load_pairs(x, row, at, inside, D: tl.constexpr, FULL: tl.constexpr):
-    """Even and odd channels of a group, (t g 4) each."""
+    """Load the even and the odd channels of a group, (t g 4) each."""
     x0, x1, x2, x3, x4, x5, x6, x7 = _load8(x, row, at, inside, D, FULL)
     return _vector4(x0, x2, x4, x6), _vector4(x1, x3, x5, x7)
 
 
 @triton.jit
 def _store_pairs(x, row, at, inside, D: tl.constexpr, FULL: tl.constexpr, even, odd):
-    """The way back from _load_pairs."""
+    """Store what _load_pairs loads."""
     x0, x2, x4, x6 = _elements4(even)
     x1, x3, x5, x7 = _elements4(odd)
     _store8(x, row, at, inside, D, FULL, x0, x1, x2, x3, x4, x5, x6, x7)
@@ -119,7 +119,7 @@ def _store_pairs(x, row, at, inside, D: tl.constexpr, FULL: tl.constexpr, even, 
 
 @triton.jit
 def _load_parts(x, row, group, inside, D: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr):
-    """A head's q, k, v, each by even and odd channels; without queries, k twice."""
+    """Load a head's q, k and v, each by even and odd channels; without queries, k twice."""
     at = group * (8 * PARTS)
     a0, a1, a2, a3, a4, a5, a6, a7 = _load8(x, row, at, inside, PARTS * D, FULL)
     b0, b1, b2, b3, b4, b5, b6, b7 = _load8(x, row, at + 8, inside, PARTS * D, FULL)
@@ -151,7 +151,7 @@ def _store_parts(
     v_even,
     v_odd,
 ):
-    """The way back from _load_parts."""
+    """Store what _load_parts loads."""
     at = group * (8 * PARTS)
     k0, k2, k4, k6 = _elements4(k_even)
     k1, k3, k5, k7 = _elements4(k_odd)
@@ -170,13 +170,13 @@ def _store_parts(
 
 @triton.jit
 def _sum_channels(x):
-    """(t g 4) -> (t 1 1)."""
+    """Sum a head's channels: (t g 4) to (t 1 1)."""
     return tl.sum(tl.sum(x, 2), 1)[:, None, None]
 
 
 @triton.jit
 def _rotated(even, odd, w_even, w_odd, cos, sin, D: tl.constexpr, EPS: tl.constexpr):
-    """A head's channels, normalised and rotated."""
+    """Normalise and rotate a head's channels."""
     even, odd = even.to(tl.float32), odd.to(tl.float32)
     inverse = tl.math.rsqrt(_sum_channels(even * even + odd * odd) / D + EPS)
     even = even * inverse * w_even
@@ -344,7 +344,7 @@ def _backward(
 def _each_stream(
     qkv: Sequence[Tensor], q_weight: Sequence[Tensor], rope: Tensor, heads: int
 ) -> Any:
-    """(index, x, token offset, grid, constexprs) of each stream; x with contiguous rows."""
+    """What each stream's launch takes: index, x with contiguous rows, offset, grid, constexprs."""
     d = rope.shape[1]
     groups = triton.next_power_of_2(triton.cdiv(d, 8))
     tokens = max(_THREADS // groups, 1)  # a thread holds a group
@@ -413,8 +413,7 @@ def backward(
 ) -> None:
     count = len(qkv)
     d_qkv, d_q_weight, d_k_weight = out[:count], out[count : 2 * count], out[2 * count :]
-    grad_q, grad_k, grad_v = grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
-    rope = rope.contiguous()
+    grad_q, grad_k, grad_v, rope = dense(grad_q, grad_k, grad_v, rope)
     if not len(qkv[0]):
         for grad in (*d_q_weight, *d_k_weight):
             grad.zero_()

@@ -19,14 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _tuned
-from .._registry import dense_rows
-from ..ops.rope_attention import RMS_NORM_EPS, tuning_key
+from .._launch import dense_rows
+from ..ops.rope_attention import tuning_key
 from .launch import capability, launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 PRECISION = tl.constexpr("tf32x3")  # of float32 products
-EPS = tl.constexpr(RMS_NORM_EPS)
 MAX_HEAD_DIM = 256
 CLOCK = ["reach", "local", "paced", "unit", "apart", "span"]  # of a window: see _window
 
@@ -34,7 +33,7 @@ CLOCK = ["reach", "local", "paced", "unit", "apart", "span"]  # of a window: see
 @triton.jit
 def _load(base, stride, start, size, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
           MASK: tl.constexpr):  # fmt: skip
-    """Rows start .. start + ROWS of a (size D) matrix, zeros beyond D and, with MASK, size."""
+    """Load rows start .. start + ROWS of a (size D) matrix, 0 beyond D and, with MASK, size."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
     at = base + tl.cast(start, tl.int64) * stride + (rows * stride + cols)
@@ -55,25 +54,8 @@ def _store(base, stride, start, size, x, D: tl.constexpr, ROWS: tl.constexpr, CO
 
 
 @triton.jit
-def _norm_rope(x, weight, rope, start, size, ROPE: tl.constexpr, D: tl.constexpr,
-               ROWS: tl.constexpr, COLS: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """RMSNorm of the rows of x and rotation of their pairs, rounded to the dtype of x."""
-    cols = tl.arange(0, COLS)
-    wide = x.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(wide * wide, 1) / D + EPS)
-    wide = wide * inverse[:, None] * tl.load(weight + cols, mask=cols < D, other=0.0)[None, :]
-    if ROPE:
-        table = _load(rope, D, start, size, D, ROWS, COLS, MASK)
-        cos, sin = tl.split(tl.reshape(table, (ROWS, COLS // 2, 2)))
-        even, odd = tl.split(tl.reshape(wide, (ROWS, COLS // 2, 2)))
-        wide = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-        wide = tl.reshape(wide, (ROWS, COLS))
-    return wide.to(x.dtype)
-
-
-@triton.jit
 def _clock(token, window):
-    """Place of a token on the common clock, in the type of the window's units."""
+    """The place of a token on the common clock, in the type of the window's units."""
     _, local, _, unit, apart = window
     later = token >= local
     return (token - tl.where(later, local, 0)) * tl.where(later, apart, unit)
@@ -157,17 +139,14 @@ def _seen(rows, cols, window):
 
 
 @triton.jit
-def _attend(t, bounds, q, first, state, keys, values, key_stride, value_stride, k_weight, rope,
-            n, window, D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_N: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
-            MASK: tl.constexpr):  # fmt: skip
+def _attend(t, bounds, q, first, state, keys, values, key_stride, value_stride, n, window,
+            D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+            WINDOW: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     """One step of the online softmax: state is (weighted values, sums, maxima) of the rows."""
     SCALE: tl.constexpr = D**-0.5 * LOG2_E
     acc, total, top = state
     start = _visit(t, bounds, WINDOW, MASK) * BLOCK_N
     k = _load(keys, key_stride, start, n, D, BLOCK_N, COLS, MASK)
-    if NORM:
-        k = _norm_rope(k, k_weight, rope, start, n, ROPE, D, BLOCK_N, COLS, MASK)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASK:
         cols = start + tl.arange(0, BLOCK_N)
@@ -187,10 +166,9 @@ def _attend(t, bounds, q, first, state, keys, values, key_stride, value_stride, 
 
 
 @triton.jit(do_not_specialize=["nq", "n", *CLOCK])
-def _forward(q, k, v, q_weight, k_weight, rope, out, lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h,
-             v_n, nq, n, reach, local, paced, unit, apart, span, HEADS: tl.constexpr,
-             D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-             NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+def _forward(q, k, v, out, lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, nq, n, reach, local,
+             paced, unit, apart, span, HEADS: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(nq, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
     item = tl.program_id(0) // blocks
@@ -199,8 +177,6 @@ def _forward(q, k, v, q_weight, k_weight, rope, out, lse, q_b, q_h, q_n, k_b, k_
     keys = k + b * k_b + h * k_h
     values = v + b * v_b + h * v_h
     queries = _load(q + b * q_b + h * q_h, q_n, first, nq, D, BLOCK_M, COLS, True)
-    if NORM:
-        queries = _norm_rope(queries, q_weight, rope, first, nq, ROPE, D, BLOCK_M, COLS, True)
     last = tl.minimum(first + BLOCK_M, nq) - 1
     window = (reach, local, paced, unit.to(span.dtype), apart.to(span.dtype))
     bounds, whole, part = _visits(first, last, n, window, WINDOW, BLOCK_N)
@@ -209,13 +185,13 @@ def _forward(q, k, v, q_weight, k_weight, rope, out, lse, q_b, q_h, q_n, k_b, k_
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for t in tl.range(whole):
         acc, total, top = _attend(
-            t, bounds, queries, first, (acc, total, top), keys, values, k_n, v_n, k_weight, rope,
-            n, window, D, COLS, BLOCK_M, BLOCK_N, NORM, ROPE, WINDOW, False,
+            t, bounds, queries, first, (acc, total, top), keys, values, k_n, v_n, n,
+            window, D, COLS, BLOCK_M, BLOCK_N, WINDOW, False,
         )  # fmt: skip
     for t in tl.range(part):
         acc, total, top = _attend(
-            t, bounds, queries, first, (acc, total, top), keys, values, k_n, v_n, k_weight, rope,
-            n, window, D, COLS, BLOCK_M, BLOCK_N, NORM, ROPE, WINDOW, True,
+            t, bounds, queries, first, (acc, total, top), keys, values, k_n, v_n, n,
+            window, D, COLS, BLOCK_M, BLOCK_N, WINDOW, True,
         )  # fmt: skip
     heads = out + (b * nq * HEADS + h) * D
     _store(heads, HEADS * D, first, nq, acc / total[:, None], D, BLOCK_M, COLS)
@@ -250,7 +226,7 @@ def _backward_q(grad, q, k, v, out, lse, delta, dq, g_b, g_n, q_b, q_h, q_n, k_b
                 v_h, v_n, nq, n, reach, local, paced, unit, apart, span, HEADS: tl.constexpr,
                 D: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                 WINDOW: tl.constexpr):  # fmt: skip
-    """dQ, and delta = rowsum(grad * out) for the other kernel."""
+    """Write dQ, and delta = rowsum(grad * out) for the other kernel."""
     blocks = tl.cdiv(nq, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
     item = (tl.program_id(0) // blocks).to(tl.int64)
@@ -470,22 +446,19 @@ def _candidates(q: Tensor, tiles: int, extra: int) -> list[Config]:
     return configs
 
 
-def _tiles(rope: Tensor | None) -> tuple[int, int]:
-    """What :func:`_fits` asks of the forward: one tile, and rows of the rotations streamed."""
-    return 1, 0 if rope is None else 4 * rope.shape[1]
-
-
+# What :func:`_fits` asks: a program's tiles, and bytes streamed with each row beside two tiles.
+TILES = (1, 0)  # queries
 TILES_BACKWARD = (2, 8)  # queries and gradients or keys and values; lse and delta are streamed
 
 
-def candidates(*args: Any) -> list[Config]:
+def candidates(q: Tensor) -> list[Config]:
     """What the tuner tries for a call of rope_attention."""
-    return _candidates(args[0], *_tiles(args[5]))
+    return _candidates(q, *TILES)
 
 
-def backward_candidates(*args: Any) -> list[Config]:
+def backward_candidates(q: Tensor) -> list[Config]:
     """What the tuner tries for a call of rope_attention_backward."""
-    return _candidates(args[1], *TILES_BACKWARD)
+    return _candidates(q, *TILES_BACKWARD)
 
 
 def _constants(q: Tensor, window: int, config: Config) -> dict[str, Any]:
@@ -522,12 +495,10 @@ def _window(window: int, local: int, spread: int) -> tuple[int, ...]:
 
 def forward(
     outputs: tuple[Tensor, Tensor],
+    /,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    rope: Tensor | None,
     window: int,
     local: int,
     spread: int,
@@ -537,25 +508,22 @@ def forward(
         return
     b, h, nq, _ = q.shape
     n = k.shape[2]
-    key = tuning_key(q, k, q_weight, window)
-    config = _config("rope_attention", FORWARD, q, key, *_tiles(rope))
+    config = _config("rope_attention", FORWARD, q, tuning_key(q, k, window), *TILES)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     launch(
         _forward,
         (triton.cdiv(nq, config["block_m"]) * b * h,),
         *(q, k, v),
-        *(None if x is None else x.contiguous() for x in (q_weight, k_weight, rope)),
         *(out, lse),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(nq, n, *_window(window, local, spread)),
-        NORM=q_weight is not None,
-        ROPE=rope is not None,
         **_constants(q, window, config),
     )
 
 
 def backward(
     outputs: tuple[Tensor, Tensor, Tensor],
+    /,
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -571,7 +539,7 @@ def backward(
         return
     b, h, nq, _ = q.shape
     n = k.shape[2]
-    key = tuning_key(q, k, None, window)
+    key = tuning_key(q, k, window)
     config = _config("rope_attention_backward", BACKWARD, q, key, *TILES_BACKWARD)
     grad, q, k, v = dense_rows(grad), dense_rows(q), dense_rows(k), dense_rows(v)
     out, lse = out.contiguous(), lse.contiguous()

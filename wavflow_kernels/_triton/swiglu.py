@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._registry import dense_rows
+from .._launch import dense_rows
 from .launch import launch
 
 _BLOCK = 1024  # channels a program: 16 bytes a thread of 4 warps in half precision

@@ -8,7 +8,7 @@ sum over that range.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,97 +16,22 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import (
-    DTYPE_CODE,
-    ON_CPU,
-    ON_TRITON,
-    Op,
-    Sample,
-    address,
-    dense_rows,
-    no_double_backward,
-    target,
-    triton_launch,
+from .._launch import DTYPE_CODE, address, dense, dense_rows, target, triton_launch
+from .._registry import ON_CPU, ON_TRITON, Op, Sample, no_double_backward, normals
+from .._rows import (
+    NO_ROWS,
+    TokenRows,
+    check_rows,
+    gather_rows,
+    row_map,
+    row_tensor,
+    sample_rows,
+    segment_sums,
+    upsampled_rows,
 )
 
 MAX_CHANNELS = 8192  # kMaxChannels in csrc/adaln.h
 SUPPORTED = {"cpp": ON_CPU, "triton": ON_TRITON}
-
-
-class TokenRows(NamedTuple):
-    """Which row of a table each token reads; made by :func:`token_rows`.
-
-    Token n reads row ``index[n]``; the tokens of row r are ``offsets[r]`` to ``offsets[r + 1]``.
-    """
-
-    index: Tensor  # type: ignore[assignment]  # n, int32; hides tuple.index
-    offsets: Tensor  # rows + 1, int32
-
-    @classmethod
-    def of_sorted(cls, index: Tensor, rows: int) -> TokenRows:
-        """The rows of an index (n) that is known to fit: nothing is checked or waited for."""
-        index = index.to(torch.int32).contiguous()
-        edges = torch.arange(rows + 1, device=index.device, dtype=torch.int32)
-        return cls(index, torch.searchsorted(index, edges, out_int32=True))
-
-
-def token_rows(index: Tensor, rows: int) -> TokenRows:
-    """Check a map from tokens to rows once, for any number of calls.
-
-    Args:
-        index: (n,) row of each token: an integer tensor that never decreases, in [0, rows).
-        rows: how many rows there are; some may have no token.
-
-    Returns:
-        The rows on the device of `index`. Waits for the device once, so call it outside of
-        compiled and captured code.
-
-    Raises:
-        ValueError: no tokens or rows; a value out of range or less than the one before it.
-        TypeError: an index that is not an integer tensor.
-    """
-    op = "token_rows"
-    check(op, index=(index, "n"))
-    check_dtype(op, "index", index, torch.int32, torch.int64)
-    require(rows > 0, f"{op}: rows must be positive, got {rows}")
-    require(index.shape[0] > 0, f"{op}: index must hold at least one token, got none")
-    before = torch.cat((index[:1], index[:-1]))
-    wrong = (index < 0) | (index >= rows) | (index < before)
-    at = torch.where(wrong.any(), wrong.int().argmax(), -1)
-    position, found, previous = torch.stack((at.to(index.dtype), index[at], before[at])).tolist()
-    if position >= 0:
-        require(
-            0 <= found < rows,
-            f"{op}: index[{position}] is {found}, wanted a row in [0, {rows})",
-        )
-        raise ValueError(
-            f"{op}: index must not decrease, got {found} at {position} after {previous}"
-        )
-    return TokenRows.of_sorted(index, rows)
-
-
-NO_ROWS = (None, None)  # index and offsets where all tokens share one row
-
-
-def check_rows(
-    op: str, name: str, table: Tensor, index: Tensor | None, offsets: Tensor | None
-) -> None:
-    """Check the rows that tokens read `table` (b r c) by; `name` is the argument's."""
-    require(
-        (index is None) == (offsets is None), f"{op}: {name} needs both its index and its offsets"
-    )
-    rows = table.shape[1]
-    if index is None or offsets is None:
-        require(rows == 1, f"{op}: without {name} there must be one row for all tokens, got {rows}")
-        return
-    check_dtype(op, f"{name}.index", index, torch.int32)
-    check_dtype(op, f"{name}.offsets", offsets, torch.int32)
-    require(rows > 0, f"{op}: there must be at least one row, got none")
-    require(
-        offsets.shape[0] == rows + 1,
-        f"{op}: {name}.offsets must have {rows + 1} elements for {rows} rows, "
-        f"got {offsets.shape[0]}",
-    )
 
 
 def check_layer_norm(op: str, sizes: dict[str, int], eps: float) -> None:
@@ -142,28 +67,8 @@ def _check(
     check_layer_norm(op, sizes, eps)
 
 
-def _outputs(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-# The mathematics, in the computed dtype.
-
-
-def of_tokens(table: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(b n c), or (b 1 c) without an index: the rows that the tokens read, as `dtype`."""
-    table = table.to(dtype)
-    return table if index is None else table.index_select(1, index)
-
-
-def segment_sums(values: Tensor, index: Tensor | None, rows: int) -> Tensor:
-    """(b rows c): sums of values (b n c) over the tokens of each row."""
-    if index is None:
-        return values.sum(1, keepdim=True)
-    return values.new_zeros(values.shape[0], rows, values.shape[2]).index_add(1, index, values)
-
-
 def layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x normalised over its channels, and 1 / standard deviation (b n 1)."""
+    """Normalise x over its channels; also 1 / standard deviation (b n 1)."""
     centred = x - x.mean(-1, keepdim=True)
     inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return centred * inverse, inverse
@@ -180,23 +85,12 @@ def reference(
     shift: Tensor,  # b r c
     scale: Tensor,  # b r c
     index: Tensor | None,  # n
-    offsets: Tensor | None,  # r+1
     eps: float,
 ) -> Tensor:  # b n c
     wide = compute_dtype(x.dtype)
     normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
-    shift, scale = of_tokens(shift, index, wide), of_tokens(scale, index, wide)
+    shift, scale = gather_rows(shift, index, wide), gather_rows(scale, index, wide)
     return (normed * (1 + scale) + shift).to(x.dtype)
-
-
-def row_tensor(table: Tensor) -> Any:
-    """A (b r c) table as the compiled kernels read it: through its strides."""
-    return C.RowTensor(table.data_ptr(), table.stride(0), table.stride(1))
-
-
-def row_map(index: Tensor | None, offsets: Tensor | None, rows: int) -> Any:
-    """The rows of the tokens as the compiled kernels read them."""
-    return C.TokenRows(address(index), address(offsets), rows)
 
 
 def _launch(
@@ -210,8 +104,8 @@ def _launch(
 ) -> None:
     if not out.numel():
         return
-    x, shift, scale = x.contiguous(), dense_rows(shift), dense_rows(scale)
-    index, offsets = (None if t is None else t.contiguous() for t in (index, offsets))
+    shift, scale = dense_rows(shift), dense_rows(scale)
+    x, index, offsets = dense(x, index, offsets)
     C.adaln(
         target(x),
         DTYPE_CODE[x.dtype],
@@ -225,21 +119,10 @@ def _launch(
     )
 
 
-def _check_backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    index: Tensor | None,
-    offsets: Tensor | None,
-    eps: float,
-) -> None:
-    _check(x, scale, scale, index, offsets, eps)
+def _check_backward(grad: Tensor, x: Tensor, scale: Tensor, **rest: Any) -> None:
+    _check(x, scale, scale, **rest)
     check("adaln_backward", x=(x, "b n c"), grad=(grad, "b n c"))
     check_dtype("adaln_backward", "grad", grad, x.dtype)
-
-
-def _outputs_backward(grad: Tensor, x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
 def _reference_backward(
@@ -247,12 +130,11 @@ def _reference_backward(
     x: Tensor,  # b n c
     scale: Tensor,  # b r c
     index: Tensor | None,  # n
-    offsets: Tensor | None,  # r+1
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # b n c, b r c, b r c
     wide, rows = compute_dtype(x.dtype), scale.shape[1]
     grad, (normed, inverse) = grad.to(wide), layer_norm(x.to(wide), eps)
-    d_x = layer_norm_backward(grad * (1 + of_tokens(scale, index, wide)), normed, inverse)
+    d_x = layer_norm_backward(grad * (1 + gather_rows(scale, index, wide)), normed, inverse)
     d_shift = segment_sums(grad, index, rows)
     d_scale = segment_sums(grad * normed, index, rows)
     return d_x.to(x.dtype), d_shift.to(x.dtype), d_scale.to(x.dtype)
@@ -269,8 +151,8 @@ def _launch_backward(
 ) -> None:
     if not x.numel():
         return
-    grad, x, scale = grad.contiguous(), x.contiguous(), dense_rows(scale)
-    index, offsets = (None if t is None else t.contiguous() for t in (index, offsets))
+    scale = dense_rows(scale)
+    grad, x, index, offsets = dense(grad, x, index, offsets)
     C.adaln_backward(
         target(x),
         DTYPE_CODE[x.dtype],
@@ -284,25 +166,11 @@ def _launch_backward(
     )
 
 
-def sample_rows(device: torch.device, index: list[int], rows: int) -> TokenRows:
-    """Rows of a sample or workload, on any device."""
-    made = token_rows(torch.tensor(index), rows)
-    return TokenRows(*(t.to(device) for t in made))
-
-
-def upsampled_rows(device: torch.device, tokens: int, rows: int) -> TokenRows:
-    """Rows by nearest upsampling along time: token n reads floor((n + 1/2) rows / tokens)."""
-    return sample_rows(device, [(2 * i + 1) * rows // (2 * tokens) for i in range(tokens)], rows)
-
-
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    normal = normals(torch.Generator().manual_seed(seed), device, dtype)
 
     def chunks(b: int, r: int, c: int) -> tuple[Tensor, Tensor]:
-        """shift and scale as the model has them: views of one projection."""
+        """Make shift and scale as the model has them: views of one projection."""
         _, shift, scale, *_ = normal(b, r, 6 * c).chunk(6, -1)
         return shift, scale
 
@@ -340,7 +208,7 @@ def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> li
 
 
 def _workload(b: int, n: int, rows: int | None) -> Any:
-    """shift and scale are chunk views of a block's modulation; c = 896."""
+    """A call with c = 896 whose shift and scale are chunk views of a block's modulation."""
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         x = torch.randn(b, n, 896, device=device, dtype=dtype)
@@ -352,7 +220,7 @@ def _workload(b: int, n: int, rows: int | None) -> Any:
 
 
 def backward_workloads(workloads: Any, of_forward: Any) -> dict[str, Any]:
-    """The backward's workloads: those of the forward, their arguments changed by `of_forward`."""
+    """Make the backward's workloads of the forward's, whose arguments `of_forward` changes."""
     return {
         name: lambda device, dtype, make=make: of_forward(*make(device, dtype))
         for name, make in workloads.items()
@@ -376,30 +244,38 @@ BACKWARD = Op(
     ),
     reference=_reference_backward,
     check=_check_backward,
-    outputs=_outputs_backward,
+    outputs=lambda x, scale: tuple(t.new_empty(t.shape) for t in (x, scale, scale)),
     launch={"cpp": _launch_backward, "triton": triton_launch("adaln", "backward")},
     supported=SUPPORTED,
     samples=_samples_backward,
     workloads=backward_workloads(
         _WORKLOADS, lambda x, shift, *rest: (torch.randn_like(x), x, *rest)
     ),
-    bytes=lambda grad, x, scale, *_: 3 * x.nbytes + 3 * scale.nbytes,
-    flops=lambda grad, x, *_: 16 * x.numel(),
+    bytes=lambda x, scale: 3 * x.nbytes + 3 * scale.nbytes,
+    flops=lambda x: 16 * x.numel(),
     tolerance="reduction",
-    setup_context=lambda ctx, inputs, output: None,
     backward=no_double_backward("adaln"),
     bulk=("grad", "x"),
     internal=True,
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, scale, index, offsets, ctx.eps = inputs
+def _setup_context(
+    ctx: Any,
+    output: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    index: Any,
+    offsets: Any,
+    eps: float,
+) -> None:
     ctx.save_for_backward(x, scale, index, offsets)
+    ctx.eps = eps
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *BACKWARD.torch_op(grad, *ctx.saved_tensors, ctx.eps), None, None, None
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    d_x, d_shift, d_scale = BACKWARD.torch_op(grad, *ctx.saved_tensors, ctx.eps)
+    return {"x": d_x, "shift": d_shift, "scale": d_scale}
 
 
 OP = Op(
@@ -410,13 +286,13 @@ OP = Op(
     ),
     reference=reference,
     check=_check,
-    outputs=_outputs,
+    outputs=lambda x: x.new_empty(x.shape),
     launch={"cpp": _launch, "triton": triton_launch("adaln", "forward")},
     supported=SUPPORTED,
     samples=_samples,
     workloads=_WORKLOADS,
-    bytes=lambda x, shift, scale, *_: 2 * x.nbytes + shift.nbytes + scale.nbytes,
-    flops=lambda x, *_: 8 * x.numel(),
+    bytes=lambda x, shift, scale: 2 * x.nbytes + shift.nbytes + scale.nbytes,
+    flops=lambda x: 8 * x.numel(),
     tolerance="reduction",
     setup_context=_setup_context,
     backward=_backward,

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from .. import _panels, _tuned, cpu
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import ON_TRITON, Op, Sample, no_double_backward, triton_launch
+from .._launch import triton_launch
+from .._registry import ON_BOTH, ON_TRITON, Op, Sample, no_double_backward, normals
 from . import prepared_conv
 from .prepared_conv import PreparedConv
 
 if TYPE_CHECKING:
-    from .adaln import TokenRows
+    from .._rows import TokenRows
 
 # Klambauer et al., "Self-Normalizing Neural Networks" (arXiv 1706.02515).
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
-LIBRARY = {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}
 COMPILED = {"cpu": frozenset(FLOATS) - {torch.float64}}  # in float32, rounded once
 
 
@@ -50,19 +50,11 @@ def check_convolution(
     return sizes
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    selu: bool,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    gate_index: Tensor | None,
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, selu: bool, *after: Any) -> None:
     check_convolution("conv1d", x, bias, weight=weight)
-    if any(t is not None for t in (residual, gate, gate_index)):
+    if any(t is not None for t in after):
         z = x[..., :1].expand(*x.shape[:2], weight.shape[0])
-        check_finish(z, selu, residual, gate, gate_index)
+        check_finish(z, selu, *after)
 
 
 def check_finish(
@@ -93,12 +85,8 @@ def check_finish(
     )
 
 
-def _outputs(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:2], weight.shape[0])
-
-
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(b n c), (o c k) -> (b n o): computed wide, rounded once."""
+    """The convolution of (b n c) and (o c k), (b n o), computed wide and rounded once."""
     wide = compute_dtype(x.dtype)
     z = F.conv1d(
         x.to(wide).transpose(1, 2),
@@ -116,10 +104,11 @@ def _gate_rows(gate: Tensor, gate_index: Tensor | None) -> Tensor:  # b n|1 o
 def _finish(
     z: Tensor,  # b n o
     selu: bool,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    gate_index: Tensor | None,
+    residual: Tensor | None,  # b n o
+    gate: Tensor | None,  # b r o
+    gate_index: Tensor | None,  # n
 ) -> Tensor:  # b n o
+    """Apply SELU to the convolution z, or gate it and add a residual."""
     if selu:
         return F.selu(z)
     if residual is None:
@@ -131,16 +120,8 @@ def _finish(
     return (residual.to(wide) + out).to(z.dtype)
 
 
-def reference(
-    x: Tensor,  # b n c
-    weight: Tensor,  # o c k
-    bias: Tensor | None,  # o
-    selu: bool,
-    residual: Tensor | None,  # b n o
-    gate: Tensor | None,  # b r o
-    gate_index: Tensor | None,  # n
-) -> Tensor:  # b n o
-    return _finish(plain(x, weight, bias), selu, residual, gate, gate_index).contiguous()
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, *after: Any) -> Tensor:  # b n o
+    return _finish(plain(x, weight, bias), *after).contiguous()
 
 
 class _OnCpu(torch.autograd.Function):
@@ -178,14 +159,14 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _picture(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As a height-1 picture, channels-last in memory: oneDNN and cuDNN take it without a copy."""
+    """Convolve a height-1 picture, channels-last in memory: oneDNN and cuDNN copy nothing."""
     padding = (0, weight.shape[2] // 2)
     z = F.conv2d(x.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2), bias, padding=padding)
     return z.squeeze(2).transpose(1, 2)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(b n c), (o c k) -> (b n o) by torch's libraries, in the form that suits them best."""
+    """The convolution (b n o) by torch's libraries, in the form that suits them best."""
     if x.device.type == "cpu":
         given = (x, weight, bias)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
@@ -196,34 +177,18 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _picture(x, weight, bias)
 
 
-def library(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    selu: bool,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    gate_index: Tensor | None,
-) -> Tensor:
-    """oneDNN or cuDNN, and torch's elementwise operations after it."""
-    return _finish(convolve(x, weight, bias), selu, residual, gate, gate_index)
+def library(x: Tensor, weight: Tensor, bias: Tensor | None, *after: Any) -> Tensor:
+    """Call oneDNN or cuDNN, and torch's elementwise operations after it."""
+    return _finish(convolve(x, weight, bias), *after)
 
 
-def _launch(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    selu: bool,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    gate_index: Tensor | None,
-) -> None:
+def _launch(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *after: Any) -> None:
+    selu, residual, *_ = after
     done = out.dtype == torch.float32 and not selu and residual is None
     x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     z = _panels.multiply(x, _panels.pack(weight), len(weight), bias, out if done else None)
     if not done:
-        out.copy_(_finish(z, selu, residual, gate, gate_index))
+        out.copy_(_finish(z, *after))
 
 
 # Weights from which their gradient is one matrix product: oneDNN's own takes 1.2 to 4 times as long
@@ -244,7 +209,7 @@ def convolve_backward(
         made = convolve_backward(grad.to(wide), x.to(wide), weight.to(wide), needs)
         d_x, d_weight, d_bias = (None if d is None else d.to(x.dtype) for d in made)
         return d_x, d_weight, d_bias
-    d_x = d_weight = d_bias = None
+    d_x = d_weight = None
     x_needs, weight_needs, bias_needs = needs
     products = k == 1 and not (on_cpu and x.dtype == torch.float32)
     if weight_needs and (products or (on_cpu and weight.numel() >= _WIDE)):
@@ -253,8 +218,7 @@ def convolve_backward(
     if x_needs and products:
         d_x = torch.matmul(grad, weight.squeeze(2))
         x_needs = False
-    if bias_needs:
-        d_bias = grad.to(compute_dtype(grad.dtype)).sum((0, 1)).to(grad.dtype)
+    d_bias = _bias_gradient(grad) if bias_needs else None
     if x_needs or weight_needs:
         d_picture, d_taps, _ = torch.ops.aten.convolution_backward(
             *(t.transpose(1, 2).unsqueeze(2) for t in (grad, x)),
@@ -273,8 +237,12 @@ def convolve_backward(
     return d_x, d_weight, d_bias
 
 
+def _bias_gradient(grad: Tensor) -> Tensor:  # b n o -> o
+    return grad.to(compute_dtype(grad.dtype)).sum((0, 1)).to(grad.dtype)
+
+
 def _weight_gradient(grad: Tensor, x: Tensor, k: int) -> Tensor:  # o c k
-    """One product of the gradient (b n o) and the k tokens of x (b n c) that each output saw."""
+    """Multiply the gradient (b n o) with the k tokens of x (b n c) that each output saw."""
     seen = F.pad(x, (0, 0, k // 2, k // 2)).unfold(1, k, 1) if k > 1 else x.unsqueeze(3)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         grad, seen = grad.flatten(0, 1).t(), seen.permute(2, 3, 0, 1).flatten(2)
@@ -300,16 +268,19 @@ def gradients(
         return convolve_backward(grad, x, weight, needs)
     x_needs, weight_needs, bias_needs = needs
     d_x, d_weight = BACKWARD.torch_op(grad, x, weight, x_needs, weight_needs)
-    d_bias = grad.to(compute_dtype(grad.dtype)).sum((0, 1)).to(grad.dtype) if bias_needs else None
-    return d_x if x_needs else None, d_weight if weight_needs else None, d_bias
+    return (
+        d_x if x_needs else None,
+        d_weight if weight_needs else None,
+        _bias_gradient(grad) if bias_needs else None,
+    )
 
 
-def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> None:
+def _check_backward(grad: Tensor, x: Tensor, weight: Tensor) -> None:
     check_convolution("conv1d_backward", x, grad=grad, weight=weight)
 
 
 def _outputs_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, x_needs: bool, weight_needs: bool
+    x: Tensor, weight: Tensor, x_needs: bool, weight_needs: bool
 ) -> tuple[Tensor, Tensor]:
     return (
         x.new_empty(x.shape if x_needs else 0),
@@ -364,10 +335,7 @@ def _launch_backward(
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    normal = normals(torch.Generator().manual_seed(seed), device, dtype)
 
     def arguments(b: int, n: int, c: int, o: int, k: int, bias: bool = True) -> tuple[Any, ...]:
         weight = normal(o, c, k) * (c * k) ** -0.5
@@ -419,33 +387,32 @@ def key(x: Tensor, weight: Tensor, kind: str = "") -> str:
     return f"{str(x.dtype)[6:]} k{k} c{c} o{o} n{tokens}{kind}"
 
 
-def _prefer(
-    x: Tensor, weight: Tensor, bias: Tensor | None, selu: bool, residual: Tensor | None, *_: Any
-) -> str | None:
+def _prefer(x: Tensor, weight: Tensor, selu: bool, residual: Tensor | None) -> str | None:
     if x.device.type == "cpu":
         return "cpp" if _panels.fastest(x.dtype) else "library"
     kind = " selu" if selu else "" if residual is None else " residual"
     return _tuned.lookup("conv1d", x.device, key(x, weight, kind)).get("backend", "library")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.selu, residual, gate, gate_index = inputs
-    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
-    gate_differs = gate is not None and ctx.needs_input_grad[5]
-    ctx.save_for_backward(
-        x,
-        weight,
-        bias if gate_differs else None,
-        gate,
-        gate_index,
-        output if ctx.selu else None,
-    )
+def _setup_context(
+    ctx: Any,
+    output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    selu: bool,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    gate_index: Tensor | None,
+) -> None:
+    ctx.selu, ctx.has_bias, ctx.has_residual = selu, bias is not None, residual is not None
+    kept_bias = bias if OP.needs(ctx, "gate") else None
+    ctx.save_for_backward(x, weight, kept_bias, gate, gate_index, output if selu else None)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     x, weight, bias, gate, gate_index, out = ctx.saved_tensors
     dtype, wide = x.dtype, compute_dtype(x.dtype)
-    needs = ctx.needs_input_grad
     d_z, d_gate = grad, None
     if ctx.selu:
         # selu'(z) = scale where z > 0, else scale alpha e^z = selu(z) + scale alpha.
@@ -454,7 +421,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_z = (grad.to(wide) * slope).to(dtype)
     if gate is not None:
         d_z = (grad.to(wide) * _gate_rows(gate, gate_index).to(wide)).to(dtype)
-    if needs[5]:
+    if OP.needs(ctx, "gate"):
         # Computed again: keeping z would cost (b n o) from every forward for a gradient that only
         # this argument needs, and (out - residual) / gate loses it where the gate is small.
         product = grad.to(wide) * convolved(x, weight, bias).to(wide)
@@ -465,18 +432,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             # A matrix product in place of scattered additions, whose order is not fixed on a GPU.
             d_gate = (rows[:, None] == gate_index).to(wide) @ product
         d_gate = d_gate.to(dtype)
+    needs_x, needs_weight, needs_bias = (OP.needs(ctx, name) for name in ("x", "weight", "bias"))
     d_x, d_weight, d_bias = gradients(
-        d_z, x, weight, (needs[0], needs[1], ctx.has_bias and needs[2])
+        d_z, x, weight, (needs_x, needs_weight, ctx.has_bias and needs_bias)
     )
-    d_residual = grad if ctx.has_residual and needs[4] else None
-    return d_x, d_weight, d_bias, None, d_residual, d_gate, None
+    d_residual = grad if ctx.has_residual and OP.needs(ctx, "residual") else None
+    return {"x": d_x, "weight": d_weight, "bias": d_bias, "residual": d_residual, "gate": d_gate}
 
 
-def flops(x: Tensor, weight: Tensor, *_: Any) -> int:
+def flops(x: Tensor, weight: Tensor) -> int:
     return 2 * x.shape[0] * x.shape[1] * weight.numel()
 
 
-def _bytes(x: Tensor, weight: Tensor, bias: Any, selu: bool, residual: Any, *_: Any) -> int:
+def _bytes(x: Tensor, weight: Tensor, residual: Tensor | None) -> int:
     out = x.shape[0] * x.shape[1] * weight.shape[0] * x.itemsize
     return x.nbytes + weight.nbytes + out * (1 if residual is None else 2)
 
@@ -534,10 +502,9 @@ BACKWARD = Op(
         "demo, width 7": _workload_backward(16, 200, 96, 1024, 7),
         "c256": _workload_backward(4, 640, 256, 768, 3),
     },
-    bytes=lambda grad, x, weight, *_: 2 * (grad.nbytes + x.nbytes + weight.nbytes),
-    flops=lambda grad, x, weight, *needs: sum(needs) * flops(x, weight),
+    bytes=lambda grad, x, weight: 2 * (grad.nbytes + x.nbytes + weight.nbytes),
+    flops=lambda x, weight, x_needs, weight_needs: (x_needs + weight_needs) * flops(x, weight),
     tolerance="matrix",
-    setup_context=lambda ctx, inputs, output: None,
     backward=no_double_backward("conv1d"),
     internal=True,
 )
@@ -551,10 +518,10 @@ OP = Op(
     ),
     reference=reference,
     check=_check,
-    outputs=_outputs,
+    outputs=lambda x, weight: x.new_empty(*x.shape[:2], weight.shape[0]),
     launch={"cpp": _launch, "triton": triton_launch("conv1d", "forward")},
     library=library,
-    supported={"cpp": COMPILED, "triton": ON_TRITON, "library": LIBRARY},
+    supported={"cpp": COMPILED, "triton": ON_TRITON, "library": ON_BOTH},
     prefer=_prefer,
     samples=_samples,
     workloads={
@@ -587,7 +554,7 @@ def conv1d(
     gate: Tensor | None = None,  # b r o
     gate_rows: TokenRows | None = None,
 ) -> Tensor:  # b n o
-    """Convolution over tokens, zero-padded by k // 2, with bias, SELU or a gated residual.
+    """Convolve over tokens, zero-padded by k // 2, with bias, SELU or a gated residual.
 
     Args:
         x: (b, n, c) tokens, any float dtype, any strides.

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .. import _panels, _tuned
 from .._check import compute_dtype, require
-from .._registry import ON_TRITON, Op, Sample, triton_launch
+from .._launch import triton_launch
+from .._registry import ON_BOTH, ON_TRITON, Op, Sample, normals
 from . import prepared_conv
 from . import swiglu as gate
 from .conv1d import (
     COMPILED,
-    LIBRARY,
     check_convolution,
     convolve,
     convolved,
@@ -29,11 +29,11 @@ from .conv1d import (
 from .prepared_conv import PreparedConv
 
 
-def _check(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> None:
+def _check(x: Tensor, w1: Tensor, w3: Tensor) -> None:
     check_convolution("conv_swiglu", x, w1=w1, w3=w3)
 
 
-def _outputs(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, w1: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*x.shape[:2], w1.shape[0])
     kept = shape if keep else (0,)
     return x.new_empty(shape), x.new_empty(kept), x.new_empty(kept)
@@ -52,8 +52,8 @@ def reference(
     return out, a.contiguous(), b.contiguous()
 
 
-def library(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> tuple[Tensor]:
-    """Two convolutions by oneDNN or cuDNN, and the gate.
+def library(x: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor]:
+    """Call oneDNN or cuDNN for two convolutions, and gate them.
 
     Joined into one they take the same time, and the weights of a training step come apart.
     """
@@ -76,10 +76,7 @@ def _launch(
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    normal = normals(torch.Generator().manual_seed(seed), device, dtype)
 
     def arguments(b: int, n: int, c: int, i: int, k: int, keep: bool = True) -> list[Any]:
         w1, w3 = (normal(i, c, k) * (c * k) ** -0.5 for _ in range(2))
@@ -111,12 +108,14 @@ def _prefer(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> str | None:
     return row.get("backend", "library")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w1, w3, ctx.keep = inputs
-    ctx.save_for_backward(x, w1, w3, output[1], output[2])
+def _setup_context(
+    ctx: Any, output: tuple[Tensor, ...], x: Tensor, w1: Tensor, w3: Tensor, keep: bool
+) -> None:
+    ctx.save_for_backward(x, w1, w3, *output[1:])
+    ctx.keep = keep
 
 
-def _backward(ctx: Any, grad: Tensor, *ignored: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *ignored: Tensor) -> dict[str, Tensor | None]:
     x, w1, w3, a, b = ctx.saved_tensors
     needs_x, needs_w1, needs_w3, _ = ctx.needs_input_grad
     if not ctx.keep:
@@ -128,7 +127,7 @@ def _backward(ctx: Any, grad: Tensor, *ignored: Tensor) -> tuple[Tensor | None, 
     if d_x1 is not None and d_x3 is not None:
         wide = compute_dtype(x.dtype)
         d_x = (d_x1.to(wide) + d_x3.to(wide)).to(x.dtype)
-    return d_x, d_w1, d_w3, None
+    return {"x": d_x, "w1": d_w1, "w3": d_w3}
 
 
 def _workload(b: int, n: int, c: int, i: int, k: int, keep: bool = False) -> Any:
@@ -147,7 +146,7 @@ OP = Op(
     outputs=_outputs,
     launch={"cpp": _launch, "triton": triton_launch("conv_swiglu", "forward")},
     library=library,
-    supported={"cpp": COMPILED, "triton": ON_TRITON, "library": LIBRARY},
+    supported={"cpp": COMPILED, "triton": ON_TRITON, "library": ON_BOTH},
     prefer=_prefer,
     samples=_samples,
     workloads={
@@ -159,10 +158,10 @@ OP = Op(
         "text": _workload(2, 77, 896, 2560, 1),
         "audio in": _workload(1, 640, 896, 2560, 7),
     },
-    bytes=lambda x, w1, w3, keep: (
+    bytes=lambda x, w1, keep: (
         x.nbytes + 2 * w1.nbytes + (3 if keep else 1) * x[..., 0].numel() * w1.shape[0] * x.itemsize
     ),
-    flops=lambda x, w1, w3, keep: 4 * x.shape[0] * x.shape[1] * w1.numel(),
+    flops=lambda x, w1: 4 * x.shape[0] * x.shape[1] * w1.numel(),
     tolerance="matrix",
     setup_context=_setup_context,
     backward=_backward,
@@ -176,7 +175,7 @@ def conv_swiglu(
     w1: Tensor | PreparedConv,  # i c k, or i c
     w3: Tensor | None = None,  # i c k, or i c
 ) -> Tensor:  # b n i
-    """``silu(conv(x, w1)) * conv(x, w3)``, zero-padded by k // 2.
+    """Gate one convolution by another: ``silu(conv(x, w1)) * conv(x, w3)``, padded by k // 2.
 
     Args:
         x: (b, n, c) tokens, any float dtype, any strides.

@@ -17,20 +17,12 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import (
-    DTYPE_CODE,
-    Op,
-    Sample,
-    Workload,
-    address,
-    no_double_backward,
-    target,
-)
+from .._launch import DTYPE_CODE, address, dense, target
+from .._registry import ON_BOTH, Op, Sample, Workload, no_double_backward, normals
 
 KINDS = {("x", "x"): 0, ("x", "v"): 1, ("v", "v"): 2, ("v", "x"): 3}
 _X_PRED_V, _V_PRED_V, _V_PRED_X = 1, 2, 3
 _CHUNK = 8192  # elements a CUDA block reduces; kChunk in csrc/cuda/flow_loss.cu
-_ALL = {"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}}
 
 
 def _check(
@@ -52,14 +44,10 @@ def _check(
         require(other is not None, f"{op}: {name} must be given for this prediction and loss")
 
 
-def _outputs(pred: Tensor, *_: Any) -> Tensor:
-    return pred.new_empty(pred.shape[0], dtype=compute_dtype(pred.dtype))
-
-
 def _residual(
     pred: Tensor, x_1: Tensor, other: Tensor | None, t: Tensor, kind: int, sigma_min: float
 ) -> tuple[Any, Any, Tensor]:
-    """a and w (b 1 1, or a number) and residual = a pred - x_1 + b other (b n d).
+    """The factors a and w (b 1 1, or a number) and the residual a pred - x_1 + b other (b n d).
 
     The loss is mean((w residual)^2).
     """
@@ -75,15 +63,8 @@ def _residual(
     return rest, 1.0, rest * pred - x_1 + other
 
 
-def reference(
-    pred: Tensor,  # b n d
-    x_1: Tensor,  # b n d
-    other: Tensor | None,  # b n d
-    t: Tensor,  # b
-    kind: int,
-    sigma_min: float,
-) -> Tensor:  # b
-    _, w, residual = _residual(pred, x_1, other, t, kind, sigma_min)
+def reference(**arguments: Any) -> Tensor:  # b
+    _, w, residual = _residual(**arguments)
     return (w * residual).square().mean((1, 2))
 
 
@@ -100,8 +81,8 @@ def _call(
 ) -> None:
     if not pred.numel():
         return
-    pred, x_1, t = pred.contiguous(), x_1.contiguous(), t.contiguous()
-    other = other.contiguous() if other is not None and kind in (_V_PRED_V, _V_PRED_X) else None
+    used = other if kind in (_V_PRED_V, _V_PRED_X) else None
+    pred, x_1, t, other = dense(pred, x_1, t, used)
     batch, count = pred.shape[0], pred.shape[1] * pred.shape[2]
     partials = None
     if grad is None and pred.device.type == "cuda":
@@ -125,35 +106,26 @@ def _call(
     )
 
 
-def _launch(out: Tensor, *args: Any) -> None:
-    _call(out, None, None, *args)
-
-
-def _check_backward(grad: Tensor, pred: Tensor, *args: Any) -> None:
-    _check(pred, *args[:-1])
+def _check_backward(grad: Tensor, pred: Tensor, residual_too: bool, **forward: Any) -> None:
+    _check(pred, **forward)
     check("flow_loss_backward", pred=(pred, "b n d"), grad=(grad, "b"))
 
 
-def _outputs_backward(grad: Tensor, pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    residual = pred.shape if args[-1] else (0,)
+def _outputs_backward(grad: Tensor, pred: Tensor, residual_too: bool) -> tuple[Tensor, Tensor]:
+    residual = pred.shape if residual_too else (0,)
     return pred.new_empty(pred.shape), pred.new_empty(residual, dtype=grad.dtype)
 
 
-def _launch_backward(out: tuple[Tensor, Tensor], grad: Tensor, *args: Any) -> None:
-    _call(out[0], out[1] if args[-1] else None, grad.contiguous(), *args[:-1])
+def _launch_backward(
+    out: tuple[Tensor, Tensor], grad: Tensor, residual_too: bool, **forward: Any
+) -> None:
+    _call(out[0], out[1] if residual_too else None, grad.contiguous(), **forward)
 
 
 def _reference_backward(
-    grad: Tensor,  # b
-    pred: Tensor,  # b n d
-    x_1: Tensor,  # b n d
-    other: Tensor | None,  # b n d
-    t: Tensor,  # b
-    kind: int,
-    sigma_min: float,
-    residual_too: bool,
+    grad: Tensor, pred: Tensor, residual_too: bool, **forward: Any
 ) -> tuple[Tensor, Tensor]:  # b n d, b n d
-    a, w, residual = _residual(pred, x_1, other, t, kind, sigma_min)
+    a, w, residual = _residual(pred, **forward)
     count = pred.shape[1] * pred.shape[2]
     d_residual = (2 / count) * grad[:, None, None] * w * w * residual
     return (a * d_residual).to(pred.dtype), d_residual if residual_too else grad.new_empty(0)
@@ -163,8 +135,7 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
     generator = torch.Generator().manual_seed(seed)
     computed = compute_dtype(dtype)
 
-    def normal(*shape: int, dtype: torch.dtype = computed) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    normal = normals(generator, device, computed)
 
     def arguments(kind: int, *shape: int) -> tuple[Any, ...]:
         pred, x_1, other = normal(*shape, dtype=dtype), normal(*shape), normal(*shape)
@@ -220,43 +191,46 @@ BACKWARD = Op(
     check=_check_backward,
     outputs=_outputs_backward,
     launch={"cpp": _launch_backward},
-    supported=_ALL,
+    supported={"cpp": ON_BOTH},
     samples=_samples_backward,
     workloads=_workloads(backward=True),
-    bytes=lambda grad, pred, x_1, other, *_: (
+    bytes=lambda pred, x_1, other: (
         2 * pred.nbytes + x_1.nbytes + (0 if other is None else other.nbytes)
     ),
-    flops=lambda grad, pred, *_: 4 * pred.numel(),
+    flops=lambda pred: 4 * pred.numel(),
     tolerance="single_pass",
-    setup_context=lambda ctx, inputs, output: None,
     backward=no_double_backward("flow_loss"),
     internal=True,
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pred, x_1, other, t, ctx.kind, ctx.sigma_min = inputs
-    if ctx.needs_input_grad[3]:
+def _setup_context(
+    ctx: Any,
+    output: Tensor,
+    pred: Tensor,
+    x_1: Tensor,
+    other: Tensor | None,
+    t: Tensor,
+    kind: int,
+    sigma_min: float,
+) -> None:
+    if OP.needs(ctx, "t"):
         raise RuntimeError("flow_loss: no gradient with respect to t")
     ctx.save_for_backward(pred, x_1, other, t)
+    ctx.kind, ctx.sigma_min = kind, sigma_min
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    pred, x_1, other, t = ctx.saved_tensors
-    needs_x_1, needs_other = ctx.needs_input_grad[1:3]
-    residual_too = needs_x_1 or needs_other
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    needs_x_1, needs_other = OP.needs(ctx, "x_1"), OP.needs(ctx, "other")
     d_pred, d_residual = BACKWARD.torch_op(
-        grad, pred, x_1, other, t, ctx.kind, ctx.sigma_min, residual_too
+        grad, *ctx.saved_tensors, ctx.kind, ctx.sigma_min, needs_x_1 or needs_other
     )
-    slope = 1.0 - ctx.sigma_min if ctx.kind == _V_PRED_V else 1.0
-    return (
-        d_pred,
-        -d_residual if needs_x_1 else None,
-        slope * d_residual if needs_other and other is not None else None,
-        None,
-        None,
-        None,
-    )
+    found = {"pred": d_pred}
+    if needs_x_1:
+        found["x_1"] = -d_residual
+    if needs_other:
+        found["other"] = (1.0 - ctx.sigma_min if ctx.kind == _V_PRED_V else 1.0) * d_residual
+    return found
 
 
 OP = Op(
@@ -266,15 +240,15 @@ OP = Op(
     ),
     reference=reference,
     check=_check,
-    outputs=_outputs,
-    launch={"cpp": _launch},
-    supported=_ALL,
+    outputs=lambda pred: pred.new_empty(pred.shape[0], dtype=compute_dtype(pred.dtype)),
+    launch={"cpp": lambda out, **arguments: _call(out, None, None, **arguments)},
+    supported={"cpp": ON_BOTH},
     samples=_samples,
     workloads=_workloads(backward=False),
-    bytes=lambda pred, x_1, other, *_: (
+    bytes=lambda pred, x_1, other: (
         pred.nbytes + x_1.nbytes + (0 if other is None else other.nbytes)
     ),
-    flops=lambda pred, *_: 4 * pred.numel(),
+    flops=lambda pred: 4 * pred.numel(),
     tolerance="reduction",
     setup_context=_setup_context,
     backward=_backward,
@@ -292,7 +266,7 @@ def flow_loss(
     loss: str = "v",
     sigma_min: float = 0.0,
 ) -> Tensor:  # b
-    """Mean squared flow-matching error of each item.
+    """The mean squared flow-matching error of each item.
 
     Args:
         pred: (b, n, d) the network's output, any float dtype.

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import _philox
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
+from .._launch import DTYPE_CODE, address, dense, target
+from .._registry import ON_BOTH, Op, Sample, Workload, normals
 
 
 def _check(
@@ -48,9 +49,7 @@ def _check(
     require(offset >= 0 and offset % 4 == 0, f"{op}: offset must be a multiple of 4, got {offset}")
 
 
-def _outputs(
-    x_1: Tensor, t: Any, noise: Tensor | None, seeds: Any, *_: Any
-) -> tuple[Tensor, Tensor]:
+def _outputs(x_1: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     x_0 = x_1.new_empty(0 if noise is not None else x_1.shape, dtype=compute_dtype(x_1.dtype))
     return x_1.new_empty(x_1.shape), x_0
 
@@ -87,9 +86,7 @@ def _launch(
 ) -> None:
     if not x_1.numel():
         return
-    x_1, t = x_1.contiguous(), t.contiguous()
-    noise = None if noise is None else noise.contiguous()
-    seeds = None if seeds is None else seeds.contiguous()
+    x_1, t, noise, seeds = dense(x_1, t, noise, seeds)
     C.flow_mix(
         target(x_1),
         DTYPE_CODE[x_1.dtype],
@@ -107,29 +104,38 @@ def _launch(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_1, t, noise, _, ctx.sigma_min, *_ = inputs
+def _setup_context(
+    ctx: Any,
+    output: tuple[Tensor, Tensor],
+    x_1: Tensor,
+    t: Tensor,
+    noise: Tensor | None,
+    sigma_min: float,
+) -> None:
     ctx.save_for_backward(x_1, t, output[1] if noise is None else noise)
-    ctx.noise_given = noise is not None
+    ctx.noise_given, ctx.sigma_min = noise is not None, sigma_min
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> dict[str, Tensor]:
     x_1, t, x_0 = ctx.saved_tensors
     grad = grad.to(t.dtype)
     time = t[:, None, None]
     keep = 1 - ctx.sigma_min
-    d_x_1 = (grad * time).to(x_1.dtype) if ctx.needs_input_grad[0] else None
-    d_t = (grad * (x_1 - keep * x_0)).sum((1, 2)) if ctx.needs_input_grad[1] else None
-    d_noise = grad * (1 - keep * time) if ctx.noise_given and ctx.needs_input_grad[2] else None
-    return d_x_1, d_t, d_noise, None, None, None, None
+    found = {}
+    if OP.needs(ctx, "x_1"):
+        found["x_1"] = (grad * time).to(x_1.dtype)
+    if OP.needs(ctx, "t"):
+        found["t"] = (grad * (x_1 - keep * x_0)).sum((1, 2))
+    if ctx.noise_given and OP.needs(ctx, "noise"):
+        found["noise"] = grad * (1 - keep * time)
+    return found
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(seed)
     computed = compute_dtype(dtype)
 
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    normal = normals(generator, device, dtype)
 
     def times(batch: int) -> Tensor:
         return torch.rand(batch, generator=generator, dtype=torch.float64).to(device, computed)
@@ -147,11 +153,6 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
         Sample((normal(3, 1, 1), times(3), None, seeds, 0.0, 1.0, 0), (), "one element"),
         Sample((normal(0, 4, 4), times(0), None, seeds[:0], 0.0, 1.0, 0), (), "empty batch"),
     ]
-
-
-def _bytes(x_1: Tensor, t: Any, noise: Tensor | None, *_: Any) -> int:
-    computed = x_1.numel() * compute_dtype(x_1.dtype).itemsize
-    return 2 * x_1.nbytes + computed  # noise read, or x_0 written
 
 
 def _workload(batch: int) -> Workload:
@@ -175,11 +176,12 @@ OP = Op(
     check=_check,
     outputs=_outputs,
     launch={"cpp": _launch},
-    supported={"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}},
+    supported={"cpp": ON_BOTH},
     samples=_samples,
     workloads={f"{batch} clips of 8 s": _workload(batch) for batch in (8, 256)},
-    bytes=_bytes,
-    flops=lambda x_1, t, noise, *_: x_1.numel() * (3 if noise is not None else 60),
+    # Noise is read, or x_0 written.
+    bytes=lambda x_1: 2 * x_1.nbytes + x_1.numel() * compute_dtype(x_1.dtype).itemsize,
+    flops=lambda x_1, noise: x_1.numel() * (3 if noise is not None else 60),
     tolerance="single_pass",
     setup_context=_setup_context,
     backward=_backward,

@@ -14,31 +14,25 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype
-from .._registry import (
-    DTYPE_CODE,
-    Op,
-    Sample,
-    address,
-    dense_rows,
-    no_double_backward,
-    target,
-    triton_launch,
-)
-from .adaln import (
+from .._launch import DTYPE_CODE, address, dense, dense_rows, target, triton_launch
+from .._registry import Op, Sample, no_double_backward, normals
+from .._rows import (
     NO_ROWS,
-    SUPPORTED,
     TokenRows,
-    backward_workloads,
-    check_layer_norm,
     check_rows,
-    layer_norm,
-    layer_norm_backward,
-    of_tokens,
+    gather_rows,
     row_map,
     row_tensor,
     sample_rows,
     segment_sums,
     upsampled_rows,
+)
+from .adaln import (
+    SUPPORTED,
+    backward_workloads,
+    check_layer_norm,
+    layer_norm,
+    layer_norm_backward,
 )
 
 
@@ -77,26 +71,20 @@ def _check(
     check_layer_norm(op, sizes, eps)
 
 
-def _outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
 def reference(
     x: Tensor,  # b n c
     y: Tensor,  # b n c
     gate: Tensor,  # b rg c
     gate_index: Tensor | None,  # n
-    gate_offsets: Tensor | None,  # rg+1
     shift: Tensor,  # b r c
     scale: Tensor,  # b r c
     index: Tensor | None,  # n
-    offsets: Tensor | None,  # r+1
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # b n c, b n c
     wide = compute_dtype(x.dtype)
-    new = x.to(wide) + of_tokens(gate, gate_index, wide) * y.to(wide)
+    new = x.to(wide) + gather_rows(gate, gate_index, wide) * y.to(wide)
     normed = F.layer_norm(new, x.shape[-1:], eps=eps)
-    shift, scale = of_tokens(shift, index, wide), of_tokens(scale, index, wide)
+    shift, scale = gather_rows(shift, index, wide), gather_rows(scale, index, wide)
     out = normed * (1 + scale) + shift
     return new.to(x.dtype).contiguous(), out.to(x.dtype).contiguous()
 
@@ -116,11 +104,9 @@ def _launch(
 ) -> None:
     if not x.numel():
         return
-    x, y = x.contiguous(), y.contiguous()
     gate, shift, scale = (dense_rows(t) for t in (gate, shift, scale))
-    gate_index, gate_offsets, index, offsets = (
-        None if t is None else t.contiguous() for t in (gate_index, gate_offsets, index, offsets)
-    )
+    x, y, index, offsets = dense(x, y, index, offsets)
+    gate_index, gate_offsets = dense(gate_index, gate_offsets)
     C.gated_residual_adaln(
         target(x),
         DTYPE_CODE[x.dtype],
@@ -141,35 +127,15 @@ def _launch(
 # place of x would round the gradients of the rows twice.
 
 
-def _check_backward(
-    grad_new: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    gate_index: Tensor | None,
-    gate_offsets: Tensor | None,
-    scale: Tensor,
-    *rest: Any,
-) -> None:
-    _check(x, y, gate, gate_index, gate_offsets, scale, scale, *rest)
+def _check_backward(grad_new: Tensor, grad: Tensor, x: Tensor, scale: Tensor, **rest: Any) -> None:
+    _check(x, shift=scale, scale=scale, **rest)
     op = "gated_residual_adaln_backward"
     check(op, x=(x, "b n c"), grad_new=(grad_new, "b n c"), grad=(grad, "b n c"))
     check_dtype(op, "grad_new", grad_new, x.dtype)
     check_dtype(op, "grad", grad, x.dtype)
 
 
-def _outputs_backward(
-    grad_new: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    gate_index: Any,
-    gate_offsets: Any,
-    scale: Tensor,
-    *_: Any,
-) -> tuple[Tensor, ...]:
+def _outputs_backward(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (x, y, gate, scale, scale))
 
 
@@ -180,16 +146,14 @@ def _reference_backward(
     y: Tensor,  # b n c
     gate: Tensor,  # b rg c
     gate_index: Tensor | None,  # n
-    gate_offsets: Tensor | None,  # rg+1
     scale: Tensor,  # b r c
     index: Tensor | None,  # n
-    offsets: Tensor | None,  # r+1
     eps: float,
 ) -> tuple[Tensor, ...]:  # b n c, b n c, b rg c, b r c, b r c
     wide = compute_dtype(x.dtype)
-    grad, y, gates = grad.to(wide), y.to(wide), of_tokens(gate, gate_index, wide)
+    grad, y, gates = grad.to(wide), y.to(wide), gather_rows(gate, gate_index, wide)
     normed, inverse = layer_norm(x.to(wide) + gates * y, eps)
-    modulated = grad * (1 + of_tokens(scale, index, wide))
+    modulated = grad * (1 + gather_rows(scale, index, wide))
     d_new = grad_new.to(wide) + layer_norm_backward(modulated, normed, inverse)
     gradients = (
         d_new,
@@ -217,11 +181,9 @@ def _launch_backward(
 ) -> None:
     if not x.numel():
         return
-    grad_new, grad, x, y = (t.contiguous() for t in (grad_new, grad, x, y))
     gate, scale = dense_rows(gate), dense_rows(scale)
-    gate_index, gate_offsets, index, offsets = (
-        None if t is None else t.contiguous() for t in (gate_index, gate_offsets, index, offsets)
-    )
+    grad_new, grad, x, y = dense(grad_new, grad, x, y)
+    gate_index, gate_offsets, index, offsets = dense(gate_index, gate_offsets, index, offsets)
     C.gated_residual_adaln_backward(
         target(x),
         DTYPE_CODE[x.dtype],
@@ -237,10 +199,7 @@ def _launch_backward(
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    normal = normals(torch.Generator().manual_seed(seed), device, dtype)
 
     def arguments(
         b: int, n: int, c: int, gate_rows: Any = NO_ROWS, rows: Any = NO_ROWS, eps: float = 1e-5
@@ -274,7 +233,7 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
 
 
 def _of_forward(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    """Arguments of the backward from those of the forward."""
+    """Make the arguments of the backward from those of the forward."""
     y, gate, gate_index, gate_offsets, _, *rest = args
     return torch.randn_like(x), torch.randn_like(x), x, y, gate, gate_index, gate_offsets, *rest
 
@@ -290,7 +249,7 @@ def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> li
 
 
 def _workload(b: int, n: int, gate_rows: int | None, rows: int | None) -> Any:
-    """Gate, shift and scale are chunk views of a block's modulation; c = 896."""
+    """A call with c = 896 whose gate, shift and scale are chunk views of a modulation."""
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         x, y = (torch.randn(b, n, 896, device=device, dtype=dtype) for _ in range(2))
@@ -317,6 +276,7 @@ _WORKLOADS = {
 
 BACKWARD = Op(
     name="gated_residual_adaln_backward",
+    stem="adaln",
     schema=(
         "(Tensor grad_new, Tensor grad, Tensor x, Tensor y, Tensor gate, Tensor? gate_index, "
         "Tensor? gate_offsets, Tensor scale, Tensor? index, Tensor? offsets, float eps) "
@@ -325,37 +285,36 @@ BACKWARD = Op(
     reference=_reference_backward,
     check=_check_backward,
     outputs=_outputs_backward,
-    launch={"cpp": _launch_backward, "triton": triton_launch("gated_residual_adaln", "backward")},
+    launch={"cpp": _launch_backward, "triton": triton_launch("adaln", "gated_backward")},
     supported=SUPPORTED,
     samples=_samples_backward,
     workloads=backward_workloads(_WORKLOADS, _of_forward),
-    bytes=lambda grad_new, grad, x, y, gate, gate_index, gate_offsets, scale, *_: (
-        6 * x.nbytes + 2 * gate.nbytes + 3 * scale.nbytes
-    ),
-    flops=lambda grad_new, grad, x, *_: 22 * x.numel(),
+    bytes=lambda x, gate, scale: 6 * x.nbytes + 2 * gate.nbytes + 3 * scale.nbytes,
+    flops=lambda x: 22 * x.numel(),
     tolerance="reduction",
-    setup_context=lambda ctx, inputs, output: None,
     backward=no_double_backward("gated_residual_adaln"),
     bulk=("grad_new", "grad", "x", "y"),
     internal=True,
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *saved, ctx.eps = inputs
-    del saved[5]  # shift
-    ctx.save_for_backward(*saved)
+def _setup_context(
+    ctx: Any, output: tuple[Tensor, Tensor], shift: Tensor, eps: float, **saved: Any
+) -> None:
+    ctx.save_for_backward(*saved.values())
+    ctx.eps = eps
 
 
-def _backward(ctx: Any, grad_new: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_new: Tensor, grad: Tensor) -> dict[str, Tensor]:
     d_x, d_y, d_gate, d_shift, d_scale = BACKWARD.torch_op(
         grad_new, grad, *ctx.saved_tensors, ctx.eps
     )
-    return d_x, d_y, d_gate, None, None, d_shift, d_scale, None, None, None
+    return {"x": d_x, "y": d_y, "gate": d_gate, "shift": d_shift, "scale": d_scale}
 
 
 OP = Op(
     name="gated_residual_adaln",
+    stem="adaln",
     schema=(
         "(Tensor x, Tensor y, Tensor gate, Tensor? gate_index, Tensor? gate_offsets, "
         "Tensor shift, Tensor scale, Tensor? index, Tensor? offsets, float eps) "
@@ -363,15 +322,13 @@ OP = Op(
     ),
     reference=reference,
     check=_check,
-    outputs=_outputs,
-    launch={"cpp": _launch, "triton": triton_launch("gated_residual_adaln", "forward")},
+    outputs=lambda x: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    launch={"cpp": _launch, "triton": triton_launch("adaln", "gated_forward")},
     supported=SUPPORTED,
     samples=_samples,
     workloads=_WORKLOADS,
-    bytes=lambda x, y, gate, gate_index, gate_offsets, shift, scale, *_: (
-        4 * x.nbytes + gate.nbytes + shift.nbytes + scale.nbytes
-    ),
-    flops=lambda x, *_: 10 * x.numel(),
+    bytes=lambda x, gate, shift, scale: 4 * x.nbytes + gate.nbytes + shift.nbytes + scale.nbytes,
+    flops=lambda x: 10 * x.numel(),
     tolerance="reduction",
     setup_context=_setup_context,
     backward=_backward,
@@ -392,7 +349,7 @@ def gated_residual_adaln(
     *,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:  # b n c, b n c
-    """A gated residual and the adaptive LayerNorm after it, in one pass.
+    """Add a gated residual and apply the adaptive LayerNorm after it, in one pass.
 
     Args:
         x: (b, n, c) the residual stream, any float dtype, c at most 8192.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
+from .._launch import DTYPE_CODE, address, dense, target
+from .._registry import ON_BOTH, Op, Sample, Workload
 
 _CHUNK = 16384  # samples a CUDA block reduces; kChunk in csrc/cuda/lift_patchify.cu
 
@@ -51,7 +52,7 @@ def _check(
         )
 
 
-def _check_lengths(wave: Tensor, lengths: Tensor | None, *_: Any) -> None:
+def _check_lengths(wave: Tensor, lengths: Tensor | None) -> None:
     if lengths is None or lengths.device.type != "cpu" or not lengths.numel():
         return
     low, high = int(lengths.min()), int(lengths.max())
@@ -61,23 +62,14 @@ def _check_lengths(wave: Tensor, lengths: Tensor | None, *_: Any) -> None:
     )
 
 
-def _outputs(
-    wave: Tensor,
-    lengths: Any,
-    levels: Any,
-    token_size: int,
-    tokens: int,
-    rms: float,
-    scale: float,
-    out_dtype: Any,
-) -> Tensor:
+def _outputs(wave: Tensor, token_size: int, tokens: int, out_dtype: torch.dtype | None) -> Tensor:
     return wave.new_empty((wave.shape[0], tokens, token_size), dtype=out_dtype or wave.dtype)
 
 
 def _gain(
     wave: Tensor, lengths: Tensor | None, levels: Tensor | None, target_rms: float
 ) -> tuple[Tensor, ...]:
-    """Masked wave (b t), and (b 1) gain, divisor, sum of squares, peak, audible, peak rule."""
+    """The masked wave (b t); (b 1) gain, divisor, sum of squares, peak, audible, peak rule."""
     x = wave.to(compute_dtype(wave.dtype))
     count: Any = x.shape[1]
     if lengths is not None:
@@ -121,14 +113,11 @@ def _launch(
     tokens: int,
     target_rms: float,
     audio_scale: float,
-    out_dtype: torch.dtype | None,
 ) -> None:
     batch, samples = wave.shape
     if not batch:
         return
-    wave = wave.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
-    levels = None if levels is None else levels.contiguous()
+    wave, lengths, levels = dense(wave, lengths, levels)
     partials = None
     if wave.device.type == "cuda" and levels is None:
         chunks = -(-samples // _CHUNK)
@@ -150,13 +139,20 @@ def _launch(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    wave, lengths, levels, _, _, target_rms, audio_scale, _ = inputs
+def _setup_context(
+    ctx: Any,
+    output: Tensor,
+    wave: Tensor,
+    lengths: Tensor | None,
+    levels: Tensor | None,
+    target_rms: float,
+    audio_scale: float,
+) -> None:
     ctx.save_for_backward(wave, lengths, levels)
     ctx.target_rms, ctx.audio_scale = target_rms, audio_scale
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     # y = s clamp(g x). dy/dx has a direct part s g and a part through g: with the RMS rule
     # dg/dx_i = -g x_i / sum x^2; with the peak rule g = 1 / max|x| and only the peaks count.
     wave, lengths, levels = ctx.saved_tensors
@@ -175,7 +171,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if lengths is not None:
         inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         d_wave = torch.where(inside, d_wave, 0.0)
-    return d_wave.to(wave.dtype), None, None, None, None, None, None, None
+    return {"wave": d_wave.to(wave.dtype)}
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
@@ -229,15 +225,15 @@ OP = Op(
     check_values=_check_lengths,
     outputs=_outputs,
     launch={"cpp": _launch},
-    supported={"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}},
+    supported={"cpp": ON_BOTH},
     samples=_samples,
     workloads={f"{batch} clips of 8 s": _workload(batch) for batch in (8, 256)},
     # Read for the level, read again to write: a clip does not stay on chip.
-    bytes=lambda wave, lengths, levels, d, n, rms, scale, dtype: (
+    bytes=lambda wave, levels, token_size, tokens, out_dtype: (
         (2 if levels is None else 1) * wave.nbytes
-        + wave.shape[0] * n * d * (dtype or wave.dtype).itemsize
+        + wave.shape[0] * tokens * token_size * (out_dtype or wave.dtype).itemsize
     ),
-    flops=lambda wave, *_: 8 * wave.numel(),
+    flops=lambda wave: 8 * wave.numel(),
     tolerance="reduction",
     setup_context=_setup_context,
     backward=_backward,

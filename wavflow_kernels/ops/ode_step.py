@@ -20,20 +20,21 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
+from .._launch import DTYPE_CODE, address, dense, target
+from .._registry import ON_BOTH, Op, Sample, Workload, normals
 
 MAX_SLOTS = 3
 
 
 def _check(
-    state: Tensor, pred: Tensor, uncond: Tensor | None, table: Tensor, index: Tensor
+    state: Tensor, pred: Tensor, pred_uncond: Tensor | None, table: Tensor, index: Tensor
 ) -> None:
     op = "ode_step"
     sizes = check(
         op,
         state=(state, "k b n d"),
         pred=(pred, "b n d"),
-        pred_uncond=(uncond, "b n d"),
+        pred_uncond=(pred_uncond, "b n d"),
         table=(table, "steps row"),
         index=(index, "1"),
     )
@@ -43,8 +44,7 @@ def _check(
         compute_dtype(pred.dtype) == state.dtype,
         f"{op}: a {pred.dtype} pred needs a {compute_dtype(pred.dtype)} state, got {state.dtype}",
     )
-    if uncond is not None:
-        check_dtype(op, "pred_uncond", uncond, pred.dtype)
+    check_dtype(op, "pred_uncond", pred_uncond, pred.dtype)
     check_dtype(op, "table", table, state.dtype)
     check_dtype(op, "index", index, torch.int64)
     k = sizes["k"]
@@ -60,7 +60,7 @@ def _check(
 
 
 def _row(table: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Guidance weight w and the (k, k + 1) matrix M of the chosen row."""
+    """The guidance weight w and the (k, k + 1) matrix M of the chosen row."""
     row = table.index_select(0, index)[0]
     return row[1], row[2:].view(k, k + 1)
 
@@ -68,7 +68,7 @@ def _row(table: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def reference(
     state: Tensor,  # k b n d
     pred: Tensor,  # b n d
-    uncond: Tensor | None,  # b n d
+    pred_uncond: Tensor | None,  # b n d
     table: Tensor,  # steps 2+k(k+1)
     index: Tensor,  # 1
 ) -> Tensor:  # k b n d
@@ -77,8 +77,8 @@ def reference(
     k = state.shape[0]
     w, matrix = _row(table, index, k)
     d = pred.to(state.dtype)
-    if uncond is not None:
-        d = w * d + (1 - w) * uncond.to(state.dtype)
+    if pred_uncond is not None:
+        d = w * d + (1 - w) * pred_uncond.to(state.dtype)
     slots = [
         matrix[i, 0] * d + sum(matrix[i, 1 + j] * state[j] for j in range(k)) for i in range(k)
     ]
@@ -94,7 +94,7 @@ def _call(
     out: Tensor,
     state: Tensor,
     pred: Tensor,
-    uncond: Tensor | None,
+    pred_uncond: Tensor | None,
     table: Tensor,
     index: Tensor,
     *,
@@ -102,8 +102,7 @@ def _call(
 ) -> None:
     if index.device.type == "cpu":
         _check_index(table, index)
-    pred, table = pred.contiguous(), table.contiguous()
-    uncond = None if uncond is None else uncond.contiguous()
+    pred, pred_uncond, table = dense(pred, pred_uncond, table)
     C.ode_step(
         target(state),
         DTYPE_CODE[state.dtype],
@@ -111,7 +110,7 @@ def _call(
         address(state),
         address(out),
         address(pred),
-        address(uncond),
+        address(pred_uncond),
         address(table),
         address(index),
         state.shape[0],
@@ -121,35 +120,40 @@ def _call(
     )
 
 
-def _launch(out: Tensor, state: Tensor, *args: Any) -> None:
-    _call(out, state.contiguous(), *args, advance=False)
+def _launch(out: Tensor, state: Tensor, *rest: Any) -> None:
+    _call(out, state.contiguous(), *rest, advance=False)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    state, pred, uncond, table, index = inputs
-    if ctx.needs_input_grad[3]:
+def _setup_context(
+    ctx: Any,
+    output: Tensor,
+    state: Tensor,
+    pred: Tensor,
+    pred_uncond: Tensor | None,
+    table: Tensor,
+    index: Tensor,
+) -> None:
+    if OP.needs(ctx, "table"):
         raise RuntimeError("ode_step: no gradient with respect to table")
-    ctx.k, ctx.pred_dtype, ctx.guided = state.shape[0], pred.dtype, uncond is not None
+    ctx.k, ctx.pred_dtype, ctx.guided = state.shape[0], pred.dtype, pred_uncond is not None
     ctx.save_for_backward(table, index.clone())
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     table, index = ctx.saved_tensors
     w, matrix = _row(table, index, ctx.k)
     d_d = torch.einsum("i,ibnd->bnd", matrix[:, 0], grad)
     d_state = torch.einsum("ij,ibnd->jbnd", matrix[:, 1:], grad)
     if not ctx.guided:
-        return d_state, d_d.to(ctx.pred_dtype), None, None, None
-    d_pred, d_uncond = w * d_d, (1 - w) * d_d
-    return d_state, d_pred.to(ctx.pred_dtype), d_uncond.to(ctx.pred_dtype), None, None
+        return {"state": d_state, "pred": d_d.to(ctx.pred_dtype)}
+    d_pred, d_uncond = (d.to(ctx.pred_dtype) for d in (w * d_d, (1 - w) * d_d))
+    return {"state": d_state, "pred": d_pred, "pred_uncond": d_uncond}
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
     computed = compute_dtype(dtype)
 
-    def normal(*shape: int, dtype: torch.dtype = computed) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    normal = normals(torch.Generator().manual_seed(seed), device, computed)
 
     def arguments(k: int, guided: bool, *shape: int) -> tuple[Any, ...]:
         uncond = normal(*shape, dtype=dtype) if guided else None
@@ -167,8 +171,8 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
     ]
 
 
-def _bytes(state: Tensor, pred: Tensor, uncond: Tensor | None, *_: Any) -> int:
-    return 2 * state.nbytes + pred.nbytes + (0 if uncond is None else uncond.nbytes)
+def _bytes(state: Tensor, pred: Tensor, pred_uncond: Tensor | None) -> int:
+    return 2 * state.nbytes + pred.nbytes + (0 if pred_uncond is None else pred_uncond.nbytes)
 
 
 def _workload(batch: int) -> Workload:
@@ -184,38 +188,35 @@ def _workload(batch: int) -> Workload:
 
 
 _WORKLOADS = {f"{batch} clips of 8 s": _workload(batch) for batch in (8, 256)}
-_SUPPORTED = {"cpp": {"cpu": frozenset(FLOATS), "cuda": frozenset(FLOATS)}}
 
 OP = Op(
     name="ode_step",
     schema="(Tensor state, Tensor pred, Tensor? pred_uncond, Tensor table, Tensor index) -> Tensor",
     reference=reference,
     check=_check,
-    outputs=lambda state, *_: state.new_empty(state.shape),
+    outputs=lambda state: state.new_empty(state.shape),
     launch={"cpp": _launch},
-    supported=_SUPPORTED,
+    supported={"cpp": ON_BOTH},
     samples=_samples,
     workloads=_WORKLOADS,
     bytes=_bytes,
-    flops=lambda state, pred, *_: pred.numel() * (3 + 2 * len(state) * (len(state) + 1)),
+    flops=lambda state, pred: pred.numel() * (3 + 2 * len(state) * (len(state) + 1)),
     tolerance="single_pass",
     setup_context=_setup_context,
     backward=_backward,
 )
 
 
-def _check_inplace(state: Tensor, *args: Any) -> None:
-    _check(state, *args)
+def _check_inplace(state: Tensor, *rest: Any) -> None:
+    _check(state, *rest)
     require(
         state.is_contiguous(),
         f"ode_step_: state must be contiguous, got strides {tuple(state.stride())}",
     )
 
 
-def _reference_inplace(
-    state: Tensor, pred: Tensor, uncond: Tensor | None, table: Tensor, index: Tensor
-) -> None:
-    state.copy_(reference(state, pred, uncond, table, index))
+def _reference_inplace(state: Tensor, index: Tensor, **rest: Any) -> None:
+    state.copy_(reference(state, index=index, **rest))
     index.add_(1)
 
 
@@ -226,9 +227,9 @@ INPLACE = Op(
     ),
     reference=_reference_inplace,
     check=_check_inplace,
-    outputs=lambda *_: None,
-    launch={"cpp": lambda out, state, *args: _call(state, state, *args, advance=True)},
-    supported=_SUPPORTED,
+    outputs=lambda: None,
+    launch={"cpp": lambda out, state, *rest: _call(state, state, *rest, advance=True)},
+    supported={"cpp": ON_BOTH},
     samples=lambda device, dtype, seed: [
         Sample(s.args, (), s.name) for s in _samples(device, dtype, seed)
     ],
@@ -278,7 +279,7 @@ def ode_step_(
     *,
     pred_uncond: Tensor | None = None,  # b n d
 ) -> None:
-    """:func:`ode_step` in place; then adds 1 to `index`. The state must be contiguous.
+    """Take :func:`ode_step` in place, then add 1 to `index`. The state must be contiguous.
 
     Raises RuntimeError if grad mode is on and an argument requires grad.
     """

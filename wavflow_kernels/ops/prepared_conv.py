@@ -19,7 +19,8 @@ from torch import Tensor
 from .. import _backend, _panels, cpu
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import DTYPE_CODE, Op, Sample, Workload, address, target
+from .._launch import DTYPE_CODE, address, target
+from .._registry import Op, Sample, Workload, normals
 from . import swiglu
 
 _HINT = 512  # tokens that oneDNN is told to lay weights out for; any number works
@@ -58,11 +59,11 @@ def _check(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: boo
 
 
 def _channels(weights: Sequence[Tensor]) -> int:
-    """Output channels, before a gate."""
+    """How many output channels the weights have, before a gate."""
     return weights[0].shape[0] * (_panels.WIDTH if weights[0].dim() == 3 else 1)
 
 
-def _outputs(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, gated: bool) -> Tensor:
+def _outputs(x: Tensor, weights: Sequence[Tensor], gated: bool) -> Tensor:
     channels = _channels(weights)
     return x.new_empty(*x.shape[:2], channels // 2 if gated else channels)
 
@@ -73,9 +74,7 @@ def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def reference(
     x: Tensor,  # b n c
-    weights: Sequence[
-        Tensor
-    ],  # (o c 1 k) or (o c), or panels; or 4 of (o c) or panels, transformed
+    weights: Sequence[Tensor],  # one: o c 1 k, o c or panels; or 4, transformed: o c or panels
     bias: Tensor | None,  # o
     gated: bool,
 ) -> Tensor:  # b n o, or half of o
@@ -106,7 +105,7 @@ def reference(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` by oneDNN, where :func:`fast`; tensors are contiguous or in its layout."""
+    """Call oneDNN's ``F.linear``, where :func:`fast`; tensors are dense or in its layout."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -140,7 +139,7 @@ def _launch(
 ) -> None:
     if not out.numel():
         return
-    # Panels are for the compiled product, which is float32's alone.
+    # The product of panels is float32's.
     wide = torch.float32 if weights[0].dim() == 3 else cpu.product_dtype(x.dtype)
     if wide != x.dtype:
         made = out.new_empty(out.shape, dtype=wide)
@@ -182,10 +181,7 @@ def _launch(
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    normal = normals(torch.Generator().manual_seed(seed), device, dtype)
 
     def four(o: int, c: int) -> list[Tensor]:
         return [w.to(dtype) for w in winograd_weights(normal(o, c, 3).double() * (3 * c) ** -0.5)]
@@ -235,7 +231,7 @@ def winograd_weights(weight: Tensor) -> tuple[Tensor, ...]:  # o c 3
 
 
 def _transformed(given: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """:func:`winograd_weights` of weights (o c 3) one below the other, in one pass: (4 o c)."""
+    """Transform weights (o c 3), one below the other, as :func:`winograd_weights`: (4 o c)."""
     o, c, _ = given[0].shape
     out = torch.empty(4, len(given) * o, c, dtype=dtype)
     for i, weight in enumerate(given):
@@ -246,7 +242,7 @@ def _transformed(given: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _picture(given: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Weights (o c k) one below the other, laid out for a height-1 picture: (o c 1 k)."""
+    """Lay out weights (o c k), one below the other, for a height-1 picture: (o c 1 k)."""
     _, c, k = given[0].shape
     joined = torch.cat([w.detach().to(dtype) for w in given]).unsqueeze(2)
     return torch.ops.mkldnn._reorder_convolution_weight(
@@ -284,12 +280,12 @@ OP = Op(
         "one guided clip, width 3, gate": _workload(winograd=False),
         "one guided clip, width 3, gate, Winograd": _workload(winograd=True),
     },
-    bytes=lambda x, weights, bias, gated: (
+    bytes=lambda x, weights, gated: (
         x.nbytes
         + sum(w.numel() * x.itemsize for w in weights)
         + x[..., 0].numel() * weights[0].shape[0] * x.itemsize // (2 if gated else 1)
     ),
-    flops=lambda x, weights, *_: (
+    flops=lambda x, weights: (
         2 * x[..., 0].numel() * sum(w.numel() for w in weights) // (2 if len(weights) == 4 else 1)
     ),
     tolerance="matrix",
@@ -305,7 +301,7 @@ def fast(x: Tensor) -> bool:
 
 
 class PreparedConv(NamedTuple):
-    """Weights of one convolution, or of a gated pair, for inference; see :func:`prepare_conv`.
+    """The weights of one convolution, or of a gated pair, as :func:`prepare_conv` makes them.
 
     They are copies: a change of the parameters needs a new one.
     """

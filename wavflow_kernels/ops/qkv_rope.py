@@ -27,21 +27,11 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import (
-    DTYPE_CODE,
-    ON_CPU,
-    ON_TRITON,
-    Op,
-    Sample,
-    address,
-    dense_rows,
-    no_double_backward,
-    target,
-    triton_launch,
-)
-from .rope_attention import norm_rope, norm_rope_backward
+from .._launch import DTYPE_CODE, address, dense, dense_rows, target, triton_launch
+from .._registry import ON_CPU, ON_TRITON, Op, Sample, no_double_backward, normals
 
 FREQUENCY_BASE = 10000.0
+RMS_NORM_EPS = torch.finfo(torch.float32).eps
 _SUPPORTED = {"cpp": ON_CPU, "triton": ON_TRITON}
 
 
@@ -98,12 +88,12 @@ def _check(
 
 
 def _parts(x: Tensor, weight: Tensor, heads: int) -> int:
-    """3 for a stream that supplies queries, 2 for one that does not."""
+    """How many parts a stream has: 3 with queries, 2 without."""
     return x.shape[2] // (heads * weight.shape[0])
 
 
 def _outputs(
-    qkv: Sequence[Tensor], q_weight: Sequence[Tensor], k_weight: Any, rope: Any, heads: int
+    qkv: Sequence[Tensor], q_weight: Sequence[Tensor], heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     first, d = qkv[0], q_weight[0].shape[0]
     queries = sum(x.shape[1] for x in qkv if _parts(x, q_weight[0], heads) == 3)
@@ -116,13 +106,39 @@ def _outputs(
 def _streams(
     qkv: Sequence[Tensor], q_weight: Sequence[Tensor], rope: Tensor, heads: int
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """q, k, v (b h n d) and rotations (n d) of each stream; q has no tokens without queries."""
+    """The q, k, v (b h n d) and rotations (n d) of each stream; q is empty without queries."""
     streams = []
     for x, table in zip(qkv, rope.split([x.shape[1] for x in qkv]), strict=True):
         parts = _parts(x, q_weight[0], heads)
         *q, k, v = x.unflatten(-1, (heads, -1, parts)).permute(4, 0, 2, 1, 3).unbind()
         streams.append((q[0] if q else k[:, :, :0], k, v, table))
     return streams
+
+
+def norm_rope(x: Tensor, weight: Tensor, rope: Tensor) -> Tensor:  # b h n d
+    """Normalise x over its last axis and rotate the pairs (2i, 2i + 1); result in x's dtype."""
+    wide = x.to(weight.dtype)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS) * weight
+    cos, sin = rope.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def norm_rope_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`norm_rope` in x and weight, from that of its result (b h n d)."""
+    wide = x.to(weight.dtype)
+    cos, sin = rope.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = grad.to(weight.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    grad = torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-1).flatten(-2)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS)
+    normed = wide * inverse
+    d_weight = (grad * normed).sum((0, 1, 2))
+    grad = grad * weight
+    d_x = inverse * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+    return d_x.to(x.dtype), d_weight
 
 
 def reference(
@@ -136,7 +152,7 @@ def reference(
     for (q, k, v, table), wq, wk in zip(
         _streams(qkv, q_weight, rope, heads), q_weight, k_weight, strict=True
     ):
-        joint.append((norm_rope(q, wq, table).to(q.dtype), norm_rope(k, wk, table).to(k.dtype), v))
+        joint.append((norm_rope(q, wq, table[: q.shape[2]]), norm_rope(k, wk, table), v))
     q, k, v = (torch.cat(tensors, dim=2) for tensors in zip(*joint, strict=True))
     return q, k, v
 
@@ -157,11 +173,11 @@ def _call(
         return
     # Rows may lie anywhere, their elements must be contiguous. The lists keep copies alive.
     qkv = [dense_rows(x) for x in qkv]
-    q_weight, k_weight = ([w.contiguous() for w in ws] for ws in (q_weight, k_weight))
+    q_weight, k_weight = dense(*q_weight), dense(*k_weight)
     rope = rope.contiguous()
     count, d = len(qkv), rope.shape[1]
     streams = [
-        C.QkvRopeStream(
+        (  # QkvRopeStream of csrc/qkv_rope.h
             address(x),
             address(q_weight[i]),
             address(k_weight[i]),
@@ -186,18 +202,19 @@ def _call(
     )
 
 
-def _launch(out: tuple[Tensor, Tensor, Tensor], *args: Any) -> None:
-    _call(False, out, (), *args)
-
-
 # The backward. Its gradients come as one list: of qkv, of q_weight, of k_weight.
 
 
 def _check_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Sequence[Tensor], *args: Any
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    qkv: Sequence[Tensor],
+    q_weight: Sequence[Tensor],
+    heads: int,
+    **rest: Any,
 ) -> None:
-    _check(qkv, *args)
-    q_weight, heads = args[0], args[3]
+    _check(qkv, q_weight, heads=heads, **rest)
     queries = sum(x.shape[1] for x in qkv if _parts(x, q_weight[0], heads) == 3)
     tokens = sum(x.shape[1] for x in qkv)
     for name, grad, n in (
@@ -214,21 +231,15 @@ def _check_backward(
 
 
 def _outputs_backward(
-    grad_q: Any,
-    grad_k: Any,
-    grad_v: Any,
-    qkv: Sequence[Tensor],
-    q_weight: Sequence[Tensor],
-    k_weight: Sequence[Tensor],
-    *_: Any,
+    qkv: Sequence[Tensor], q_weight: Sequence[Tensor], k_weight: Sequence[Tensor]
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in (*qkv, *q_weight, *k_weight)]
 
 
 def _launch_backward(
-    out: list[Tensor], grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *args: Any
+    out: list[Tensor], grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, **forward: Any
 ) -> None:
-    _call(True, [g.contiguous() for g in (grad_q, grad_k, grad_v)], out, *args)
+    _call(True, dense(grad_q, grad_k, grad_v), out, **forward)
 
 
 def _reference_backward(
@@ -240,13 +251,13 @@ def _reference_backward(
     k_weight: Sequence[Tensor],  # d
     rope: Tensor,  # n d
     heads: int,
-) -> list[Tensor | None]:
+) -> list[Tensor]:
     streams = _streams(qkv, q_weight, rope, heads)
     d_q = grad_q.split([q.shape[2] for q, *_ in streams], dim=2)
     d_k, d_v = (g.split([x.shape[1] for x in qkv], dim=2) for g in (grad_k, grad_v))
     d_qkv: list[Tensor] = []
-    d_q_weight: list[Tensor | None] = []
-    d_k_weight: list[Tensor | None] = []
+    d_q_weight: list[Tensor] = []
+    d_k_weight: list[Tensor] = []
     for i, (q, k, _, table) in enumerate(streams):
         dq, dq_weight = norm_rope_backward(d_q[i], q, q_weight[i], table[: q.shape[2]])
         dk, dk_weight = norm_rope_backward(d_k[i], k, k_weight[i], table)
@@ -258,11 +269,9 @@ def _reference_backward(
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
     computed = compute_dtype(dtype)
 
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    normal = normals(torch.Generator().manual_seed(seed), device, dtype)
 
     def arguments(
         b: int, heads: int, d: int, *streams: tuple[int, int], scale: float = 1.0
@@ -298,25 +307,15 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
 
 
 def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        Sample(
-            (
-                *(
-                    torch.randn(t.shape, generator=generator, dtype=torch.float64).to(device, dtype)
-                    for t in _outputs(*s.args)
-                ),
-                *s.args,
-            ),
-            (),
-            s.name,
-        )
-        for s in _samples(device, dtype, seed)
-    ]
+    normal, samples = normals(torch.Generator().manual_seed(seed), device, dtype), []
+    for s in _samples(device, dtype, seed):
+        grads = [normal(*t.shape) for t in OP.outputs(*s.args)]
+        samples.append(Sample((*grads, *s.args), (), s.name))
+    return samples
 
 
 def _workload(b: int, *streams: tuple[int, int], backward: bool = False) -> Any:
-    """14 heads of 64 channels, with (tokens, parts) for each stream."""
+    """A call with 14 heads of 64 channels, and (tokens, parts) for each stream."""
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         heads, d = 14, 64
@@ -326,7 +325,7 @@ def _workload(b: int, *streams: tuple[int, int], backward: bool = False) -> Any:
         ]
         weights = [[torch.ones(d, device=device, dtype=computed) for _ in streams] for _ in "qk"]
         rope = rope_table(sum(n for n, _ in streams), d, device=device, dtype=computed)
-        outs = _outputs(qkv, weights[0], weights[1], rope, heads) if backward else ()
+        outs = _outputs(qkv, weights[0], heads) if backward else ()
         return *(torch.randn_like(t) for t in outs), qkv, *weights, rope, heads
 
     return make
@@ -345,7 +344,7 @@ def _workloads(backward: bool) -> dict[str, Any]:
     }
 
 
-def _flops(qkv: Sequence[Tensor], *_: Any) -> int:
+def _flops(qkv: Sequence[Tensor]) -> int:
     # Two for the square, two for the norm, three for the rotation, of two parts in three.
     return 14 * sum(x.numel() for x in qkv) // 3
 
@@ -363,31 +362,36 @@ BACKWARD = Op(
     supported=_SUPPORTED,
     samples=_samples_backward,
     workloads=_workloads(backward=True),
-    bytes=lambda grad_q, grad_k, grad_v, qkv, *args: (
-        3 * sum(x.nbytes for x in qkv) + args[2].nbytes
-    ),
-    flops=lambda grad_q, grad_k, grad_v, *args: 2 * _flops(*args),
+    bytes=lambda qkv, rope: 3 * sum(x.nbytes for x in qkv) + rope.nbytes,
+    flops=lambda qkv: 2 * _flops(qkv),
     tolerance="reduction",
-    setup_context=lambda ctx, inputs, output: None,
     backward=no_double_backward("qkv_rope"),
     bulk=("grad_q", "grad_k", "grad_v", "qkv"),
     internal=True,
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    qkv, q_weight, k_weight, rope, ctx.heads = inputs
-    if rope.requires_grad:  # needs_input_grad is flat here where arguments are lists
+def _setup_context(
+    ctx: Any,
+    output: Any,
+    qkv: Sequence[Tensor],
+    q_weight: Sequence[Tensor],
+    k_weight: Sequence[Tensor],
+    rope: Tensor,
+    heads: int,
+) -> None:
+    if rope.requires_grad:  # needs_input_grad is flat where arguments are lists
         raise RuntimeError("qkv_rope: no gradient with respect to rope")
     ctx.save_for_backward(*qkv, *q_weight, *k_weight, rope)
+    ctx.heads = heads
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, *grads: Tensor) -> dict[str, list[Tensor]]:
     *tensors, rope = ctx.saved_tensors
     n = len(tensors) // 3
     inputs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
     out = BACKWARD.torch_op(*grads, *inputs, rope, ctx.heads)
-    return out[:n], out[n : 2 * n], out[2 * n :], None, None
+    return {"qkv": out[:n], "q_weight": out[n : 2 * n], "k_weight": out[2 * n :]}
 
 
 OP = Op(
@@ -399,11 +403,14 @@ OP = Op(
     reference=reference,
     check=_check,
     outputs=_outputs,
-    launch={"cpp": _launch, "triton": triton_launch("qkv_rope", "forward")},
+    launch={
+        "cpp": lambda out, **arguments: _call(False, out, (), **arguments),
+        "triton": triton_launch("qkv_rope", "forward"),
+    },
     supported=_SUPPORTED,
     samples=_samples,
     workloads=_workloads(backward=False),
-    bytes=lambda qkv, q_weight, k_weight, rope, heads: 2 * sum(x.nbytes for x in qkv) + rope.nbytes,
+    bytes=lambda qkv, rope: 2 * sum(x.nbytes for x in qkv) + rope.nbytes,
     flops=_flops,
     tolerance="single_pass",
     setup_context=_setup_context,
@@ -422,7 +429,7 @@ def qkv_rope(
     *,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # b h nq d, b h n d, b h n d
-    """Joint queries, keys and values of all streams: RMSNorm per head, RoPE, one tensor each.
+    """Make joint queries, keys and values of all streams, normalised and rotated per head.
 
     Args:
         qkv: one projection a stream, (b, n_i, 3 c), any float dtype, channels laid out as (head,
@@ -457,7 +464,7 @@ def rope_table(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # tokens head_dim
-    """Rotations of ``tokens`` tokens: row n is [cos a_0, sin a_0, cos a_1, sin a_1, ...].
+    """The rotations of ``tokens`` tokens: row n is [cos a_0, sin a_0, cos a_1, sin a_1, ...].
 
     Args:
         tokens: number of rows.

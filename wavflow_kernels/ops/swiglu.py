@@ -16,18 +16,8 @@ from torch import Tensor
 
 from .._backend import C
 from .._check import FLOATS, check, check_dtype, compute_dtype, require
-from .._registry import (
-    DTYPE_CODE,
-    ON_CPU,
-    ON_TRITON,
-    Op,
-    Sample,
-    address,
-    dense_rows,
-    no_double_backward,
-    target,
-    triton_launch,
-)
+from .._launch import DTYPE_CODE, address, dense_rows, target, triton_launch
+from .._registry import ON_CPU, ON_TRITON, Op, Sample, Workload, no_double_backward, normals
 
 _SUPPORTED = {"cpp": ON_CPU, "triton": ON_TRITON}
 
@@ -39,10 +29,6 @@ def _check(a: Tensor, b: Tensor) -> None:
     check_dtype(op, "b", b, a.dtype)
     for name, dim in (("tokens", "n"), ("channels", "i")):
         require(sizes[dim] > 0, f"{op}: there must be at least one of the {name}, got none")
-
-
-def _outputs(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape)
 
 
 def reference(a: Tensor, b: Tensor) -> Tensor:  # b n i
@@ -70,6 +56,7 @@ def _call(grad: Tensor | None, a: Tensor, b: Tensor, out: Tensor, out_b: Tensor 
 
 
 def launch(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Fill `out` (b n i) with the gate of a and b, by the compiled kernel."""
     _call(None, a, b, out, None)
 
 
@@ -77,10 +64,6 @@ def _check_backward(grad: Tensor, a: Tensor, b: Tensor) -> None:
     _check(a, b)
     check("swiglu_backward", a=(a, "b n i"), grad=(grad, "b n i"))
     check_dtype("swiglu_backward", "grad", grad, a.dtype)
-
-
-def _outputs_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape), b.new_empty(b.shape)
 
 
 def _reference_backward(
@@ -100,10 +83,7 @@ def _launch_backward(out: tuple[Tensor, Tensor], grad: Tensor, a: Tensor, b: Ten
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    normal = normals(torch.Generator().manual_seed(seed), device, dtype)
 
     both = (0, 1)
     joined = normal(2, 5, 48)
@@ -127,18 +107,15 @@ def _samples_backward(device: torch.device, dtype: torch.dtype, seed: int) -> li
     ]
 
 
-def _workload(b: int, n: int) -> Any:
-    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-        return tuple(torch.randn(2, b, n, 2560, device=device, dtype=dtype).unbind())
+def _workloads(tensors: int) -> dict[str, Workload]:
+    """Calls with that many tensors of the medium model's feed-forward width."""
 
-    return make
+    def workload(b: int, n: int) -> Workload:
+        return lambda device, dtype: tuple(
+            torch.randn(tensors, b, n, 2560, device=device, dtype=dtype).unbind()
+        )
 
-
-def _workload_backward(b: int, n: int) -> Any:
-    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-        return tuple(torch.randn(3, b, n, 2560, device=device, dtype=dtype).unbind())
-
-    return make
+    return {"16k": workload(2, 640), "44k b16": workload(16, 1764)}
 
 
 BACKWARD = Op(
@@ -146,27 +123,27 @@ BACKWARD = Op(
     schema="(Tensor grad, Tensor a, Tensor b) -> (Tensor, Tensor)",
     reference=_reference_backward,
     check=_check_backward,
-    outputs=_outputs_backward,
+    outputs=lambda a, b: (a.new_empty(a.shape), b.new_empty(b.shape)),
     launch={"cpp": _launch_backward, "triton": triton_launch("swiglu", "backward")},
     supported=_SUPPORTED,
     samples=_samples_backward,
-    workloads={"16k": _workload_backward(2, 640), "44k b16": _workload_backward(16, 1764)},
-    bytes=lambda grad, a, b: 5 * a.nbytes,
-    flops=lambda grad, a, b: 16 * a.numel(),
+    workloads=_workloads(tensors=3),
+    bytes=lambda a: 5 * a.nbytes,
+    flops=lambda a: 16 * a.numel(),
     tolerance="single_pass",
-    setup_context=lambda ctx, inputs, output: None,
     backward=no_double_backward("swiglu"),
     bulk=("grad", "a", "b"),
     internal=True,
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, output: Tensor, a: Tensor, b: Tensor) -> None:
+    ctx.save_for_backward(a, b)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return BACKWARD.torch_op(grad, *ctx.saved_tensors)
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    d_a, d_b = BACKWARD.torch_op(grad, *ctx.saved_tensors)
+    return {"a": d_a, "b": d_b}
 
 
 OP = Op(
@@ -174,13 +151,13 @@ OP = Op(
     schema="(Tensor a, Tensor b) -> Tensor",
     reference=reference,
     check=_check,
-    outputs=_outputs,
+    outputs=lambda a: a.new_empty(a.shape),
     launch={"cpp": launch, "triton": triton_launch("swiglu", "forward")},
     supported=_SUPPORTED,
     samples=_samples,
-    workloads={"16k": _workload(2, 640), "44k b16": _workload(16, 1764)},
-    bytes=lambda a, b: 3 * a.nbytes,
-    flops=lambda a, b: 8 * a.numel(),
+    workloads=_workloads(tensors=2),
+    bytes=lambda a: 3 * a.nbytes,
+    flops=lambda a: 8 * a.numel(),
     tolerance="single_pass",
     setup_context=_setup_context,
     backward=_backward,
@@ -190,7 +167,7 @@ OP = Op(
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:  # b n i
-    """``silu(a) * b``, rounded once.
+    """Gate b by a: ``silu(a) * b``, rounded once.
 
     Args:
         a: (b, n, i) the branch that goes through SiLU, any float dtype. Rows that are contiguous

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from wavflow.layers.attention import AttentionInput, Entered, attention
-from wavflow.layers.modulation import Conditioning, Stream
+from wavflow.layers.modulation import Modulation, Stream
 from wavflow.layers.sequence_parallel import Sharing
 from wavflow.layers.token_layers import SwiGLU, TokenConv, TokenLinear
-from wavflow_kernels import Window
+from wavflow_kernels import AttentionWindow
 
 
 class TransformerBlock(nn.Module):
@@ -40,7 +40,7 @@ class TransformerBlock(nn.Module):
             self.ffn = SwiGLU(dim, ffn_width, kernel_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), TokenLinear(dim, self.chunks * dim))
 
-    def enter(self, stream: Stream, c: Conditioning) -> Entered:
+    def enter(self, stream: Stream, c: Modulation) -> Entered:
         modulation = self.adaLN_modulation(c.rows).chunk(self.chunks, dim=-1)
         shift, scale = modulation[:2]
         x, h = stream.adaln(shift, scale, c.tokens)
@@ -53,7 +53,7 @@ class TransformerBlock(nn.Module):
         return Stream(x, self.ffn(h), gate2, tokens)
 
     def forward(
-        self, stream: Stream, c: Conditioning, rope: Tensor, window: Window | None
+        self, stream: Stream, c: Modulation, rope: Tensor, window: AttentionWindow | None
     ) -> Stream:
         """The block on its own: self-attention over its tokens."""
         entered = self.enter(stream, c)
@@ -79,10 +79,10 @@ class JointBlock(nn.Module):
         latent: Stream,
         clip: Stream,
         text: Stream,
-        latent_c: Conditioning,
-        global_c: Conditioning,
+        latent_c: Modulation,
+        global_c: Modulation,
         rope: Tensor,
-        window: Window | None,
+        window: AttentionWindow | None,
     ) -> tuple[Stream, ...]:
         """The streams that go on: all three, or the audio alone from a ``pre_only`` block."""
         blocks = (self.latent_block, self.clip_block, self.text_block)
@@ -109,7 +109,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), TokenLinear(dim, 2 * dim))
         self.conv = TokenConv(dim, out_dim, 7)
 
-    def forward(self, stream: Stream, c: Conditioning) -> Tensor:  # (b n d)
+    def forward(self, stream: Stream, c: Modulation) -> Tensor:  # (b n d)
         shift, scale = self.adaLN_modulation(c.rows).chunk(2, dim=-1)
         _, h = stream.adaln(shift, scale, c.tokens)
         return self.conv(h)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wavflow.layers.prepare import PreparedNetwork
-from wavflow_kernels import TokenRows, Window
+from wavflow_kernels import AttentionWindow, TokenRows
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Conditions:
     sync_tokens: TokenRows  # the sync row of each audio token
     rope: Tensor  # (n + n_clip + n_text, head_dim), rotations of the joint attention's tokens
     rope_scaling: str = "none"  # of these rotations
-    window: Window | None = None  # of the joint attention
+    window: AttentionWindow | None = None  # of the joint attention
     prepared: PreparedNetwork | None = None
 
     @property

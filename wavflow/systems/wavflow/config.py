@@ -13,7 +13,7 @@ from wavflow.config.schema import Config, DataConfig, EncodersConfig, ModelConfi
 from wavflow.data.tracks import Even, Segments, Track
 
 if TYPE_CHECKING:
-    from wavflow_kernels import Window
+    from wavflow_kernels import AttentionWindow
 
 #: Keys of a features file, by what the table says is there.
 VIDEO_KEYS = ("clip_features", "sync_features")
@@ -200,13 +200,13 @@ class WavflowConfig:
         return int(self.mlp_ratio * self.hidden_dim)
 
     @property
-    def window(self) -> Window | None:
+    def window(self) -> AttentionWindow | None:
         """What audio, clip and text tokens see in the joint attention; None: all of it."""
         if self.attention_window is None or self.attention_window >= self.latent_seq_len:
             return None
-        from wavflow_kernels import Window
+        from wavflow_kernels import AttentionWindow
 
-        return Window(self.attention_window, self.latent_seq_len, self.clip_seq_len)
+        return AttentionWindow(self.attention_window, self.latent_seq_len, self.clip_seq_len)
 
 
 PRESETS: dict[str, WavflowConfig] = {

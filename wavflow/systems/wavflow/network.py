@@ -14,14 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from wavflow.base.shapes import check_shape
 from wavflow.layers.embeddings import TimestepEmbedding, rope_scale
-from wavflow.layers.modulation import Conditioning, Stream
+from wavflow.layers.modulation import Modulation, Stream
 from wavflow.layers.prepare import PreparedNetwork, Preparing
 from wavflow.layers.sequence_parallel import Sharing
 from wavflow.layers.token_layers import SwiGLU, TokenConv, TokenLinear
 from wavflow.systems.wavflow.blocks import FinalLayer, JointBlock, TransformerBlock
 from wavflow.systems.wavflow.conditions import Conditions
 from wavflow.systems.wavflow.config import PRESETS, SYNC_SEGMENT, WavflowConfig
-from wavflow_kernels import TokenRows, Window, rope_table
+from wavflow_kernels import AttentionWindow, TokenRows, rope_table
 
 
 class WavflowModel(Preparing):
@@ -363,8 +363,8 @@ class WavflowModel(Preparing):
         global_c = t_embedding.unsqueeze(1) + self.global_cond_mlp(together)  # b 1 c
         # The audio streams' condition, before its rows are repeated along the tokens.
         conditions = self._own(conditions)
-        extended = Conditioning(global_c + conditions.sync_rows, conditions.sync_tokens)
-        everywhere = Conditioning(global_c)
+        extended = Modulation(global_c + conditions.sync_rows, conditions.sync_tokens)
+        everywhere = Modulation(global_c)
 
         streams: tuple[Stream, ...]
         streams = (Stream(x), Stream(conditions.clip_f), Stream(conditions.text_f))
@@ -392,7 +392,9 @@ class WavflowModel(Preparing):
             rope=torch.cat((rope[tokens], rope[len(index) :])),
         )
 
-    def _run(self, block: nn.Module, *args: Stream | Conditioning | Tensor | Window | None) -> Any:
+    def _run(
+        self, block: nn.Module, *args: Stream | Modulation | Tensor | AttentionWindow | None
+    ) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

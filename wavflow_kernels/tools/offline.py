@@ -1,4 +1,4 @@
-"""What the ops' Triton launchers launch on a given architecture, compiled there as Triton would.
+"""What the ops' Triton launchers launch on an architecture, compiled as Triton would there.
 
 The launchers run on meta tensors, under ``_triton.launch.recording``: nothing here needs a GPU.
 """
@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from . import _sass, _tuned
-from ._registry import Op, tensors
-from ._triton.launch import Launch, recording
+from .. import _tuned
+from .._registry import Op, tensors
+from .._triton.launch import Launch, recording
+from . import sass
 
 META = torch.device("meta")
 BULK_WIDTH = 16  # bytes a thread
@@ -25,8 +26,7 @@ COPY = "a tensor made by the launcher"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Its name as a target, the mnemonic of its matrix instruction, bytes of shared memory of a
-    block."""
+    """A GPU generation: `tensor` is its matrix instruction, `shared` a block's memory in bytes."""
 
     name: str
     capability: tuple[int, int]
@@ -81,14 +81,14 @@ class Call:
 
 @dataclass
 class Examined:
-    """What a compiled Triton kernel is, as far as the rules look."""
+    """What the rules look at of a compiled Triton kernel."""
 
     cubin: bytes
-    code: _sass.Code
+    code: sass.Code
     shared: int  # bytes of a block, static and dynamic
     tensor_memory: int  # columns
     multiplies: bool
-    loads: list[_sass.Load]
+    loads: list[sass.Load]
 
 
 def short(dtype: torch.dtype) -> str:
@@ -101,13 +101,13 @@ def several(names: Iterable[str]) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    """One line: compilers say what is wrong in the first and the last line of many."""
+    """Shorten an error to a line: of many, compilers say what is wrong in the first and last."""
     lines = [line.strip(" :") for line in str(error).splitlines() if line.strip(" :")]
     return ": ".join(dict.fromkeys([type(error).__name__, *lines[:1], *lines[-1:]]))
 
 
 def collect(op: Op, number: int, builds: dict[str, Build]) -> Iterator[Call | str]:
-    """Run the op's launcher as on sm_`number`: its calls, and problems; fills `builds`.
+    """Run the op's launcher as on sm_`number`: yields its calls and problems, fills `builds`.
 
     Each call is made as on a GPU that was never tuned, then as on each of the tuning tables. Where
     bfloat16 runs, float16 is called for sm_90 alone: the two have the same instructions, registers
@@ -153,11 +153,11 @@ def _arguments(op: Op, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...
 def _operands(op: Op, args: Sequence[Any]) -> list[tuple[str, torch.Tensor]]:
     """The op's tensors by name, those of a list as "qkv[0]"."""
     named = []
-    for argument, value in zip(op.torch_op._schema.arguments, args, strict=True):
+    for argument, value in op.named(args).items():
         if isinstance(value, (list, tuple)):
-            named += [(f"{argument.name}[{i}]", t) for i, t in enumerate(value)]
+            named += [(f"{argument}[{i}]", t) for i, t in enumerate(value)]
         else:
-            named.append((argument.name, value))
+            named.append((argument, value))
     return [(name, t) for name, t in named if isinstance(t, torch.Tensor)]
 
 
@@ -201,7 +201,7 @@ def _add(
 def _places(
     kinds: Sequence[Any], values: Sequence[Any], known: Sequence[tuple[str, torch.Tensor]]
 ) -> dict[int, str]:
-    """{place among the compiled kernel's parameters: the operand whose memory it points to}.
+    """Which operand's memory each of the compiled kernel's parameters points to, by its place.
 
     Tensors that the launcher made, with aligned rows and the dtype of the first operand, are COPY.
     """
@@ -263,7 +263,7 @@ def _compile(index: int) -> Examined | str:
         target = GPUTarget("cuda", build.number, 32)
         compiled = triton.compile(build.source, target=target, options=build.options.__dict__)
         cubin = compiled.asm["cubin"]
-        code = _sass.usage(cuobjdump(), cubin, ARCHITECTURES[build.number].name)
+        code = sass.usage(cuobjdump(), cubin, ARCHITECTURES[build.number].name)
     except Exception as error:
         return _brief(error)
     return Examined(
@@ -272,14 +272,14 @@ def _compile(index: int) -> Examined | str:
         code.shared + compiled.metadata.shared,
         getattr(compiled.metadata, "tmem_size", None) or 0,
         re.search(r"\btt\.dot", compiled.asm["ttir"]) is not None,
-        _sass.global_loads(compiled.asm["ptx"]),
+        sass.global_loads(compiled.asm["ptx"]),
     )
 
 
 def _disassemble(job: tuple[str, list[bytes]]) -> list[Counter[str]]:
     from triton import knobs
 
-    return _sass.disassemble(knobs.nvidia.nvdisasm.path, *job)
+    return sass.disassemble(knobs.nvidia.nvdisasm.path, *job)
 
 
 def cuobjdump() -> str:

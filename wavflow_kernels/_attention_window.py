@@ -16,7 +16,7 @@ from torch import Tensor
 ROWS = 256
 
 
-class Window(NamedTuple):
+class AttentionWindow(NamedTuple):
     """Which tokens see each other: those at most ``size`` apart on a common clock.
 
     The first ``local`` tokens stand at 0, 1, 2 and so on; the next ``spread`` ones evenly over the
@@ -36,8 +36,8 @@ class Block(NamedTuple):
     mask: Tensor | None  # (rows cols) bool, which query sees which key; None: each sees all
 
 
-def visible(rows: Tensor, cols: Tensor, window: Window) -> Tensor:
-    """(r c) bool: whether the tokens ``rows`` (r) see the tokens ``cols`` (c)."""
+def visible(rows: Tensor, cols: Tensor, window: AttentionWindow) -> Tensor:
+    """Whether the tokens ``rows`` (r) see the tokens ``cols`` (c): (r c) bool."""
     size, local, spread = window
     unit, paced = max(spread, 1), local + spread
 
@@ -48,8 +48,8 @@ def visible(rows: Tensor, cols: Tensor, window: Window) -> Tensor:
     return near | (rows >= paced)[:, None] | (cols >= paced)
 
 
-def blocks(nq: int, n: int, window: Window, device: torch.device) -> Iterator[Block]:
-    """Blocks that cover the first nq of n tokens as queries; one of all if ``size`` is negative."""
+def blocks(nq: int, n: int, window: AttentionWindow, device: torch.device) -> Iterator[Block]:
+    """Cut the first nq of n tokens, as queries, into blocks; into one if ``size`` is negative."""
     size, local, spread = window
     if size < 0:
         yield Block(slice(0, nq), None, None)

@@ -32,7 +32,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """Device, versions and commit, as every result row carries them."""
+    """The device, versions and commit that every row of results carries."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True

@@ -14,7 +14,7 @@ FLUSH_BYTES = 2**29  # more than any L2; its fill also hides what a launch costs
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: median, and the quartiles as spread."""
+    """How many seconds a call takes: the median, and the quartiles as spread."""
 
     median: float
     low: float
@@ -29,7 +29,7 @@ def interleaved(
     rounds: int = 5,
     reset: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Times all calls in turns, for `seconds` each and at least `rounds` times.
+    """Time all calls in turns, for `seconds` each and at least `rounds` times.
 
     In turns, so that a slow phase of the machine meets every variant. On CUDA a buffer larger than
     the L2 cache is written before each call and the call is timed by events. `reset` runs before

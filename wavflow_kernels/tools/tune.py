@@ -1,4 +1,4 @@
-"""``python -m wavflow_kernels.tune``: time tile sizes and backends on this GPU, keep the best.
+"""``python -m wavflow_kernels.tools.tune``: tile sizes and backends timed on this GPU, best kept.
 
 For each op whose Triton module offers candidates, and each of its workloads, every candidate is
 compiled, compared with the library's result or the first candidate's, and timed; the three best and
@@ -23,9 +23,9 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 
-from . import REGISTRY, _backend, _tuned, use_backend
-from ._registry import Op, tensors
-from ._timing import Timing, interleaved
+from .. import REGISTRY, _backend, _tuned, use_backend
+from .._registry import Op, by_name, tensors
+from .timing import Timing, interleaved
 
 Row = dict[str, Any]
 # Times calls: (calls by name, seconds each) -> timings by name.
@@ -65,16 +65,16 @@ def candidates_of(op: Op) -> Callable[..., list[Row]] | None:
     """
     if "triton" not in op.supported:
         return None
-    stem = op.name.removesuffix("_backward")
-    name = f"wavflow_kernels._triton.{stem}"
+    name = f"wavflow_kernels._triton.{op.stem}"
     if importlib.util.find_spec(name) is None:
         return None
-    function = "candidates" if stem == op.name else "backward_candidates"
-    return getattr(importlib.import_module(name), function, None)
+    function = "backward_candidates" if op.name.endswith("_backward") else "candidates"
+    offered = getattr(importlib.import_module(name), function, None)
+    return None if offered is None else by_name(offered, op.arguments)
 
 
 def tasks(ops: Sequence[Op], dtypes: Sequence[torch.dtype]) -> list[Task]:
-    """What is to be tuned, the first workload of every op before the second of any."""
+    """List what is to be tuned, the first workload of every op before the second of any."""
     tunable = [op for op in ops if candidates_of(op) is not None]
     depth = max((len(op.workloads) for op in tunable), default=0)
     return [
@@ -309,7 +309,7 @@ def _line(task: Task, found: Measured | None) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"wavflow_kernels.tune: {message}", file=sys.stderr)
+    print(f"wavflow_kernels.tools.tune: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -49,7 +49,7 @@ class HeldClips:
 
 
 def clips(data: WavflowDataConfig, count: int, device: torch.device) -> ClipBatch:
-    """So many clips of noise with random features."""
+    """Make so many clips of noise with random features."""
     generator = torch.Generator().manual_seed(SEED)
     features = {
         key: torch.randn(count, *shape, generator=generator).to(device)
@@ -67,7 +67,7 @@ def clips(data: WavflowDataConfig, count: int, device: torch.device) -> ClipBatc
 
 
 def write_clips(folder: Path, data: WavflowDataConfig, count: int) -> Path:
-    """A table of clips, each a wav and a features file of the configured sizes."""
+    """Write a table of clips, each a wav and a features file of the configured sizes."""
     generator = torch.Generator().manual_seed(SEED)
     rows = ["id,audio_path,features_path,video_exist,text_exist"]
     for i in range(count):

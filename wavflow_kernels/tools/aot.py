@@ -1,4 +1,4 @@
-"""``python -m wavflow_kernels.aot``: the GPU kernels, compiled and examined without a GPU.
+"""``python -m wavflow_kernels.tools.aot``: the GPU kernels, compiled and examined without a GPU.
 
 The Triton launchers of all ops run on meta tensors; what they launch is compiled for every
 architecture as Triton would compile it there. The kernels of ``csrc/cuda`` are read from the
@@ -31,8 +31,10 @@ from typing import Any, Literal
 
 import torch
 
-from . import REGISTRY, _backend, _sass
-from ._offline import (
+from .. import REGISTRY, _backend
+from .._registry import Op
+from . import sass
+from .offline import (
     ARCHITECTURES,
     BULK_WIDTH,
     COPY,
@@ -45,7 +47,6 @@ from ._offline import (
     flat,
     short,
 )
-from ._registry import Op
 
 HALVES = (torch.bfloat16, torch.float16)
 TENSOR_MEMORY = 512  # columns of a multiprocessor, sm_100
@@ -75,7 +76,7 @@ class Row:
 
 
 def judge_build(build: Build, examined: Examined) -> Iterator[str]:
-    """Problems of one compiled Triton kernel."""
+    """The problems of one compiled Triton kernel."""
     architecture, code = ARCHITECTURES[build.number], examined.code
     wide = "*fp64" in flat(build.source.signature.values())
     yield from (f"{build}: {problem}" for problem in judge_code(code, wide))
@@ -95,8 +96,8 @@ def judge_build(build: Build, examined: Examined) -> Iterator[str]:
         )
 
 
-def judge_code(code: _sass.Code, wide: bool) -> Iterator[str]:
-    """Problems that show in the machine code; `wide`: the kernel is to compute in float64."""
+def judge_code(code: sass.Code, wide: bool) -> Iterator[str]:
+    """The problems in the machine code; `wide`: the kernel is to compute in float64."""
     if code.local and not wide:
         yield f"{code.local} instructions on local memory, {code.stack} bytes a thread"
     if code.fp64 and not wide:
@@ -104,7 +105,7 @@ def judge_code(code: _sass.Code, wide: bool) -> Iterator[str]:
 
 
 def judge_call(call: Call, examined: dict[Build, Examined]) -> Iterator[str]:
-    """Problems of a call as a whole: its operands, its products, its grids."""
+    """The problems of a call as a whole: its operands, its products, its grids."""
     built = [launch for launch in call.launches if launch[0] in examined]
     if len(built) < len(call.launches):
         return  # the error is reported
@@ -135,10 +136,10 @@ def judge_call(call: Call, examined: dict[Build, Examined]) -> Iterator[str]:
 
 def compiled_kernels(library: Path, numbers: Sequence[int]) -> Iterator[tuple[Row, list]]:
     """Rows of the CUDA C++ kernels in `library`, with their problems."""
-    for code in _sass.read(cuobjdump(), library):
+    for code in sass.read(cuobjdump(), library):
         if int(re.sub(r"\D", "", code.architecture)) not in numbers:
             continue
-        name = _sass.demangled(code.name)
+        name = sass.demangled(code.name)
         template = re.search(r"<(.*)>\(", name)
         wide = template is not None and "double" in template[1].split(", ")
         short = re.sub(r"^void |wavflow::|\(.*", "", name)
@@ -152,7 +153,7 @@ def compiled_kernels(library: Path, numbers: Sequence[int]) -> Iterator[tuple[Ro
 # The report.
 
 
-def _row(kernel: str, code: _sass.Code, shared: int, **more: Any) -> Row:
+def _row(kernel: str, code: sass.Code, shared: int, **more: Any) -> Row:
     fields = {"ops": [], "dtypes": [], "constants": "", "warps": None, "stages": None, **more}
     return Row(
         kernel=kernel,
@@ -263,7 +264,7 @@ def _library(given: Path | None) -> Path | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m wavflow_kernels.aot",
+        prog="python -m wavflow_kernels.tools.aot",
         description="Compile and examine the GPU kernels without a GPU.",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and problems there")

@@ -6,7 +6,7 @@
 #include <string>
 #include <type_traits>
 
-#include "math.h"
+#include "numeric.h"
 
 namespace wavflow {
 

@@ -1,4 +1,4 @@
-"""What compiled GPU code does: SASS by CUDA's disassemblers, and the loads of a kernel's PTX."""
+"""What compiled GPU code does: its SASS, and the loads of a kernel's PTX."""
 
 from __future__ import annotations
 
