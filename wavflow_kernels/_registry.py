@@ -88,7 +88,7 @@ class Op:
     bytes       bytes(args): least memory traffic of a call, for benchmarks
     flops       flops(args): arithmetic of a call; torch's FlopCounterMode reads it for
                 "matrix" ops, as it counts matrix products alone
-    tolerance   class of tests/numerics.py: "exact", "single_pass", "reduction" or "matrix"
+    tolerance   class of tests/support/numerics.py: "exact", "single_pass", "reduction" or "matrix"
     setup_context   setup_context(ctx, output, args): saves what the backward needs
     backward    backward(ctx, *grads): {name: gradient} of the arguments that have one; None: not
                 differentiable
