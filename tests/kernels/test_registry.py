@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -58,6 +59,31 @@ def test_an_op_takes_arguments_by_name() -> None:
     assert by_name(lambda x, *rest: rest, names)(*call) == (2, 3)
     with pytest.raises(TypeError, match="parameters .'shift'., wanted of x, scale, flag"):
         by_name(lambda shift: shift, names)
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    package = Path(wk.__file__).parent
+    files = {p.relative_to(package.parent).with_suffix("").parts: p for p in package.rglob("*.py")}
+    files = {parts[:-1] if parts[-1] == "__init__" else parts: p for parts, p in files.items()}
+    imports: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for parts, path in files.items():
+        found = imports.setdefault(parts, set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                up = node.level - (path.stem == "__init__")
+                base = parts[: len(parts) - up] + tuple((node.module or "").split(".")) * bool(
+                    node.module
+                )
+                for alias in node.names:
+                    found.add((*base, alias.name) if (*base, alias.name) in files else base)
+    for start in imports:
+        seen, todo = set(), list(imports[start] - {start})
+        while todo:
+            at = todo.pop()
+            assert at != start, f"{'.'.join(start)} is in a circle of imports"
+            if at not in seen:
+                seen.add(at)
+                todo += imports.get(at, ())
 
 
 def test_public_functions() -> None:
