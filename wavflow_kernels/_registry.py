@@ -172,7 +172,7 @@ class Op:
         first = self.first(args)
         if torch.is_autocast_enabled(first.device.type):
             with torch.autocast(first.device.type, enabled=False):
-                return self(*self._autocast(args, torch.get_autocast_dtype(first.device.type)))
+                return self(*self.cast(args, torch.get_autocast_dtype(first.device.type)))
         compiling = torch.compiler.is_compiling()
         try:
             backend = _backend.choose(self, first.device, first.dtype, args)
@@ -211,7 +211,8 @@ class Op:
             )
         return first
 
-    def _autocast(self, args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    def cast(self, args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+        """The arguments of a call as autocast to `dtype` casts them."""
         return [
             _cast(a, dtype) if name in self.autocast else a
             for name, a in zip(self.arguments, args, strict=True)

@@ -112,7 +112,7 @@ def test_cache_bound(table, monkeypatch):
         opened.clear()
         load(data, range(12))
         assert len(opened) in again
-        assert sum(kept.nbytes for kept in data._cache.values()) <= megabytes * 2**20
+        assert sum(kept.nbytes for kept in data.cached.values()) <= megabytes * 2**20
 
 
 def test_subset_and_fingerprint(table):

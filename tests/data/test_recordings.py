@@ -149,7 +149,7 @@ def test_the_level_is_that_of_all_samples(tmp_path):
 
 def test_a_window_costs_what_a_window_costs(table, monkeypatch):
     data = clips_of(table, windows())
-    assert list(data._cache) == ["short"]
+    assert list(data.cached) == ["short"]
     read = []
     plain = SoundFile._read
 
@@ -218,7 +218,7 @@ def test_other_rates_are_windows_too(tmp_path):
     row = write_row(tmp_path, "a", noise(SECONDS * 11025), SECONDS, 11025)
     write_csv(tmp_path / "t.csv", [row], list(row))
     data = clips_of(tmp_path / "t.csv", windows())
-    assert not data._cache
+    assert not data.cached
     whole = load_audio(tmp_path / "a.wav", RATE)
     batch = data.load([0] * 20, Draw(0, range(20))).batch
     for wave, row in zip(batch.wave, batch.features["clip_features"][:, 0, 0].int(), strict=True):
@@ -232,7 +232,7 @@ def test_what_cannot_be_read_in_parts_is_said(tmp_path, caplog, name, rate):
     soundfile.write(tmp_path / name, noise(SECONDS * rate), rate)
     write_csv(tmp_path / "t.csv", [row | {"audio_path": name}], list(row))
     data = clips_of(tmp_path / "t.csv", windows())
-    assert not data._cache
+    assert not data.cached
     assert not data.load([0, 0], Draw(0, [0, 1])).problems
     (record,) = [r for r in caplog.records if "read whole" in r.message]
     assert record.message.endswith(

@@ -148,7 +148,7 @@ def test_many_threads_and_a_forked_process_decode_at_once(files):
         warnings.simplefilter("ignore")  # of forking with threads
         child = os.fork()
     if child == 0:
-        os._exit(0 if not video_worker._idle else 1)
+        os._exit(0 if not video_worker.IDLE else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert all(map(torch.equal, wanted, video_worker.decode(files / "good.mp4", STREAMS, 2.0)))
 
@@ -402,8 +402,8 @@ def test_ids_that_try_to_leave_the_folder(files, tmp_path):
 def test_a_worker_that_dies_or_hangs_costs_one_row(files, tmp_path, sent, seconds, reason):
     import psutil
 
-    while video_worker._idle:
-        video_worker._idle.pop().end()
+    while video_worker.IDLE:
+        video_worker.IDLE.pop().end()
     rows = [("first", files / "good.mp4"), ("bad", files / "slow.mkv")]
     rows += [("last", files / "good.mp4")]
     hit = []

@@ -71,7 +71,7 @@ def test_kept_graphs_are_bounded_and_the_oldest_goes(graphs):
         made = replayed.solve(*given)
         torch.testing.assert_close(made, by_solve(model, *given), rtol=1e-4, atol=1e-5)
         assert recorder.captured == captured
-        assert len(replayed._kept) <= 2
+        assert len(replayed.graphs) <= 2
 
 
 def test_a_graph_is_of_one_window(graphs):
@@ -170,7 +170,7 @@ def test_cuda_graphs_agree_with_eager_steps(dtype):
     for _ in range(2):
         made = graph.solve(noise, table, conditions, empty)
         assert (made - wanted).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * wanted.norm()
-    assert graph.kind == "graph" and len(graph._kept) == 1
+    assert graph.kind == "graph" and len(graph.graphs) == 1
 
 
 def test_steps_are_told_what_the_network_saw():

@@ -32,7 +32,7 @@ from wavflow.flow.solvers import solve
 from wavflow.media.audio import load_audio, save_wav
 from wavflow.sampling.batched import Budget
 from wavflow.sampling.field import Size
-from wavflow.sampling.windowed import _Run
+from wavflow.sampling.windowed import Denoising
 from wavflow.sampling.windows import Windows
 from wavflow.systems.wavflow.scenes import film, stored
 from wavflow.training import checkpoint
@@ -230,8 +230,7 @@ def test_memory_does_not_grow_with_the_sound():
         plan, budget = sampler.plan(steps=3), Budget(2)
         features = sampler.encode("a bell")
         sound = sampler.generator.long(features, seconds, 0, plan, 2.0, budget=budget)
-        run = _Run(sound, None, None)
-        run._ahead = Now()
+        run = Denoising(sound, Now(), None)
         return max(run.state.shape[1] + len(run.conditions) * 200 for _ in run.parts(2))
 
     held = [longest(seconds) for seconds in (30.0, 60.0, 120.0)]
@@ -363,7 +362,7 @@ def test_kept_tokens_are_the_noised_truth_at_every_step(solver, prediction):
         wanted = (1 - t) * noise + t * given.tokens[:200]
         torch.testing.assert_close(run.state[0, :200], wanted, atol=2e-5, rtol=1e-4)
 
-    run = _Run(replace(sound, known=given), Now(), check)
+    run = Denoising(replace(sound, known=given), Now(), check)
     with torch.inference_mode():
         (tokens,) = run.parts(None)
     assert not times and tokens.shape == (400, 80)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from support.networks import CPU, field_of, golden_model, inputs, mixed, tiny_sampler
-from support.numerics import assert_close, filters, normal, relative
-from support.op_checks import check_forward, check_gradient
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wavflow_kernels as wk
+from support.networks import CPU, field_of, golden_model, inputs, mixed, tiny_sampler
+from support.numerics import assert_close, filters, normal, relative
+from support.op_checks import check_forward, check_gradient
 from wavflow.base import precision
 from wavflow.config.schema import TrainingConfig
 from wavflow.flow.solvers import solver_table

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import torch
 from safetensors import safe_open
-from support.paths import GOLDEN
 from torch import Tensor, nn
+
+from support.paths import GOLDEN
 
 
 def uniform(stream: int, count: int) -> np.ndarray:

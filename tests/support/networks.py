@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from support.golden_weights import golden_state_dict, load_golden
 from support.tables import SIZES
-
 from wavflow.config.load import load_config
 from wavflow.pipeline.sampler import Sampler
 from wavflow.systems.wavflow.build import build_model

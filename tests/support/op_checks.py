@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.numerics import assert_close, to_float64
 from torch import Tensor
 
 import wavflow_kernels as wk
+from support.numerics import assert_close, to_float64
 from wavflow_kernels import _backend
 from wavflow_kernels._registry import Op, Sample, tensors
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from support.toy_task import SETTINGS, Fit, Points, make_trainer
 
+from support.toy_task import SETTINGS, Fit, Points, make_trainer
 from wavflow.base.console import show_log
 from wavflow.base.errors import InputError
 from wavflow.base.processes import World, join

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from support.golden_weights import uniform
 from torch import Tensor
 
+from support.golden_weights import uniform
 from wavflow.features.synchformer import (
     PREFIX,
     Synchformer,

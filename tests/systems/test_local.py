@@ -185,20 +185,20 @@ def test_rotations_are_the_formulas(scaling, tokens):
     place = torch.cat((torch.arange(tokens), torch.arange(20) * tokens / 20, torch.zeros(3)))
     place = place.double() / (stretch if scaling == "linear" else 1)
     wanted = place[:, None] * base ** (-torch.arange(0, 16, 2) / 16).double()
-    turned = torch.remainder(angles(model._rope()) - wanted + 1, 2 * torch.pi) - 1
+    turned = torch.remainder(angles(model.rope()) - wanted + 1, 2 * torch.pi) - 1
     assert turned.abs().max() < 1e-4
 
 
 def test_scaling_keeps_to_the_turns_of_training():
     """Linear: no position beyond those of training. NTK: the slowest pair turns no further."""
     model = local_model(hidden_dim=32)
-    last = angles(model._rope()[99:100])
+    last = angles(model.rope()[99:100])
     model.update_seq_lengths(400, 13, 24)
     for scaling, pairs in (("linear", slice(None)), ("ntk", slice(-1, None))):
         model.update_attention(None, scaling)
-        of_training = angles(model._rope()[[396]])[:, pairs]
+        of_training = angles(model.rope()[[396]])[:, pairs]
         assert (of_training - last[:, pairs]).abs().max() < 1e-5
-    assert (model._rope()[:400, :2] - rotations_of_training(400)[:, :2]).abs().max() < 1e-6
+    assert (model.rope()[:400, :2] - rotations_of_training(400)[:, :2]).abs().max() < 1e-6
 
 
 def rotations_of_training(tokens: int) -> torch.Tensor:
@@ -273,7 +273,7 @@ def test_features_stay_beside_their_sound_at_any_length(seconds):
         model = WavflowModel(**SIZES)
     model.to_empty(device="cpu").update_seq_lengths(tokens, clips, 8 * segments)
     time = (torch.arange(tokens) + 0.5) / 80
-    middle = 0.32 * (model._sync_tokens().index // 8 + 1)
+    middle = 0.32 * (model.sync_tokens().index // 8 + 1)
     left_out = seconds - (8 * segments + 8) / 25
     assert (middle - time).abs().max() < 0.32 + left_out
     frame = torch.arange(clips) / 8

@@ -320,7 +320,7 @@ def test_upsampled_sync_rows_are_the_nearest():
     model, _ = golden_model("model_tiny")
     for tokens in (24, 26, 640, 1764):
         model.update_seq_lengths(tokens, 8, 24)
-        index, offsets = model._sync_tokens()
+        index, offsets = model.sync_tokens()
         centre = (torch.arange(tokens, dtype=torch.float64) + 0.5) * 24 / tokens
         assert ((index + 0.5 - centre).abs() <= 0.5 + 1e-5).all()
         wanted = wk.token_rows(index, 24)
