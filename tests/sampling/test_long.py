@@ -87,6 +87,15 @@ def test_windows_cover_a_sound(seconds, overlap, grid, loop):
     assert hop <= 2 - wanted + (0 if loop or len(windows) < 3 else grid)
 
 
+def test_a_loop_of_no_whole_steps_has_no_hole():
+    windows = Windows.cover(13.8125, CLIP, overlap=0, loop=True)
+    reached = torch.zeros(windows.tokens, dtype=torch.bool)
+    for window in range(len(windows)):
+        for _, its in windows.places(window):
+            reached[its] = True
+    assert windows.tokens == 1381 and reached.all()
+
+
 def test_windows_at_44_khz_begin_at_the_nearest_token():
     windows = Windows.cover(60, size_of(load_config("medium_44k").data), grid=Fraction(8, 25))
     rate = Fraction(44_100, 200)

@@ -72,8 +72,9 @@ class Windows:
         size, tokens = window.tokens, math.ceil(whole * rate)
         if loop:
             tokens = max(1, round(whole * rate))
-            count = math.ceil(whole / hop)
-            times = [k * whole / count // grid * grid for k in range(count)]
+            around = math.ceil(whole / grid) * grid  # so that the last one reaches the first
+            count = math.ceil(around / hop)
+            times = [k * around / count // grid * grid for k in range(count)]
         elif tokens <= size:
             tokens, times = size, [Fraction(0)]
         else:
