@@ -74,7 +74,7 @@ quick: setup
 # The op tests of the Triton kernels, in Triton's interpreter.
 interpret: setup
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
-	  TRITON_INTERPRET=1 $(TESTS) tests/test_ops.py -m "not slow and not gpu"; \
+	  TRITON_INTERPRET=1 $(TESTS) tests/kernels/test_ops.py -m "not slow and not gpu"; \
 	else \
 	  echo "triton is not installed: its kernels are not tested ($(BIN)/pip install 'triton>=3.6')"; \
 	fi
@@ -98,20 +98,21 @@ aot: setup
 	  --json build/aot36.json
 
 # What only exercises the compiled kernels: the matrix in eager mode, and their laws.
-KERNEL_TESTS := $(addprefix tests/test_,ops.py properties.py adaln.py conv1d.py qkv_rope.py \
+KERNEL_TESTS := $(addprefix tests/kernels/test_,ops.py properties.py adaln.py conv1d.py qkv_rope.py \
   rope_attention.py swiglu.py) -k "cpp and eager or property"
 
 # The kernels whose bits depend on the instruction set, in the baseline: of the others
 # test_every_instruction_set_gives_the_same_bits shows that they do not.
 isa: setup
-	WAVFLOW_CPU_ISA=default $(TESTS) tests/test_ops.py tests/test_conv1d.py \
-	  tests/test_rope_attention.py tests/test_swiglu.py \
+	WAVFLOW_CPU_ISA=default $(TESTS) \
+	  $(addprefix tests/kernels/test_,ops.py conv1d.py rope_attention.py swiglu.py) \
 	  -k "cpp and eager and (attention or conv or swiglu) or property or threads"
 
 # What chooses by the processor, on one that knows no more than AVX2.
-AVX2_TESTS := $(addprefix tests/test_,ops.py conv1d.py rope_attention.py swiglu.py model.py \
-  inference.py flow_matching.py sampler.py engine.py long.py local.py trainer.py training.py \
-  flops.py)
+AVX2_TESTS := $(addprefix tests/,$(addprefix kernels/test_,ops.py conv1d.py rope_attention.py \
+  swiglu.py) layers flow systems/test_model.py systems/test_local.py sampling/test_engine.py \
+  sampling/test_long.py $(addprefix pipeline/test_,sampler.py training.py) \
+  $(addprefix training/test_,trainer.py flops.py))
 avx2: setup
 	@if $(BIN)/python -c 'import sys, torch; \
 	    sys.exit("avx512" in torch.backends.cpu.get_cpu_capability().lower())'; then \

@@ -128,8 +128,8 @@ def conditions(model: WavflowModel, clip: Tensor, sync: Tensor, text: Tensor) ->
         clip_f_c=model.clip_cond_proj(clip_f.mean(dim=1)),
         text_f_c=model.text_cond_proj(text_f.mean(dim=1)),
         sync_rows=sync_rows,
-        sync_tokens=model._sync_tokens(),
-        rope=model._rope(),
+        sync_tokens=model.sync_tokens(),
+        rope=model.rope(),
     )
 
 

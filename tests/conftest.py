@@ -115,7 +115,7 @@ class Recorder:
 @pytest.fixture
 def graphs(monkeypatch):
     """An engine that believes to be on a GPU, and the count of what it captures."""
-    from tiny import field_of
+    from support.networks import field_of
 
     from wavflow.sampling import engine
 

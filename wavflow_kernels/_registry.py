@@ -88,7 +88,7 @@ class Op:
     bytes       bytes(args): least memory traffic of a call, for benchmarks
     flops       flops(args): arithmetic of a call; torch's FlopCounterMode reads it for
                 "matrix" ops, as it counts matrix products alone
-    tolerance   class of tests/numerics.py: "exact", "single_pass", "reduction" or "matrix"
+    tolerance   class of tests/support/numerics.py: "exact", "single_pass", "reduction" or "matrix"
     setup_context   setup_context(ctx, output, args): saves what the backward needs
     backward    backward(ctx, *grads): {name: gradient} of the arguments that have one; None: not
                 differentiable
@@ -172,7 +172,7 @@ class Op:
         first = self.first(args)
         if torch.is_autocast_enabled(first.device.type):
             with torch.autocast(first.device.type, enabled=False):
-                return self(*self._autocast(args, torch.get_autocast_dtype(first.device.type)))
+                return self(*self.cast(args, torch.get_autocast_dtype(first.device.type)))
         compiling = torch.compiler.is_compiling()
         try:
             backend = _backend.choose(self, first.device, first.dtype, args)
@@ -211,7 +211,8 @@ class Op:
             )
         return first
 
-    def _autocast(self, args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    def cast(self, args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+        """The arguments of a call as autocast to `dtype` casts them."""
         return [
             _cast(a, dtype) if name in self.autocast else a
             for name, a in zip(self.arguments, args, strict=True)

@@ -289,7 +289,7 @@ class ClipDataset(Clips):
         tracks = tuple(tracks)
         manifest = read_manifest(csv_path, columns(tracks), data_root=config.data_root)
         self._room = config.cache_mb * 2**20
-        self._cache: dict[str, Recording] = {}
+        self.cached: dict[str, Recording] = {}
         self._levels: dict[str, Level] = {}
         self._lock = threading.Lock()
         self._read = RowReader(config, tracks)
@@ -313,7 +313,7 @@ class ClipDataset(Clips):
 
     def recording(self, index: int) -> Recording:
         row = self._rows[index]
-        return self._cache.get(row.id) or self._keep(row)
+        return self.cached.get(row.id) or self._keep(row)
 
     def _problem(self, index: int) -> str | None:
         row = self._rows[index]
@@ -327,11 +327,11 @@ class ClipDataset(Clips):
         recording = self._read(row, self._levels.get(row.id))
         with self._lock:
             self._levels[row.id] = recording.level
-            if row.id in self._cache or self._read.is_long(recording.wave.size):
+            if row.id in self.cached or self._read.is_long(recording.wave.size):
                 return recording
             if recording.nbytes <= self._room:
                 self._room -= recording.nbytes
-                self._cache[row.id] = recording
+                self.cached[row.id] = recording
         return recording
 
 

@@ -84,7 +84,7 @@ def decode(
     except BaseException:
         worker.end()
         raise
-    _idle.append(worker)
+    IDLE.append(worker)
     for text in reply["warnings"]:
         warnings.warn(text, stacklevel=2)
     if reply["error"] is not None:
@@ -94,7 +94,7 @@ def decode(
 
 def start() -> None:
     """Start a worker and do not wait for it: the next file will find it ready, or nearly."""
-    _idle.append(_take())
+    IDLE.append(_take())
 
 
 @contextlib.contextmanager
@@ -196,13 +196,14 @@ def _receive(connection: socket.socket) -> tuple[Any, list[int]]:
     return json.loads(line), descriptors
 
 
-_idle: list[_Worker] = []
+#: Workers that wait for a video.
+IDLE: list[_Worker] = []
 
 
 def _take() -> _Worker:
     while True:
         try:
-            worker = _idle.pop()
+            worker = IDLE.pop()
         except IndexError:
             return _Worker()
         if worker.is_alive:
@@ -212,12 +213,12 @@ def _take() -> _Worker:
 
 @atexit.register
 def _end_idle() -> None:
-    while _idle:
-        _idle.pop().end()
+    while IDLE:
+        IDLE.pop().end()
 
 
 # A forked process must not talk to its parent's workers.
-os.register_at_fork(after_in_child=_idle.clear)
+os.register_at_fork(after_in_child=IDLE.clear)
 
 
 def serve() -> None:

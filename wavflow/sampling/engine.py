@@ -68,7 +68,7 @@ class Engine:
         self.may_fall_back = kind == "auto"
         self.kind = ("graph" if gpu else "eager") if kind == "auto" else kind
         self.field, self.dtype, self.limit = field, dtype, limit
-        self._kept: OrderedDict[tuple[Any, ...], _Steps] = OrderedDict()
+        self.graphs: OrderedDict[tuple[Any, ...], _Steps] = OrderedDict()
         self._compiled: Callable[..., Output] | None = None
 
     def cast(self) -> AbstractContextManager[Any]:
@@ -148,7 +148,7 @@ class Engine:
                     raise
                 log.warning("no CUDA graph of the step (%s): it is compiled instead", error)
                 self.kind = "compile"
-                self._kept.clear()
+                self.graphs.clear()
         if self.kind == "compile" and self._compiled is None:
             self._compiled = torch.compile(_predict, dynamic=False)
         return _Steps(self.field, self._compiled or _predict, *given)
@@ -167,13 +167,13 @@ class Engine:
         room = F.pad(table, (0, 0, 0, rows - len(table)))
         kind = self.field.key(conditions)
         key = (noise.shape, noise.dtype, kind, room.shape, empty is None, rescale)
-        steps = self._kept.pop(key, None)
+        steps = self.graphs.pop(key, None)
         if steps is None:
-            while len(self._kept) >= self.limit:
-                self._kept.popitem(last=False)
+            while len(self.graphs) >= self.limit:
+                self.graphs.popitem(last=False)
             own = clone(conditions), None if empty is None else clone(empty)
             steps = _Steps(self.field, _predict, noise, room, *own, rescale)
-        self._kept[key] = steps
+        self.graphs[key] = steps
         with self.cast():
             steps.capture(kinds)
         steps.load(noise, room, conditions, empty)

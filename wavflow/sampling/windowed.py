@@ -103,7 +103,7 @@ class LongSound:
         ahead = ThreadPoolExecutor(1)
         try:
             # Whoever iterates is not in inference mode, nor put into it.
-            run = _Run(self, ahead, after).parts(group)
+            run = Denoising(self, ahead, after).parts(group)
             while True:
                 with torch.inference_mode():
                     part = next(run, None)
@@ -114,8 +114,14 @@ class LongSound:
             ahead.shutdown(wait=False, cancel_futures=True)
 
 
-class _Run:
-    """One making of a sound: its state, features and conditions on the way."""
+class Denoising:
+    """A long sound in the making: its state, and what windows to come still need of it.
+
+    Args:
+        sound: how it is made.
+        ahead: encodes the features of windows to come.
+        after: called after every evaluation.
+    """
 
     def __init__(
         self,

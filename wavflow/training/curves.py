@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#3b6fb6", "#e9862a", "#2a9d8f", "#c8556b", "#7c6fb0", "#8a6d3b")
 BY_T = "loss_by_t/"
-VALIDATION = {"val/loss": "o", "val/loss_ema1": "D", "val/loss_ema2": "s"}  # losses: markers
+VALIDATION = {"val/loss": "o", "val/loss_ema1": "D"}  # losses: markers
 # Panels besides the losses: title, and how its numbers are shown.
 PANELS = {
     "grad_norm": ("gradient norm", "{x:g}"),

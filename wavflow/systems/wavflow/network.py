@@ -218,19 +218,21 @@ class WavflowModel(Preparing):
             clip_f_c=_few_rows(self.clip_cond_proj, clip_f.mean(dim=1)),
             text_f_c=_few_rows(self.text_cond_proj, text_f.mean(dim=1)),
             sync_rows=self.sync_input_proj(segments.flatten(1, 2)),
-            sync_tokens=self._sync_tokens(),
-            rope=self._rope(),
+            sync_tokens=self.sync_tokens(),
+            rope=self.rope(),
             rope_scaling=config.rope_scaling,
             window=config.window,
         )
 
-    def _sync_tokens(self) -> TokenRows:
+    def sync_tokens(self) -> TokenRows:
+        """The sync row that each audio token hears, the nearest in time."""
         # Interpolating the row numbers gives torch's own rounding where a token lies on an edge.
         rows = torch.arange(self.sync_seq_len, device=self.device, dtype=torch.float32)
         index = F.interpolate(rows[None, None], size=self.latent_seq_len, mode="nearest-exact")
         return TokenRows.of_sorted(index.flatten(), self.sync_seq_len)
 
-    def _rope(self) -> Tensor:  # (n + n_clip + n_text, head_dim), float32 at least
+    def rope(self) -> Tensor:  # (n + n_clip + n_text, head_dim), float32 at least
+        """The rotations of the joint attention's tokens: audio, clip, text."""
         tokens, clip_tokens = self.latent_seq_len, self.clip_seq_len
         # Clip tokens run on the audio tokens' clock; text tokens are not rotated.
         head_dim, stretch = self.config.head_dim, tokens / self.trained_seq_len

@@ -1,0 +1,1 @@
+"""What tests share: small networks, tables, videos, tolerances, processes."""
