@@ -47,7 +47,13 @@ _GREYS = dict(zip(CONTROLS, ("#c9d0d8", "#98a2ae"), strict=True))
 
 @dataclass(frozen=True)
 class Clip:
-    """A held-out clip as it is shown: what it is, and its sounds {a key of TITLES: path}."""
+    """A held-out clip as it is shown.
+
+    Attributes:
+        id, kind, caption: what it is.
+        events: seconds at which something is struck.
+        sounds: {a key of TITLES: path}.
+    """
 
     id: str
     kind: str
@@ -66,7 +72,8 @@ def chosen(entries: list[dict[str, Any]], per_kind: int, how: str | None) -> lis
     Args:
         entries: events.json.
         per_kind: how many.
-        how: the series of the training whose sounds are shown too, or None; clips without are not.
+        how: the series of the training whose sounds are shown too, or None; clips that lack them
+            are left out.
     """
     by_id: dict[str, Clip] = {}
     for entry in entries:
@@ -148,17 +155,17 @@ def describe_training(training: dict[str, Any]) -> str:
 
 
 def image(out: Path, clip: Clip, sound: str) -> Path:
-    """The spectrogram of one sound of a clip."""
+    """The file of the spectrogram of one sound of a clip."""
     return out / "img" / f"{clip.id}.{sound}.png"
 
 
 def film(out: Path, clip: Clip, sound: str) -> Path:
-    """The clip's video with one of its sounds."""
+    """The file of the clip's video with one of its sounds."""
     return out / "video" / f"{clip.id}.{sound}.mp4"
 
 
 def read(path: Path) -> tuple[np.ndarray, int]:
-    """Samples (t,) float32 and rate of a wav."""
+    """The samples (t,) float32 of a wav file, and its rate in Hz."""
     import soundfile
 
     with soundfile.SoundFile(path) as file:

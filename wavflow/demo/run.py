@@ -36,12 +36,13 @@ from wavflow_kernels import cpu
 
 #: The packaged network, and the configuration it was trained by.
 PRESET = "toy_8k"
-#: Clips of the world by the training of the demo; those that a minute can use, and the listener.
+#: How many training clips the world has, by the demo's training: what the listener learns from and
+#: a minute of training can use, or as many as the packaged network had.
 CLIPS = {QUICK: CLASSIFIER_CLIPS, FULL: 1200, "none": CLASSIFIER_CLIPS}
 HELDOUT_CLIPS = 64
-#: Of them, those that the controls and the training "quick" are heard with.
+#: How many of them the controls and the training "quick" are heard with.
 CONTROL_CLIPS = QUICK_CLIPS = 16
-#: Of the training "quick".
+#: Seconds of the training "quick".
 TRAIN_SECONDS = 60.0
 _PARTS = ("toy", "features", "run", "wav", "video", "img")
 
@@ -67,14 +68,15 @@ def run_demo(
     Args:
         out: gets report.html, report.png, events.json, metrics.json, wav/ and video/, and the
             material they are made from in toy/, features/ and run/.
-        seed: of the world, the training and the noise.
-        train: of a network from nothing: "quick", for `train_seconds`, "full", for the steps of the
-            configuration, or "none".
+        seed: what the world, the training and the noise depend on.
+        train: how long a network is trained from nothing: "quick", for `train_seconds`, "full", for
+            the steps of the configuration, or "none".
         weights: the checkpoint that is heard first.
         overrides: `key=value` on top of the configuration of the training.
         train_seconds: wall-clock seconds of the training "quick".
-        clips, heldout: sizes of the world; `CLIPS` by default.
-        fresh: delete what an earlier run left in `out` first.
+        clips: training clips of the world, by default those of `CLIPS`.
+        heldout: held-out clips of the world.
+        fresh: whether what an earlier run left in `out` is deleted first.
 
     Raises:
         InputError: matplotlib or scikit-learn is missing, or a setting is out of range.
@@ -180,7 +182,7 @@ class Demo:
         if path.is_file() and read_json(path) == settings:
             self._keep(f"{split} clips")
             return
-        if split == "heldout":  # of another world, if there is one
+        if split == "heldout":  # what is there belongs to another world
             shutil.rmtree(folder, ignore_errors=True)
         path.unlink(missing_ok=True)
         write_split(
@@ -195,7 +197,7 @@ class Demo:
         write_json(path, settings)
 
     def extract(self, split: str) -> None:
-        """Features of the "train" or "heldout" clips."""
+        """Writes the features of the "train" or "heldout" clips, where they are not there yet."""
         from wavflow.features.extract import extract
 
         with counter(f"{split} features") as progress:
@@ -306,6 +308,7 @@ class Demo:
 
     @functools.cached_property
     def heard(self) -> Listener:
+        """What listens to the sounds; it learns from the world's training clips."""
         return Listener(self.out / "toy" / "events.json")
 
     def judge(

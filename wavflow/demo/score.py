@@ -24,7 +24,7 @@ MODES = tuple(WANTED)
 SHIPPED, QUICK, FULL = "shipped", "quick", "full"
 CONTROLS = ("untrained", "shuffled")
 SERIES = (SHIPPED, QUICK, FULL, *CONTROLS)
-#: They in words.
+#: What the series are called.
 NAMES = {
     SHIPPED: "packaged network",
     "untrained": "control, untrained",
@@ -46,7 +46,7 @@ def recompute(out: Path, heard: Listener | None = None) -> dict[str, Any]:
         heard: what listens, fitted on that training audio; by default it is made.
 
     Returns:
-        Plain numbers: by series and mode what was heard, `chance` (true sounds judged by other
+        Plain numbers: what was heard by series and mode, `chance` (true sounds judged by other
         clips' events and kinds), `ceiling` (true sounds judged by their own) and `bars`.
 
     Raises:

@@ -47,15 +47,21 @@ LICENCE = "Apache-2.0"
 def ship(
     run: Path, out: Path, work: Path, *, seeds: list[int], dtypes: list[str], commit: str
 ) -> Weights:
-    """Writes the weights of the training in `run` to `out`; raises InputError if a bar is missed.
+    """Writes the weights of the training in `run` to `out`, if every bar is met.
 
     Args:
         run: folder of a training of the demo's world.
-        out: the .safetensors.
-        work: gets the worlds and the sounds that are judged.
-        seeds: of the worlds; the training's own among them.
-        dtypes: that the network is judged in.
-        commit: of the source that trained it.
+        out: the .safetensors file.
+        work: folder that gets the worlds and the sounds that are judged.
+        seeds: seeds of the worlds, the training's own among them.
+        dtypes: names of the dtypes that the network is judged in.
+        commit: commit of the source that trained it.
+
+    Returns:
+        The weights as they were written.
+
+    Raises:
+        InputError: a bar is missed, or the file is too large.
     """
     weights = read_weights(run / LATEST, "ema1")
     if weights.config is None:
@@ -107,12 +113,12 @@ def judge(checkpoint: Path, work: Path, seed: int, dtypes: list[str]) -> list[di
 
     Args:
         checkpoint: the network.
-        work: gets the world and the sounds.
-        seed: of the world and the noise.
-        dtypes: of the network.
+        work: folder that gets the world and the sounds.
+        seed: what the world and the noise depend on.
+        dtypes: names of the dtypes that the network runs in.
 
     Raises:
-        InputError: a control that is too good: what judges is wrong then.
+        InputError: a control is too good, so that what judges cannot be trusted.
     """
     folder = work / f"world{seed}"
     demo = Demo(folder, seed, CLIPS[QUICK], HELDOUT_CLIPS, load_config(PRESET), stages=0)
@@ -173,7 +179,7 @@ def _overrides(config: Config) -> str:
 
 
 def _commit() -> str:
-    """The commit of the source tree that this module is of."""
+    """The commit of the source tree that this module lies in."""
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True

@@ -57,7 +57,7 @@ class Heldout:
     scenes: list[dict[str, Any]]
 
     def first(self, count: int | None) -> Heldout:
-        """So many of them, None for all."""
+        """The first `count` of them; None for all."""
         return Heldout(self.rows[:count], self.features[:count], self.scenes[:count])
 
 
@@ -99,7 +99,7 @@ class Job:
 
 
 def jobs_of(sampler: Sampler, series: str, clips: Heldout) -> list[Job]:
-    """All modes."""
+    """A job for each mode."""
     return [Job(series, mode, sampler, clips) for mode in MODES]
 
 

@@ -17,11 +17,11 @@ def rescale_guidance(cond: Tensor, uncond: Tensor, weight: Tensor | float, share
 
     Args:
         cond, uncond: (b n d) predictions with and without conditions.
-        weight: of guidance, a number or a 0-d tensor.
+        weight: guidance weight, a number or a 0-d tensor.
         share: 0 changes nothing, 1 gives the standard deviation of `cond`.
 
     Returns:
-        (b n d), float32 at least.
+        The guided prediction (b n d), float32 at least.
     """
     cond, uncond = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (cond, uncond))
     guided = torch.lerp(uncond, cond, torch.as_tensor(weight).to(cond))
@@ -30,7 +30,12 @@ def rescale_guidance(cond: Tensor, uncond: Tensor, weight: Tensor | float, share
 
 
 def mix_guidance(predicted: Output, weight: float) -> Tensor:
-    """The guided prediction, float32 at least, of what a step returned."""
+    """The guided prediction (b n d), float32 at least, out of what a step returned.
+
+    Args:
+        predicted: the prediction, or the pair with and without conditions.
+        weight: guidance weight, used for a pair alone.
+    """
     cond, uncond = predicted if isinstance(predicted, tuple) else (predicted, None)
     cond = cond.to(torch.promote_types(cond.dtype, torch.float32))
     return cond if uncond is None else torch.lerp(uncond.to(cond), cond, weight)

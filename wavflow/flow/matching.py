@@ -35,11 +35,15 @@ class FlowMatching:
 
     Args:
         min_sigma: noise left at t = 1, the path's sigma_min.
-        inference_mode: a fixed-step solver with ``num_steps`` steps (``solvers.solver_table``), or
-            "adaptive" (``solvers.adaptive``).
+        inference_mode: a fixed-step solver (``solvers.solver_table``), or "adaptive"
+            (``solvers.adaptive``).
+        num_steps: steps of a fixed-step solver.
         prediction_type: "x" if the network predicts clean tokens, "v" if velocities.
         noise_scale: standard deviation of the noise that ``get_x0_xt_c`` draws.
         noise_shift: s of the time shift t / (t + s (1 - t)).
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     def __init__(
@@ -74,11 +78,11 @@ class FlowMatching:
     # The path.
 
     def shift_timestep(self, t: Tensor) -> Tensor:
-        """t / (t + s (1 - t)) with s = ``noise_shift``."""
+        """The shifted times t / (t + s (1 - t)), s being ``noise_shift``."""
         return shift_time(t, self.noise_shift)
 
     def get_conditional_flow(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """x_t (b n d) in x1's dtype between noise x0 and data x1 at t (b), which is not shifted."""
+        """The point x_t (b n d) between noise x0 and data x1 at unshifted t (b), in x1's dtype."""
         _check_tokens(t, x1=x1, x0=x0)
         wide = _wide(x1)
         xt, _ = wavflow_kernels.flow_mix(
@@ -98,19 +102,19 @@ class FlowMatching:
     # Losses per item (b), the mean over tokens and samples; t as the network was given it.
 
     def x_pred_x_loss(self, pred: Tensor, x0: Tensor, xt: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """(pred - x1)^2"""
+        """Error of a prediction of data: (pred - x1)^2."""
         return self._loss("x", "x", pred, x0, xt, x1, t)
 
     def x_pred_v_loss(self, pred: Tensor, x0: Tensor, xt: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """((pred - x1) / max(1 - t, 1e-6))^2, the error of the velocity (pred - x_t) / (1 - t)."""
+        """Error of the velocity (pred - x_t) / (1 - t): ((pred - x1) / max(1 - t, 1e-6))^2."""
         return self._loss("x", "v", pred, x0, xt, x1, t)
 
     def v_pred_v_loss(self, pred: Tensor, x0: Tensor, xt: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """(pred - (x1 - (1 - sigma_min) x0))^2"""
+        """Error of a prediction of the velocity: (pred - (x1 - (1 - sigma_min) x0))^2."""
         return self._loss("v", "v", pred, x0, xt, x1, t)
 
     def v_pred_x_loss(self, pred: Tensor, x0: Tensor, xt: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """(x_t + (1 - t) pred - x1)^2"""
+        """Error of the data that a velocity leads to: (x_t + (1 - t) pred - x1)^2."""
         return self._loss("v", "x", pred, x0, xt, x1, t)
 
     def _loss(
@@ -139,13 +143,15 @@ class FlowMatching:
     # Sampling; fn(t, x) gets a 0-d t, which is shifted, and x (b n d), and returns the prediction.
 
     def to_data(self, fn: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> Tensor:
-        """Data (b n d) from noise x0, used as it is: the caller scales it by ``noise_scale``."""
+        """Carries noise x0 to data (b n d); the caller has scaled x0 by ``noise_scale``."""
         return self.run_t0_to_t1(fn, x0, 0.0, 1.0)
 
     def to_prior(self, fn: Callable[[Tensor, Tensor], Tensor], x1: Tensor) -> Tensor:
-        """Noise (b n d) from data x1. Raises ValueError with x-prediction.
+        """Carries data x1 to noise (b n d).
 
-        At t = 1 the velocity of an x-prediction is 0 / 0, so the way back has no start.
+        Raises:
+            ValueError: with x-prediction, whose velocity at t = 1 is 0 / 0: the way back has no
+                start.
         """
         if self.prediction_type == "x":
             raise ValueError(
@@ -156,7 +162,7 @@ class FlowMatching:
     def run_t0_to_t1(
         self, fn: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t0: float, t1: float
     ) -> Tensor:
-        """x (b n d) at t1 - min_sigma from x0 at t0, times before the shift; no gradients."""
+        """Carries x0 (b n d) from t0 to t1 - min_sigma, times before the shift; no gradients."""
         check_shape("x0", x0, ("batch", "tokens", "samples"))
         mode, prediction = self.inference_mode, self.prediction_type
         steps = 1 if mode == "adaptive" else self.num_steps

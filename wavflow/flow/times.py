@@ -7,14 +7,16 @@ from torch import Tensor
 
 from wavflow.base.names import TIMES
 
+#: Slope k of the sigmoid times (``time_grid``).
 SIGMOID_SLOPE = 8.0
 
-#: From t = 0.018, before which there is little to see, to t = 0.999, where the rest is one step.
+#: Log signal-to-noise ratios that ``log_snr_grid`` goes from and to: t = 0.018, before which there
+#: is little to see, and t = 0.999, from where the rest is one step.
 LOG_SNR = (-4.0, 6.9)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t / (t + shift (1 - t)): 0 and 1 stay, and a shift above 1 spends more steps on noise."""
+    """Times t / (t + shift (1 - t)): 0 and 1 stay, a shift above 1 spends more steps on noise."""
     return t / (t + shift * (1 - t))
 
 
@@ -26,7 +28,8 @@ def time_grid(
     With slope k > 0 they are sigmoid-spaced, denser at both ends: u runs from 0 to 1 through
     :math:`(\sigma(k (s - 1/2)) - \sigma(-k/2)) / (\sigma(k/2) - \sigma(-k/2))`, s even.
 
-    Raises ValueError if there is no step, or for a negative slope.
+    Raises:
+        ValueError: there is no step, or the slope is negative.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, wanted at least 1")
@@ -44,6 +47,9 @@ def log_snr_grid(steps: int, t1: float = 1.0) -> Tensor:
 
     The logarithm of the signal-to-noise ratio runs from LOG_SNR's first to its second number, or to
     t1's where that is less.
+
+    Raises:
+        ValueError: there is no step, or t1 lies before the first of these ratios.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, wanted at least 1")
@@ -64,6 +70,12 @@ def sampling_times(kind: str, steps: int, t1: float = 1.0, shift: float = 1.0) -
     Args:
         kind: "even", before the shift, as the public system's; "sigmoid", with SIGMOID_SLOPE;
             "log-snr" (``log_snr_grid``). The latter two are not shifted.
+        steps: how many steps are between the times.
+        t1: the last time.
+        shift: s of ``shift_time``, for even times alone.
+
+    Raises:
+        ValueError: an unknown kind, or no step.
     """
     if kind not in TIMES:
         raise ValueError(f"times is {kind!r}, wanted one of {', '.join(TIMES)}")

@@ -33,7 +33,7 @@ class AttentionInput(nn.Module):
         self.k_norm = nn.RMSNorm(dim // num_heads, eps=RMS_NORM_EPS)
 
     def prepare(self, dtype: torch.dtype, winograd: bool | None = None) -> None:
-        """Hold the projection's weight as inference in `dtype` wants it."""
+        """Holds the projection's weight as inference in `dtype` wants it."""
         weight, self.bias = self._projection()
         self.prepared = wk.prepare_conv(weight, dtype=dtype, winograd=winograd)
         del self.qkv
@@ -46,7 +46,10 @@ class AttentionInput(nn.Module):
         return weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b n 3c), channels laid out as (head, channel, {q, k, v}); (b n 2c) without queries."""
+        """Projects x (b n c) to (b n 3c), or (b n 2c) without queries.
+
+        Its channels are laid out as (head, channel, {q, k, v}).
+        """
         if self.prepared is not None:
             return wk.conv1d(x, self.prepared, self.bias)
         return wk.conv1d(x, *self._projection())
@@ -68,10 +71,14 @@ def attention(
     window: AttentionWindow | None,
     sharing: Sharing | None,
 ) -> tuple[Tensor, ...]:
-    """Joint attention of the streams, (b n 3c) or (b n 2c) each -> (b n c) of those with queries.
+    """Attention over the tokens of all streams; (b n c) for each stream with queries.
 
-    rope: (tokens of all streams, head_dim) rotations; window: over the tokens of all streams;
-    sharing: of the first stream's.
+    Args:
+        inputs: what projected each stream.
+        projected: the streams' projections, (b n 3c) or, without queries, (b n 2c) each.
+        rope: (tokens of all streams, head_dim), the rotations.
+        window: which tokens of all streams see each other; None for all.
+        sharing: how processes share the tokens of the first stream; None where they do not.
     """
     q, k, v = wk.qkv_rope(
         projected,

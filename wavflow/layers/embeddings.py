@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: Base of the frequencies of timesteps and rotary positions.
 FREQUENCY_BASE = 10000.0
+#: Width of `timestep_features`.
 TIMESTEP_FEATURES = 256
 
 
 def timestep_features(t: Tensor) -> Tensor:  # (b) -> (b 256)
-    """``[cos(t f), sin(t f)]`` of t in [0, 1], f = 10000^(-2i/256), in float32 at least."""
+    """Sinusoids ``[cos(t f), sin(t f)]`` of t in [0, 1], f = 10000^(-2i/256), float32 at least."""
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     exponent = torch.arange(0, TIMESTEP_FEATURES, 2, device=t.device, dtype=t.dtype)
     angle = t[:, None] * FREQUENCY_BASE ** (-exponent / TIMESTEP_FEATURES)
@@ -45,6 +47,9 @@ def rope_scale(scaling: str, stretch: float, head_dim: int) -> tuple[float, floa
             goes on with the positions of training.
         stretch: the clip's length over that of training; up to 1 nothing is scaled.
         head_dim: channels of a head; more than 2 for "ntk".
+
+    Returns:
+        The distance of two neighbours, 1 in training, and the base, FREQUENCY_BASE in training.
     """
     if scaling == "none" or stretch <= 1:
         return 1.0, FREQUENCY_BASE

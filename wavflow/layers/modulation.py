@@ -11,7 +11,7 @@ from wavflow_kernels import TokenRows
 
 
 class Modulation(NamedTuple):
-    """Modulation input: distinct rows (b r c), and which of them each token takes.
+    """What tokens are modulated by: distinct rows (b r c), and which of them each token takes.
 
     Without ``tokens`` there is one row, the same for all tokens. The nearest upsampling of the sync
     features repeats rows, so the modulation Linears run on the distinct ones.

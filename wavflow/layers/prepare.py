@@ -1,8 +1,8 @@
 """A network with weights prepared for inference: cast, joined and laid out once.
 
 Preparing copies the large matrices: the copy does not follow later changes of the model. On a CPU
-convolutions of width 3, in float32 the large ones, run by Winograd's F(2,3) (see
-:func:`wavflow_kernels.prepare_conv` for its error and times).
+convolutions of width 3 (in float32 only the large ones) run by Winograd's F(2,3);
+:func:`wavflow_kernels.prepare_conv` tells its error and times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 class Preparing(nn.Module):
     """A network whose layers can be prepared."""
 
-    is_prepared = False  # a copy made by prepare_inference
+    is_prepared = False  # True in a copy that prepare_inference made
 
 
 Network = TypeVar("Network", bound=Preparing)
@@ -33,13 +33,14 @@ def prepare_inference(model: Network, dtype: torch.dtype, *, winograd: bool = Tr
     weights have the dtype already is returned itself.
 
     Args:
-        model: a network of the blocks in :mod:`wavflow.systems.wavflow.blocks`.
+        model: the network; its layers with a method ``prepare`` are prepared.
         dtype: torch.bfloat16, torch.float16 or torch.float32: what autocast casts to where the copy
             runs, float32 for no autocast.
-        winograd: let Winograd's F(2,3) take the convolutions that it can.
+        winograd: whether Winograd's F(2,3) takes the convolutions that it can.
 
     Raises:
-        ValueError: another dtype, in which plain weights are more exact; a prepared network.
+        ValueError: another dtype, in which plain weights are more exact; or a network that is
+            prepared already.
     """
     if model.is_prepared:
         raise ValueError("the network is prepared already")

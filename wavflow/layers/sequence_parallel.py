@@ -18,8 +18,8 @@ class Sharing:
     """Whether and among whom a network's sequences are shared; one object for all its copies.
 
     Attributes:
-        rank, size: of this process; a size of 1 shares nothing.
-        tokens: of the sequence that is being computed, in all processes.
+        rank, size: this process's number and how many processes there are; 1 shares nothing.
+        tokens: how many tokens the sequence that is being computed has in all processes together.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,11 @@ class Sharing:
         return slice(self.tokens * rank // self.size, self.tokens * (rank + 1) // self.size)
 
     def own(self, x: Tensor) -> Tensor:
-        """This process's tokens of a new sequence x (b n ...)."""
+        """This process's tokens of a new sequence x (b n ...).
+
+        Raises:
+            RuntimeError: a shared sequence while gradients are recorded.
+        """
         if self.size == 1:
             return x
         if torch.is_grad_enabled():
@@ -60,7 +64,16 @@ class Sharing:
         return torch.cat(parts).movedim(0, dim)
 
     def convolved(self, x: Tensor, edge: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`function`, of which each token sees `edge` tokens to both sides, of x (b n c)."""
+        """Applies `function` to x (b n c), this process's tokens, with its neighbours' edge tokens.
+
+        Args:
+            x: this process's tokens, (b n c).
+            edge: how many tokens to each side a token sees.
+            function: keeps the number of tokens.
+
+        Raises:
+            ValueError: this process has fewer tokens than an edge.
+        """
         if self.size == 1 or edge == 0:
             return function(x)
         if x.shape[1] < edge:

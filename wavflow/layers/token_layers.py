@@ -9,17 +9,19 @@ import wavflow_kernels as wk
 from wavflow.layers.sequence_parallel import Sharing
 from wavflow_kernels import PreparedConv
 
-# What inference holds of a feed-forward's inner values. The CPU's caches are small, and glibc has
-# the kernel map and clear larger tensors every time.
+#: Bytes of a feed-forward's inner values that inference holds at a time, by device. The caches of a
+#: CPU are small, and glibc has the kernel map and clear larger tensors every time.
 INNER_BYTES = {"cpu": 32 << 20}
 
+#: The same on other devices.
 INNER_BYTES_ELSEWHERE = 1 << 30
 
+#: Tokens that go through a feed-forward together, at least.
 SHORTEST_STRETCH = 1024
 
 
 def stretch(device: torch.device, inner: int, rows: int, itemsize: int) -> int:
-    """Tokens of `rows` rows that go through a feed-forward of `inner` channels together."""
+    """How many tokens of `rows` rows go through a feed-forward of `inner` channels together."""
     held = INNER_BYTES.get(device.type, INNER_BYTES_ELSEWHERE)
     return max(held // (3 * inner * rows * itemsize), SHORTEST_STRETCH)  # a pair, its product
 
@@ -31,12 +33,13 @@ class Preparable:
     prepared: PreparedConv | None = None
 
     def prepare(self, dtype: torch.dtype, winograd: bool | None = None) -> None:
-        """Hold the weight as inference in `dtype` wants it, in place of the parameter."""
+        """Holds the weight as inference in `dtype` wants it, in place of the parameter."""
         self.prepared = wk.prepare_conv(self.weight, dtype=dtype, winograd=winograd)
         del self.weight
 
     @property
     def operand(self) -> Tensor | PreparedConv:
+        """The weight as the op takes it: prepared, or the parameter."""
         return self.weight if self.prepared is None else self.prepared
 
 
@@ -101,7 +104,7 @@ class SwiGLU(nn.Module):
         self.w3 = layer(dim, inner)
 
     def prepare(self, dtype: torch.dtype, winograd: bool | None = None) -> None:
-        """Hold w1 and w3 joined as inference in `dtype` wants them, and w2 likewise."""
+        """Holds w1 and w3 joined as inference in `dtype` wants them, and w2 likewise."""
         pair = [self.w1.weight, self.w3.weight]
         self.prepared = wk.prepare_conv(pair, dtype=dtype, winograd=winograd)
         del self.w1, self.w3
@@ -113,7 +116,7 @@ class SwiGLU(nn.Module):
         return self.sharing.convolved(x, self.edge, self._in_stretches)
 
     def _in_stretches(self, x: Tensor) -> Tensor:
-        """Of a long x stretch by stretch in inference, each with the tokens that it sees."""
+        """Computes a long x stretch by stretch in inference, each with the tokens that it sees."""
         tokens, length = x.shape[1], stretch(x.device, self.inner, len(x), x.element_size())
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens < 2 * length:
             return self._whole(x)

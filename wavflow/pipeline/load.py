@@ -26,15 +26,15 @@ def read_model(
 
     Args:
         checkpoint: a file, or the name of packaged weights.
-        ema: `ema1`, `ema2` or `none`.
+        ema: which average of the weights: `ema1`, `ema2`, or `none` for the weights as trained.
         config: for a file that carries none; must agree with one that it carries.
-        own: keys of the section `model` that are other than the configuration says.
+        own: values of the section `model`, by key, in place of the configuration's.
 
     Returns:
         The network, its configuration, and the weights as they were read.
 
     Raises:
-        InputError: unreadable file, no configuration, weights of another model.
+        InputError: an unreadable file, no configuration, or weights of another model.
     """
     weights = read_weights(checkpoint, ema)
     config = _settle(checkpoint, config, weights.config)

@@ -1,4 +1,4 @@
-"""What is asked of a sampler: one sound, and how sounds are made; all rules between options."""
+"""What is asked of a sampler: a sound, and how sounds are made; the rules between the options."""
 
 from __future__ import annotations
 
@@ -67,10 +67,14 @@ class Settings:
         batch_size: sounds, or windows, at a time, at most; fewer where memory demands it.
         memory: bytes that generation may add to what is in use; by default 0.8 of what is free.
             Nothing runs that is expected to need more.
-        trim: cut to the asked duration, else whole tokens are kept; rows of sounds alone.
+        trim: whether sounds are cut to the asked duration; else whole tokens are kept; rows of
+            sounds alone.
         progress: called with (rows done, rows in all); rows of sounds alone.
         on_step: called with a `wavflow.sampling.plan.Step` after every step.
         cancel: once it is set, the next step is not taken, and `Cancelled` is raised.
+
+    Raises:
+        InputError: a batch size below 1.
     """
 
     solver: str | None = None
@@ -136,11 +140,11 @@ class Request:
         video: what is seen.
         negative_caption: what guidance leads away from.
         seconds: its length, by default as trained, or the recording's.
-        seed: of the noise.
+        seed: what its noise depends on.
         recording: a sound that is kept: a file, or (t,) samples at the model's rate.
         gap: seconds from and to which the recording is not kept.
-        loop: its end leads into its beginning.
-        stream: it is handed over in parts.
+        loop: whether its end leads into its beginning.
+        stream: whether it is handed over in parts.
     """
 
     caption: str | None = None
@@ -154,7 +158,7 @@ class Request:
     stream: bool = False
 
     def check(self) -> None:
-        """Holds the rules between the options.
+        """Checks the rules between the options.
 
         Raises:
             InputError: nothing to generate from, options that do not go together, a value out of

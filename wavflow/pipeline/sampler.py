@@ -48,8 +48,8 @@ class Sampler:
         model: the network with the weights to use, or its copy prepared for `dtype`.
         config: what it was trained with.
         device: where it runs.
-        dtype: of its matrix products; biases, norms, the timestep embedding (t near 1 needs more
-            than 8 bits), the solver's state and the noise stay float32.
+        dtype: dtype of its matrix products; biases, norms, the timestep embedding (t near 1 needs
+            more than 8 bits), the solver's state and the noise stay float32.
         engine: how steps run, one of `wavflow.sampling.engine.ENGINES`.
         world: processes that share every sound; by default this one alone.
 
@@ -100,12 +100,13 @@ class Sampler:
             world: processes that share every sound.
             attention_window: seconds away that sound may be attended to, by default the
                 configuration's.
-            rope_scaling: of sounds that are longer than in training and made at once: `none`,
-                `linear` or `ntk` (`wavflow.layers.embeddings`), by default the configuration's.
+            rope_scaling: how positions go on in sounds that are longer than in training and made at
+                once: `none`, `linear` or `ntk` (`wavflow.layers.embeddings`), by default the
+                configuration's.
 
         Raises:
-            InputError: unreadable file, no configuration, weights of another model, an option
-                out of range.
+            InputError: an unreadable file, no configuration, weights of another model, or an
+                option out of range.
         """
         where = precision.resolve_device(device)
         own = {"attention_window": attention_window, "rope_scaling": rope_scaling}
@@ -135,7 +136,7 @@ class Sampler:
 
     @property
     def engine(self) -> Engine:
-        """How steps run."""
+        """What runs the steps."""
         return self.generator.engine
 
     @property
@@ -168,7 +169,7 @@ class Sampler:
             caption, video: what is heard and seen; at least one of them.
             negative_caption: what guidance leads away from.
             seconds: its length, by default as trained.
-            seed: of the noise.
+            seed: what its noise depends on.
             loudness: LUFS of the sound, None leaves it as it was generated.
             options: as in `wavflow.pipeline.request.Settings`.
 
@@ -270,8 +271,9 @@ class Sampler:
         Args:
             captions, videos: one entry per row, None where a row has none; at least one list.
             negative_captions: per row what guidance leads away from, None for the empty caption.
-            seconds: of all sounds or of each; by default as trained.
-            seeds: one per row; by default seed, seed + 1, ...
+            seconds: length of all sounds or of each; by default as trained.
+            seeds: what each row's noise depends on; by default seed, seed + 1, ...
+            seed: the first row's seed, where `seeds` are not given.
             options: as in `wavflow.pipeline.request.Settings`.
 
         Raises:
@@ -318,9 +320,9 @@ class Sampler:
             features: per row the features of a features file, of the configuration's shapes, or
                 what :meth:`encode` returned; absent ones are missing modalities. What guidance
                 leads away from has the keys of captions with `negative_` before them.
-            seeds: one per row, each the seed of that row's noise.
-            seconds: of all sounds or of each; by default as trained. Features of a video must be
-                of as many.
+            seeds: what each row's noise depends on, one per row.
+            seconds: length of all sounds or of each; by default as trained. The features of a video
+                must be of as many seconds.
             options: as in `wavflow.pipeline.request.Settings`.
 
         Raises:
@@ -396,8 +398,8 @@ class Sampler:
 
         Args:
             recording: a sound file, or (t,) samples at the model's rate.
-            caption, video: of the whole sound; it may have neither.
-            seconds: of the whole; by default the recording's.
+            caption, video: what is heard and seen in the whole sound; both may be absent.
+            seconds: length of the whole sound; by default the recording's.
             gap: seconds from and to which the recording is not kept.
             negative_caption, seed, options: as in :meth:`__call__`.
 
@@ -449,7 +451,7 @@ class Sampler:
         seed: int = 0,
         **options: Unpack[Options],
     ) -> Sound:
-        """A sound whose end leads into its beginning, of its `seconds` to the nearest token.
+        """A sound whose end leads into its beginning; it has `seconds` to the nearest token.
 
         Args:
             caption: what is heard.
@@ -480,7 +482,12 @@ class Sampler:
     ) -> Features:
         """Features of one row, as a features file holds them; what is not given is absent.
 
-        A video longer than a window is encoded window by window, when they are generated.
+        A video longer than a window is encoded window by window, while these are generated.
+
+        Args:
+            caption, video, negative_caption, seconds: as in :meth:`__call__`.
+            window: seconds of the windows that the sound is made of, as in
+                `wavflow.pipeline.request.Settings`.
 
         Raises:
             InputError: a video that cannot be decoded; encoders of another width than the model.
@@ -493,7 +500,7 @@ class Sampler:
     def _long(
         self, request: Request, settings: Settings, features: Features | None = None
     ) -> tuple[LongSound, Callable[[LongSound, int | None], Iterator[Tensor]]]:
-        """A sound of windows, of one if it is no longer, and what makes it in groups."""
+        """How a sound is made of windows, or of one, and what makes its parts in groups."""
         if features is None:
             request.check()
         if settings.progress is not None or not settings.trim:

@@ -71,17 +71,17 @@ def infer(
     Args:
         sampler: the loaded model.
         csv_path: the table.
-        out: gets the sounds and report.csv.
+        out: folder that gets the sounds and report.csv.
         data_root: where relative video paths start, by default the table's folder.
         seed: base seed; each row's own is `row_seed`.
-        loudness: LUFS of the output, None leaves it.
+        loudness: LUFS of the sounds; None leaves them as they were generated.
         format: "wav" or "flac".
         mux: whether rows with a video also get `<id>.mp4`, the video with the sound.
         overwrite: whether sounds that were made from something else are replaced; else their rows
             fail.
         progress: called with (rows finished, rows in all).
-        seconds: of every sound, by default as trained.
-        trim: cut to the asked duration, else whole tokens are kept.
+        seconds: length of every sound, by default as trained.
+        trim: whether sounds are cut to the asked duration; else whole tokens are kept.
         options: as in `wavflow.pipeline.request.Settings`.
 
     Raises:
@@ -138,7 +138,7 @@ def infer(
 
 @dataclass(frozen=True)
 class _Job:
-    """What all rows have in common."""
+    """What all rows of a table have in common, and what is done with one."""
 
     sampler: Sampler
     weights: dict[str, Any]
@@ -172,7 +172,7 @@ class _Job:
         }
 
     def paths(self, row: Row) -> tuple[Path, Path, Path | None]:
-        """Of the sound, its JSON, and the video with the sound."""
+        """Paths of the row's sound, of its JSON, and of the video with the sound."""
         muxed = self.out / f"{row.id}.mp4" if self.mux and row.video_exist else None
         return self.out / f"{row.id}.{self.format}", self.out / f"{row.id}.json", muxed
 
@@ -227,7 +227,8 @@ def infer_config(
     """Generates as a configuration says, into `<output.output_dir>/<experiment_id>/`.
 
     Raises:
-        InputError: model.ckpt_path or data.csv_path is not set; as `Sampler.load` and `infer`.
+        InputError: model.ckpt_path or data.csv_path is not set; else as in `Sampler.load` and
+            `infer`.
     """
     from wavflow.pipeline.sampler import Sampler
 

@@ -36,6 +36,9 @@ def train(config: Config | str | os.PathLike[str], overrides: Iterable[str] = ()
         config: a `Config`, YAML file or preset.
         overrides: `key=value` on top of a file or preset.
 
+    Returns:
+        What the run came to: its folder, checkpoint, steps and loss.
+
     Raises:
         InputError: anything wrong with the configuration, the data or an existing checkpoint.
     """
@@ -52,8 +55,8 @@ def try_out(
     """What `train` would need, by a few real steps; writes nothing into the run's folder.
 
     Args:
-        config, overrides: as of `train`.
-        seconds: how long to take steps.
+        config, overrides: as in `train`.
+        seconds: for how long steps are taken, about.
 
     Raises:
         InputError: as `train` does.
@@ -78,11 +81,11 @@ def _resolve(config: Config | str | os.PathLike[str], overrides: Iterable[str]) 
 
 @contextmanager
 def _prepare(config: Config[ModelConfig, DataConfig], *, write: bool) -> Iterator[Trainer]:
-    """The trainer of a configuration, in its processes."""
+    """The trainer of a configuration, while its processes are joined."""
     settings, parts = config.training, system(config.system)
     tracks = parts.tracks(config)
     show_log()
-    # A smoke run must not be what the whole run goes on from.
+    # A run on a few clips has a folder of its own: the whole run must not go on from it.
     part = "" if settings.overfit is None else f"_overfit_{settings.overfit}"
     out = Path(settings.output_dir) / f"{config.experiment_id}{part}"
     with processes.join(settings.device, group=settings.strategy == "fsdp") as world:
@@ -125,7 +128,7 @@ def _open(
 
 
 def _validation(data: DataConfig) -> DataConfig:
-    """The validation clips: all of them, in order, their first windows."""
+    """The data section for the validation clips: all of them, in order, their first windows."""
     return replace(
         data,
         csv_path=data.val_csv_path,

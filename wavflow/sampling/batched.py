@@ -35,7 +35,7 @@ class Budget:
     """How much is generated at a time.
 
     Attributes:
-        batch_size: sounds, or windows, at most.
+        batch_size: how many sounds, or windows, run together, at most.
         memory: bytes that generation may add to what is in use; None for a share of what is free.
     """
 
@@ -43,7 +43,7 @@ class Budget:
     memory: int | None = None
 
     def bytes(self, device: torch.device) -> int:
-        """What generation may add to the memory in use, in bytes."""
+        """How many bytes generation may add to the memory in use."""
         if self.memory is not None:
             return self.memory
         return int(MEMORY_SHARE * available_memory(device))
@@ -86,9 +86,9 @@ class Generator:
     On a CPU the process keeps the memory it frees from then on (`wavflow.base.memory`).
 
     Args:
-        maker: the system's side.
+        maker: makes sizes, conditions and scenes of what is asked for, and has the field.
         flow: path, prediction and noise of the flow.
-        dtype: of the matrix products.
+        dtype: dtype that the matrix products run in.
         engine: how steps run, one of `wavflow.sampling.engine.ENGINES`.
         world: processes that share every sound; by default this one alone.
 
@@ -134,20 +134,20 @@ class Generator:
 
         Args:
             features: what each sound is generated from.
-            seeds: of the noise, one per row.
-            plan: how.
-            seconds: of each sound, by default as trained.
+            seeds: what each sound's noise depends on, one per row.
+            plan: how sounds are generated.
+            seconds: length of each sound, by default as trained.
             window: seconds of the windows that a longer sound is made of, by default as trained; 0
                 makes any sound at once.
             overlap: seconds that neighbouring windows have in common, by default a fifth of one.
-            budget: how much at a time.
-            trim: cut to the asked duration, else whole tokens are kept.
+            budget: how much is generated at a time.
+            trim: whether sounds are cut to the asked duration; else whole tokens are kept.
             progress: called with (rows done, rows in all).
             monitor: who is told of the steps.
 
         Raises:
             InputError: features that do not fit, a sound too long for the memory.
-            Cancelled: as `monitor` says.
+            Cancelled: `monitor.cancel` was set.
         """
         budget, monitor = budget or Budget(), monitor or Monitor()
         seconds = [self.maker.seconds] * len(features) if seconds is None else seconds
@@ -304,13 +304,13 @@ class Generator:
         loop: bool = False,
         whole: bool = True,
     ) -> LongSound:
-        """A sound that is made of windows, of one if it is no longer.
+        """Describes how a sound is made of windows, of one window if it is no longer than that.
 
         Args:
             features, seconds, seed, plan, overlap, budget: as in `generate`.
             window: seconds of a window.
-            loop: the sound's end leads into its beginning.
-            whole: all of it will be in memory.
+            loop: whether the sound's end leads into its beginning.
+            whole: whether all of it will be in memory at once.
 
         Raises:
             InputError: an adaptive solver, an overlap that leaves no step, too little memory.
@@ -349,11 +349,16 @@ class Generator:
     def parts(
         self, row: int, sound: LongSound, group: int | None, monitor: Monitor
     ) -> Iterator[Tensor]:  # (n d) float32
-        """The tokens of a long sound from its beginning on (`LongSound.parts`), step by step told.
+        """The tokens of a long sound from its beginning on, part by part (`LongSound.parts`).
 
         Args:
-            row: its number, for whoever is told.
+            row: its number, which `monitor` is told.
+            sound: how it is made.
             group: windows that go through the evaluations together; None for all.
+            monitor: who is told of the steps.
+
+        Raises:
+            Cancelled: `monitor.cancel` was set.
         """
         done = 0
 
@@ -375,6 +380,9 @@ class Generator:
         return sound.parts(group, after)
 
     def sounds(self, states: Tensor, samples: int | None = None, gain: float = 1.0) -> list[Sound]:
-        """The sounds of clean states (b n d), whole tokens where `samples` is None."""
+        """The sounds of clean states (b n d), cut to `samples`, or whole tokens where it is None.
+
+        gain: how many times as loud as the sounds the states are.
+        """
         waves = self.field.waves(states, samples, gain)
         return [Sound(wave.clone(), self.rate) for wave in waves]

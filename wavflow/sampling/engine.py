@@ -24,7 +24,7 @@ ENGINES = ("auto", "eager", "graph", "compile")
 #: Rows of the table that a captured graph has room for; longer tables get graphs of their own.
 TABLE_ROWS = 64
 
-# Told after a step: its row, its point of evaluation (b n d), what the network returned there.
+# Called after a step: with its row, its point of evaluation (b n d) and what the network said.
 After = Callable[[int, Tensor, Output], None]
 
 
@@ -43,10 +43,11 @@ class Engine:
     ``kind`` says which of them runs. Results agree within the tolerances of the ops.
 
     Args:
-        field: what is followed.
+        field: gives the prediction at every step.
         kind: one of ENGINES.
         dtype: what autocast casts to, float32 or float64 for no autocast.
-        limit: batch sizes and lengths that are kept captured.
+        limit: how many captured steps are kept: one for each batch size, length and kind of
+            conditions.
 
     Raises:
         ValueError: an unknown kind, or ``graph`` for a field that is not on a GPU.
@@ -95,9 +96,10 @@ class Engine:
 
         Args:
             noise: float32 or float64.
-            conditions, empty: of the clips, and of nothing; without the latter all rows run
-                unguided.
-            rescale: share of ``rescale_guidance``.
+            table: made by ``solver_table``.
+            conditions: those of the sounds.
+            empty: what guidance leads away from; without it all rows run unguided.
+            rescale: the ``share`` of ``rescale_guidance``; 0 for none.
             after: ``after(row, x, prediction)`` is called once a row is done, with its number, its
                 point of evaluation and what the network returned there; the next step overwrites
                 both.
@@ -230,7 +232,7 @@ class _Steps:
             copy_into(self.empty, empty)
 
     def step(self, alone: bool) -> Output:
-        """Evaluates the field for row `index` and takes the state there; returns the former."""
+        """Evaluates the field for row `index` and takes the state on; returns the prediction."""
         row = self.table.index_select(0, self.index)[0]
         self.point.copy_(self.state[0])
         predicted = self.predict(
@@ -246,7 +248,7 @@ class _Steps:
         return predicted
 
     def capture(self, kinds: set[bool]) -> None:
-        """Captures the kinds of steps that are not yet."""
+        """Captures those kinds of steps that are not captured yet."""
         for alone in kinds - self.graphs.keys():
             self.graphs[alone] = capture(
                 partial(self.step, alone), self.index.zero_, self.state.device
@@ -260,7 +262,7 @@ class _Steps:
         return self.state[0].clone()
 
     def predicted(self, alone: bool) -> Output:
-        """Takes the next step; what the network returned there, until the step after it."""
+        """Takes the next step; returns its prediction, which the step after it overwrites."""
         if alone not in self.graphs:
             return self.step(alone)
         replay, predicted = self.graphs[alone]

@@ -88,7 +88,9 @@ class Field(Protocol):
     def start(self, seeds: Tensor, first: int, tokens: int) -> Tensor:
         """Tokens [first, first + tokens) of the states at t = 0, (b tokens d) float32.
 
-        A state depends on its seed alone, (b,) int64, and not on the others or on the stretch.
+        A token depends on its seed and its place alone, not on other seeds or on `first`.
+
+        seeds: (b,) int64, one for each state.
         """
         ...
 
@@ -107,7 +109,7 @@ class Field(Protocol):
     def predict_pair(
         self, t: Tensor, x: Tensor, conditions: Any, empty: Any
     ) -> tuple[Tensor, Tensor]:
-        """Predictions with conditions and with empty ones."""
+        """Predictions (b n d) with conditions and with empty ones, as `predict` gives them."""
         ...
 
     def among(self, rank: int, size: int) -> None:
@@ -125,7 +127,7 @@ class Field(Protocol):
     def waves(self, states: Tensor, samples: int | None = None, gain: float = 1.0) -> Tensor:
         """The waves (b samples) of states (b n d) at t = 1, whole tokens where `samples` is None.
 
-        gain: what the states are louder than the sound.
+        gain: how many times as loud as the sound the states are.
         """
         ...
 
@@ -134,14 +136,14 @@ class Maker(Protocol):
     """Turns what is asked for into what a field needs.
 
     Attributes:
-        seconds: of the clips that it was trained on.
+        seconds: length of the clips that the network was trained on.
     """
 
     seconds: float
 
     @property
     def field(self) -> Field:
-        """The field."""
+        """The field that leads from noise to these sounds."""
         ...
 
     def size(self, seconds: float) -> Size:
@@ -158,7 +160,11 @@ class Maker(Protocol):
     ) -> Features:
         """The features of one sound; what is not given is absent.
 
-        window: seconds of the windows that it is made of, None where it is made at once.
+        Args:
+            caption, video, negative_caption: what is heard, what is seen, what guidance leads away
+                from.
+            seconds: length of the sound.
+            window: seconds of the windows that it is made of, None where it is made at once.
         """
         ...
 
@@ -171,11 +177,11 @@ class Maker(Protocol):
         ...
 
     def known(self, wave: Tensor, kept: Tensor, tokens: int) -> tuple[Known, float]:
-        """The tokens of a sound of which every sample is kept, and their gain.
+        """What is known of a sound: its tokens of which every sample is kept; and their gain.
 
         Args:
             wave: (t,) samples from the sound's beginning on; fewer or more than the tokens'.
             kept: (t,) bool, which of them are known; the level is theirs alone.
-            tokens: of the sound.
+            tokens: how many tokens the sound has.
         """
         ...

@@ -11,18 +11,22 @@ from torch import Tensor
 
 from wavflow.flow.guidance import Output
 
-#: Runs of a step before it is captured: kernels are compiled and libraries pick theirs in them.
+#: Runs of a step before it is captured; in them kernels are compiled and libraries pick theirs.
 WARMUP = 3
 
 
 def capture(
     step: Callable[[], Output], rewind: Callable[[], Any], device: torch.device
 ) -> tuple[Callable[[], None], Output]:
-    """A CUDA graph of `step`: what replays it, and the tensors it writes its result to.
+    """Captures `step` as a CUDA graph.
 
     Args:
         step: runs on `device` without synchronising.
         rewind: undoes what a warm-up run of `step` must not leave.
+        device: the GPU.
+
+    Returns:
+        What replays the graph, and the tensors that it writes the step's result to.
     """
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()

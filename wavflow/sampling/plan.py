@@ -1,4 +1,4 @@
-"""How sounds are generated, and what is told of a step."""
+"""How sounds are generated, and what a callback is told of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Plan:
 
     Attributes:
         solver: a key of `wavflow.flow.solvers.SOLVERS`, or `adaptive`.
-        steps: of the solver; `adaptive` takes as many as it needs.
+        steps: how many steps the solver takes; `adaptive` takes as many as it needs.
         times: `even` under the configuration's noise_shift, `sigmoid` or `log-snr`
             (`wavflow.flow.times.sampling_times`).
         guidance: weight of classifier-free guidance; 1 or less runs the conditional pass alone.
@@ -28,6 +28,9 @@ class Plan:
             (0 noise, 1 data); a step outside costs half.
         guidance_rescale: share of the guided prediction's standard deviation that is brought back
             to the unguided one's (`wavflow.flow.guidance.rescale_guidance`).
+
+    Raises:
+        InputError: a value out of range.
     """
 
     solver: str
@@ -90,8 +93,9 @@ class Step:
     """What a callback is told when a step of a batch is done.
 
     Attributes:
-        rows: that are generated in this batch, by their places in the request.
-        done, total: steps of this batch; an adaptive solver's total is None.
+        rows: which rows this batch generates, by their places in the call.
+        done, total: steps of this batch taken and to take, of a long sound the evaluations of its
+            windows; an adaptive solver's total is None.
         t: the time the network was evaluated at, 0 noise, 1 data.
     """
 

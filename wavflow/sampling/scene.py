@@ -15,8 +15,9 @@ class Scene:
 
     Attributes:
         text: features that all windows have alike.
-        video: features of the window that begins at so many seconds; None without a video.
-        grid: seconds that windows may begin at multiples of.
+        video: gives the features of the window that begins at so many seconds; None without a
+            video.
+        grid: seconds, of which every window's beginning is a multiple.
     """
 
     text: Mapping[str, Tensor]
@@ -32,5 +33,5 @@ class Scene:
         return self.text if self.video is None else {**self.text, **self.video(time)}
 
 
-#: Features of one sound, as a features file holds them, or of the windows of a long one.
+#: Features of one sound as a features file holds them, or of the windows of a long sound.
 Features = Mapping[str, Tensor] | Scene

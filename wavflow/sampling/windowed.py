@@ -38,8 +38,8 @@ class Evaluation(NamedTuple):
     """One evaluation of some windows.
 
     Attributes:
-        windows: how many.
-        t: the time.
+        windows: how many windows were evaluated.
+        t: the time of the flow, 0 noise, 1 data.
         clean: (n d), what the sound is expected to be where the evaluation is complete.
     """
 
@@ -54,17 +54,17 @@ class LongSound:
 
     Attributes:
         engine: evaluates the field.
-        windows: where they are.
+        windows: where the windows lie.
         size: how long a window is.
-        samples: of the sound.
-        seed: of its noise.
-        table: of the solver, (evaluations, 2 + k (k + 1)).
-        rescale: share of `wavflow.flow.guidance.rescale_guidance`.
+        samples: how many samples the sound has.
+        seed: what its noise depends on.
+        table: the solver's table, (evaluations, 2 + k (k + 1)).
+        rescale: the `share` of `wavflow.flow.guidance.rescale_guidance`.
         guided: whether any evaluation needs the empty conditions.
         scene: the features of the windows.
         batch: windows that are evaluated at a time.
         world: processes among which the windows are shared; all get the whole sound.
-        known: what is known of the sound, all its tokens.
+        known: what is known of the sound, over all its tokens; None where nothing is.
     """
 
     engine: Engine

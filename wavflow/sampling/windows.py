@@ -26,7 +26,7 @@ class Windows:
 
     Attributes:
         size: tokens of a window.
-        tokens: of the sound; a loop's windows go on at its beginning.
+        tokens: how many tokens the sound has; a loop's windows go on at its beginning.
         times: seconds at which each begins, multiples of the grid of its conditions.
         starts: tokens at which each begins, nearest to the times.
         loop: whether the sound's end leads into its beginning.
@@ -51,11 +51,13 @@ class Windows:
         """Windows as evenly spread as `grid` allows, over `seconds` or a little more.
 
         Args:
-            seconds: of the sound.
+            seconds: length of the sound.
             window: how long one window is.
-            overlap: seconds that neighbours have in common, at least; a fifth of a window.
-            grid: seconds that windows begin at multiples of.
-            loop: the sound is of `seconds` to the nearest token, and a window may reach around it.
+            overlap: seconds that neighbours have in common, at least; by default a fifth of a
+                window.
+            grid: seconds, of which every window's beginning is a multiple.
+            loop: whether the sound's end leads into its beginning: it has `seconds` to the nearest
+                token, and a window may reach around it.
 
         Raises:
             InputError: an overlap that leaves no step of the grid.
@@ -91,7 +93,7 @@ class Windows:
 
     @cached_property
     def reach(self) -> int:
-        """How many windows after a window it shares tokens with, at most; of a loop all do."""
+        """How many of the windows after it a window shares tokens with, at most; in a loop all."""
         if self.loop:
             return len(self)
         return max(
@@ -100,7 +102,7 @@ class Windows:
         )
 
     def places(self, window: int) -> Iterator[tuple[slice, slice]]:
-        """Which tokens of a window are which of the sound, in pieces."""
+        """Which tokens of a window are which tokens of the sound, in pieces."""
         at = 0
         while at < self.size:
             start = self.starts[window] + at
@@ -111,7 +113,7 @@ class Windows:
             at += count
 
     def weight(self, window: int) -> Tensor:  # (size,) float32
-        """Of a window's tokens beside its neighbours', by a straight cross-fade; up to 1."""
+        """How much each token of a window counts, up to 1: a straight cross-fade to neighbours."""
         before, after = self._shared(window - 1), self._shared(window)
         middle = torch.arange(self.size) + 0.5
         rising = middle / before if before else torch.ones_like(middle)

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-#: Bytes of a request that is no upload.
+#: Bytes of a request that is no upload, at most.
 BODY = 1 << 18
-#: Bytes that an upload may be larger than its file.
+#: How many bytes larger than its file an upload may be.
 FORM = 1 << 16
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -17,7 +17,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Refused(Exception):
-    """A request that is not served."""
+    """Raised for a request that is not served; `status` is the HTTP status of the answer."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -31,9 +31,9 @@ class Gate:
     would let a visitor use this machine's network, and evade the limit of an upload.
 
     Args:
-        app: Gradio's.
+        app: Gradio's ASGI application.
         folder: where uploads and sounds are.
-        upload_bytes: of an uploaded file, at most.
+        upload_bytes: bytes of an uploaded file, at most.
     """
 
     def __init__(self, app: Callable, folder: Path, upload_bytes: int) -> None:
@@ -49,7 +49,7 @@ class Gate:
         await self.app(scope, receive, send)
 
     async def _check(self, scope: dict[str, Any], receive: Receive) -> Receive:
-        """The request's body, as the application is to receive it."""
+        """What the application receives the request's body from; raises Refused."""
         path = scope["path"]
         if "/proxy=" in path or "://" in path:
             raise Refused(403, "addresses are not served")
@@ -93,7 +93,7 @@ class Gate:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """Of all the files that a request names."""
+    """The paths of all files that a request names."""
     if isinstance(value, dict):
         if isinstance(value.get("path"), str):
             yield value["path"]

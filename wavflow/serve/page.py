@@ -29,7 +29,7 @@ CSS = """
 #progress .bar div { height: 100%; border-radius: 3px; background: var(--primary-500); }
 button[title="Trim video to selection"] { display: none; }
 """
-#: Of the page as a whole, for its launch; the fonts are the browser's own.
+#: How the page as a whole looks, for its launch; the fonts are the browser's own.
 LOOK = {
     "theme": gr.themes.Base(
         font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
@@ -39,7 +39,11 @@ LOOK = {
 
 
 def build_page(studio: Studio) -> gr.Blocks:
-    """The page, its one public endpoint `/generate`, and its queue."""
+    """Builds the page, its one public endpoint `/generate`, and its queue.
+
+    Args:
+        studio: makes the sounds and says what may be asked for.
+    """
     page = gr.Blocks(title="wavflow", analytics_enabled=False, delete_cache=(CHECKED, KEPT))
     with page:
         gr.HTML(_title(studio.sampler), elem_id="title")
@@ -132,7 +136,7 @@ def _asked(studio: Studio) -> dict[str, gr.components.Component]:
 
 
 def _shown() -> dict[str, gr.components.Component]:
-    """What `_generate` yields, but for the seed."""
+    """Where what `_generate` yields is shown, but for the seed."""
     return {
         "progress": gr.HTML(_progress(None), label="Progress", elem_id="progress"),
         "sound": gr.Audio(label="Sound", interactive=False, buttons=["download"]),

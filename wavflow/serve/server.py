@@ -33,13 +33,13 @@ def serve(
     Uploads and sounds are in a temporary folder, which is removed at the end.
 
     Args:
-        checkpoint, options: of :meth:`wavflow.Sampler.load`.
+        checkpoint, options: as in :meth:`wavflow.Sampler.load`.
         host: address to listen at; 0.0.0.0 is every one that this machine has.
-        port: to listen at.
-        limits: of requests.
+        port: port to listen at.
+        limits: what requests may ask for.
 
     Raises:
-        InputError: the port is taken, Gradio is not installed; as `Sampler.load` and
+        InputError: the port is taken, or Gradio is not installed; else as in `Sampler.load` and
             `Studio.warm_up`.
     """
     limits = limits or Limits()

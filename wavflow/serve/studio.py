@@ -28,21 +28,25 @@ PREVIEWS = 5
 POLL = 0.5
 #: Seeds that are drawn, and the largest that a browser keeps exact.
 DRAWN_SEEDS, MAX_SEED = 2**32, 2**53 - 1
+#: The shortest sound and the largest guidance weight that a form may ask for.
 MIN_SECONDS, MAX_GUIDANCE = 0.1, 20.0
-#: Inches of a spectrogram.
+#: Width of a spectrogram in inches.
 WIDTH = 4.6
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests may ask for.
+    """What requests may ask for, at most.
 
     Attributes:
-        seconds: of sound.
-        upload_mb: of a video.
-        steps: of a solver.
-        characters: of a caption.
-        waiting: requests that wait for their turn.
+        seconds: length of a sound.
+        upload_mb: size of a video, in MB (10^6 bytes).
+        steps: steps of a solver.
+        characters: length of a caption.
+        waiting: how many requests wait for their turn.
+
+    Raises:
+        InputError: a limit that leaves nothing to ask for.
     """
 
     seconds: float = 30.0
@@ -111,12 +115,12 @@ class View:
     """How far a request is.
 
     Attributes:
-        text: one line.
-        share: of the work, 0 to 1.
-        seed: of the noise.
+        text: one line that says so.
+        share: how much of the work is done, 0 to 1.
+        seed: what the noise depends on.
         sound: the latest preview, at last the result, .wav; None before the first.
         picture: its spectrogram, .png.
-        video: the request's with the result as its sound, .mp4.
+        video: the request's video with the result as its sound, .mp4.
     """
 
     text: str
@@ -133,7 +137,7 @@ class Studio:
     Args:
         sampler: makes the sounds.
         folder: gets the files, each request's in a folder of its own; nothing is removed.
-        limits: of a request.
+        limits: what a request may ask for.
     """
 
     def __init__(self, sampler: Sampler, folder: Path, limits: Limits) -> None:
@@ -146,7 +150,7 @@ class Studio:
         """Generates once, so that the first request does not wait for what is loaded when used.
 
         Raises:
-            InputError: encoders whose weights are missing, matplotlib that is not installed.
+            InputError: weights of the encoders are missing, or matplotlib is not installed.
         """
         seconds = min(self.sampler.config.data.audio_duration, self.limits.seconds)
         work = self._thread.submit(self.sampler.generate, ["warming up"], seconds=seconds, steps=1)
@@ -214,7 +218,7 @@ class Studio:
 
 @dataclass(frozen=True)
 class News:
-    """What is told of a step that is done; some of it with a preview."""
+    """What is told of a step that is done; of some steps with a preview."""
 
     text: str
     share: float

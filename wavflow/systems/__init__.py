@@ -34,10 +34,11 @@ class System:
     Attributes:
         sections: the dataclasses of the sections `model` and `data` of its configurations, by these
             two names; they extend `ModelConfig` and `DataConfig` of `wavflow.config.schema`.
-        build: build(config): its network, as it is initialised.
+        build: build(config): its network, freshly initialised.
         tracks: tracks(config): the features of a clip that training reads.
-        objective: objective(config): what is trained (`wavflow.training.objective.Objective`).
-        maker: maker(config, model, device, dtype, *, prepare): what sampling asks
+        objective: objective(config): what the trainer drives
+            (`wavflow.training.objective.Objective`).
+        maker: maker(config, model, device, dtype, *, prepare): what sampling drives
             (`wavflow.sampling.field.Maker`); `prepare` says whether weights are laid out for
             inference.
     """

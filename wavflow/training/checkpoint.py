@@ -35,7 +35,7 @@ SAFETENSORS = ".safetensors"
 #: Where the weights are that come with the package.
 PACKAGED = Path(__file__).parents[1] / "weights"
 
-# Decays of files that record none.
+# Decays of the averages in files that record none.
 PUBLIC_EMA_DECAY = {"ema1": 0.9999, "ema2": 0.9996}
 
 # Above this share of the initial weights an average sounds like its initialisation.
@@ -72,7 +72,7 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     """The file of a checkpoint: a path, or a name out of `packaged()`. A file of that name wins.
 
     Raises:
-        InputError: neither; it names the packaged ones.
+        InputError: it is neither; the packaged ones are named.
     """
     path = Path(checkpoint)
     named = PACKAGED / f"{path}{SAFETENSORS}"
@@ -90,7 +90,8 @@ def save(
 ) -> None:
     """Writes `content` to a temporary file in the same folder, then renames it to `path`.
 
-    What was there before goes on to live at `previous`; at any moment one of the two is whole.
+    With `previous`, the file that was at `path` is kept under that name; at any moment one of the
+    two is whole.
 
     Raises:
         InputError: it could not be written; what was there is as it was.
@@ -139,7 +140,7 @@ def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Like `load`, and demands what a run needs to go on.
 
     Raises:
-        InputError: also where model, optimizer, epoch or global_step is missing.
+        InputError: as in `load`; or model, optimizer, epoch or global_step is missing.
     """
     content = load(path)
     missing = [k for k in ("model", "optimizer", "epoch", "global_step") if k not in content]
@@ -158,7 +159,7 @@ def read_weights(path: str | os.PathLike[str], ema: str = "ema1") -> Weights:
         ema: `ema1`, `ema2`, or `none` for the weights as trained.
 
     Raises:
-        InputError: as `load`; or a training checkpoint without the average asked for.
+        InputError: as in `find` and `load`; or a training checkpoint without the average asked for.
     """
     if ema not in ("ema1", "ema2", "none"):
         raise InputError(f"ema is {ema!r}; wanted ema1, ema2 or none")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#3b6fb6", "#e9862a", "#2a9d8f", "#c8556b", "#7c6fb0", "#8a6d3b")
 BY_T = "loss_by_t/"
-VALIDATION = {"val/loss": "o", "val/loss_ema1": "D"}  # and their markers
+VALIDATION = {"val/loss": "o", "val/loss_ema1": "D"}  # losses: markers
 # Panels besides the losses: title, and how its numbers are shown.
 PANELS = {
     "grad_norm": ("gradient norm", "{x:g}"),
@@ -83,7 +83,7 @@ def plot_runs(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str
 
     Args:
         runs: folders of runs.
-        out: the PNG; None: curves.png in the folder, of one run.
+        out: the PNG; None for curves.png in the folder of the one run.
 
     Returns:
         The file.
@@ -219,7 +219,7 @@ def _colours(runs: Sequence[Run]) -> list[str]:
 
 
 def _mixed(colour: str, share: float) -> tuple[float, ...]:
-    """`colour` with so much of it, and white."""
+    """Mixes `share` of a colour with white."""
     from matplotlib.colors import to_rgb
 
     return tuple(1 - share * (1 - part) for part in to_rgb(colour))

@@ -13,22 +13,24 @@ import torch
 from wavflow.base.memory import used_memory
 from wavflow.training.trainer import Trainer
 
-#: Steps before the clock starts: kernels are compiled, and optimiser states made, in them.
+#: Steps before the clock starts; in them kernels are compiled and optimiser states made.
 WARMUP = 2
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What was found.
+    """What a run will need, as its first steps tell.
 
     Attributes:
-        parameters, clips, step_clips, first_step, total_steps: of the run.
-        loss: mean of the steps taken.
-        seconds: of a step.
+        parameters: how many numbers the model has.
+        clips, step_clips: how many clips there are, and how many of them a step takes.
+        first_step, total_steps: steps that the run begins with and ends at.
+        loss: mean loss of the steps taken.
+        seconds: duration of a step.
         data_wait: the share of it that waits for data.
         mfu: floating-point operations a second over those of the machine's matrix product.
         memory_bytes: what this process took at most.
-        checkpoint_bytes, free_bytes: of one checkpoint, and on its disk.
+        checkpoint_bytes, free_bytes: size of one checkpoint, and what is free on its disk.
         max_seconds: bound on the run's length, or None.
     """
 
@@ -48,7 +50,7 @@ class DryRun:
 
     @property
     def run_seconds(self) -> float:
-        """Of the steps that are left."""
+        """How many seconds the steps take that are left."""
         left = (self.total_steps - self.first_step) * self.seconds
         return left if self.max_seconds is None else min(left, self.max_seconds)
 
@@ -72,7 +74,7 @@ class DryRun:
 
 
 def dry_run(trainer: Trainer, seconds: float) -> DryRun:
-    """Takes steps for about so long, in memory alone; the trainer is not to be used afterwards."""
+    """Takes steps for about `seconds`, in memory alone; the trainer is of no use afterwards."""
     first, total = trainer.step, trainer.total_steps
     batches = trainer.batches()
     world, warm = trainer.world, min(WARMUP, max(total - first - 1, 0))

@@ -62,6 +62,11 @@ class Ema:
 
     @torch.no_grad()
     def load(self, values: dict[str, Tensor], path: Path) -> None:
+        """Takes the average from values that were read, whole, from `path`.
+
+        Raises:
+            InputError: a value is missing or of another shape.
+        """
         for name, value in self.values.items():
             if name not in values or values[name].shape != value.shape:
                 raise InputError(f"{path}: its average of {name} is missing or of another size")

@@ -25,15 +25,16 @@ class _Pinned:
 class BatchLoss:
     """Loads micro-batches and takes the losses of one model.
 
-    A process that has no example in a micro-batch takes one that does not count: gradients and
-    shards are exchanged in every forward and backward, of all processes alike.
+    A process that has no example in a micro-batch takes one that does not count: all processes
+    exchange gradients and shards in every forward and backward.
 
     Args:
-        objective: whose loss it is.
+        objective: gives the loss.
         model: called by the objective, on `device`; wrapped or compiled as it is trained.
-        device, dtype: autocast runs where the latter is not float32 or float64.
-        seed: of the draws.
-        pinned: whether batches are loaded to page-locked memory.
+        device: where the loss is taken.
+        dtype: what autocast casts to; there is none in float32 and float64.
+        seed: what the draws depend on, beside the examples' positions.
+        pinned: whether batches are loaded to page-locked memory, where `device` is a GPU.
     """
 
     def __init__(

@@ -38,9 +38,9 @@ class Loaded(Protocol):
     """Clips as a dataset gives them.
 
     Attributes:
-        batch: of all that were asked for.
-        problems: the place in the batch of each that could not be read -> why. Its loss is left
-            out.
+        batch: all clips that were asked for, in their order.
+        problems: for each clip that could not be read, its place in the batch -> why. Its loss is
+            left out.
     """
 
     @property
@@ -53,8 +53,10 @@ class Objective(Protocol):
     """What is trained: a model, and the loss of a batch."""
 
     def build(self) -> nn.Module:
-        """A fresh model on the CPU; the same at every call with the same state of torch's
-        generator. Parameters that are not trained require no gradient."""
+        """A fresh model on the CPU, the same wherever torch's generator has the same state.
+
+        Parameters that are not trained require no gradient.
+        """
         ...
 
     def loss(self, model: nn.Module, batch: Any, draw: Draw) -> LossTerms:
@@ -62,12 +64,16 @@ class Objective(Protocol):
         ...
 
     def samples(self, model: nn.Module, dataset: Any) -> list[Sample]:
-        """What a model makes of a dataset's first clips."""
+        """Sounds that the model makes of a dataset's first clips, to listen to."""
         ...
 
 
 class Dataset(Protocol):
-    """Where batches come from. `load` is called from loader threads."""
+    """Where batches come from.
+
+    `load` gives the clips of these indices and is called from loader threads; `order` says which
+    clip is which example of a run; `fingerprint` changes where the usable clips do.
+    """
 
     def __len__(self) -> int: ...
     def id(self, index: int) -> str: ...

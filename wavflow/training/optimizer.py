@@ -11,7 +11,13 @@ from wavflow.config.schema import TrainingConfig
 def make_optimizer(
     model: nn.Module, settings: TrainingConfig, processes: int = 1
 ) -> torch.optim.AdamW:
-    """AdamW, betas (0.9, 0.95), fused; weight decay on tensors with two or more axes only."""
+    """Makes a fused AdamW, betas (0.9, 0.95); only tensors of two or more axes have weight decay.
+
+    Args:
+        model: its parameters that require a gradient are trained.
+        settings: learning rate and weight decay.
+        processes: how many share a step.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},

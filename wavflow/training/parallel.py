@@ -47,7 +47,7 @@ class Parallel:
 
     @contextmanager
     def gradients(self, *, shared: bool) -> Iterator[None]:
-        """Forward and backward in the block; `shared` of a step's last: gradients are averaged."""
+        """Wraps a forward and backward; with `shared`, a step's last, gradients are averaged."""
         trained: Any = self.model if self.strategy == "fsdp" else self.forward
         if self.strategy == "fsdp":
             trained.set_requires_gradient_sync(shared)
@@ -70,7 +70,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor: of a DTensor its shard, else all of it."""
+    """This process's part of a tensor: the shard of a DTensor, else all of it."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves to read: training.log, metrics.jsonl, TensorBoard, samples, its progress."""
+"""What a run shows: training.log, metrics.jsonl, TensorBoard, samples, its progress."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Sample:
 
 
 class RunLog:
-    """Writes what a run in `out` shows, as a context manager.
+    """Writes down what a run shows, as a context manager.
 
     Metrics go to `out`/metrics.jsonl, the debug log and TensorBoard (`out`/tensorboard), samples
     to wav files, a picture and TensorBoard, progress to the console.

@@ -28,7 +28,7 @@ class State:
     """The tensors of a run, and its checkpoints in one folder.
 
     Args:
-        model, optimizer, emas: of the run; the optimiser is AdamW.
+        model, optimizer, emas: the run's own; the optimiser is AdamW.
         out: the run's folder.
         world: the processes.
         shards: whether checkpoints are folders of shards (`wavflow.training.sharded_checkpoint`)
@@ -70,8 +70,8 @@ class State:
         """Writes a whole checkpoint; all processes call it. The latest before becomes PREVIOUS.
 
         Args:
-            name: LATEST, or another file's; a folder of shards has it without its ending.
-            meta: what goes with the tensors.
+            name: LATEST, or another file name; a folder of shards is called so without the ending.
+            meta: plain values that are written beside the tensors.
 
         Raises:
             InputError: no room for it; nothing is changed.
@@ -102,7 +102,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a checkpoint, of all processes together."""
+        """Bytes of a checkpoint, all processes together."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def average(self, name: str) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ class State:
             What was written beside them.
 
         Raises:
-            InputError: unreadable, of another model, or of another optimiser layout.
+            InputError: it is unreadable, of another model, or of another optimiser layout.
         """
         if path.is_dir():
             sharded_checkpoint.load(path, self.tensors(), self.world)

@@ -40,11 +40,14 @@ def save(
 ) -> None:
     """Writes a folder under a temporary name and gives it its own once it is whole.
 
-    All processes call it. What is at `folder` moves to `previous`, or goes.
+    All processes call it.
 
     Args:
-        tensors: by name; DTensors by their shards, others as the first process has them.
-        meta: plain values and small tensors, of the first process.
+        folder: the checkpoint's place.
+        tensors: tensors by name; DTensors by their shards, others as the first process has them.
+        meta: plain values and small tensors; the first process's count.
+        world: the processes.
+        previous: where what is at `folder` moves to; None: it is removed.
     """
     temporary = folder.parent / f".{folder.name}.tmp"
     if world.is_main:
@@ -100,7 +103,7 @@ def check(folder: Path, world: World) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The plain values of a folder."""
+    """The plain values of a checkpoint's folder."""
     return state_dict.load(folder / META)
 
 
@@ -108,7 +111,7 @@ def load(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     """Reads into `tensors`, in place; DTensors get their shards.
 
     Raises:
-        InputError: a tensor is missing, foreign or of another shape.
+        InputError: a tensor is missing, unknown or of another shape.
     """
     found = shapes(folder)
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -131,7 +134,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _entries(folder: Path) -> dict[str, Any]:
-    """What a folder's metadata say of every tensor: their size and dtype."""
+    """What a folder's metadata say of every tensor: its size and dtype."""
     return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 

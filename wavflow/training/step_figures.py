@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wavflow.base.processes import World
 
-#: The flow's time is cut into so many equal parts.
+#: How many equal parts the flow's time is cut into.
 BUCKETS = 5
 
 
@@ -21,9 +21,10 @@ class StepRecord:
 
     Attributes:
         step: its number, from 0.
-        norm: of the gradient of all processes, 0-d, on the device.
-        clips, values, counts, times: of its micro-batches: indices, losses (b,) and whether they
-            count, 0 or 1, and the flow's times (b,) where there are such.
+        norm: norm of the gradient of all processes, 0-d, on the device.
+        clips: indices of its clips.
+        values, counts: for each micro-batch the losses (b,), and whether they count, 0 or 1, (b,).
+        times: for each micro-batch the flow's times (b,), where there are such.
     """
 
     step: int
@@ -43,18 +44,19 @@ class BadStep:
 
 
 class AttentionWindow:
-    """Sums over steps: adding is exact to the bit wherever a run is cut.
+    """Sums of the losses of steps; they are exact to the bit wherever a run is cut.
 
     Attributes:
-        in_a_row: steps up to now, without one between them, whose gradients were not finite.
-        skipped: all of these of the run.
+        in_a_row: how many steps up to now, one after the other, had gradients that are not finite.
+        skipped: how many steps of the whole run had such gradients.
+        norm: norm of the gradient of the last step that was absorbed.
+        sums: losses, and how many, in all and by parts of the flow's time, (2, 1 + BUCKETS).
     """
 
     def __init__(self) -> None:
         self.pending: list[StepRecord] = []
         self.in_a_row = self.skipped = 0
         self.norm = float("nan")
-        # Losses and their number, in all and by the flow's time.
         self.sums = torch.zeros(2, 1 + BUCKETS, dtype=torch.float64)
 
     def add(self, record: StepRecord) -> None:
@@ -87,7 +89,7 @@ class AttentionWindow:
     def figures(self, world: World) -> dict[str, float]:
         """Means over all processes and absorbed steps, and starts anew.
 
-        `loss`, and `loss_by_t/<from>-<to>` where there were such times; nothing of no steps.
+        `loss`, and `loss_by_t/<from>-<to>` where there were such times; empty without a step.
         """
         sums, counts = world.total(self.sums)
         self.sums = torch.zeros_like(self.sums)
@@ -98,7 +100,7 @@ class AttentionWindow:
 
 
 class Pace:
-    """How fast the last steps were, and what of their time went into waiting for data."""
+    """How fast the last steps were, and how much of their time was spent waiting for data."""
 
     STEPS = 20
 
@@ -107,17 +109,19 @@ class Pace:
         self.begun = time.monotonic()
 
     def add(self, clips: int, waited: float) -> None:
-        """A step has just ended that took so many clips and waited so many seconds for them."""
+        """Notes that a step has just ended: its clips, and the seconds that it waited for them."""
         if len(self.steps) == self.STEPS:
             self.begun = self.steps[0][0]
         self.steps.append((time.monotonic(), clips, waited))
 
     @property
     def seconds(self) -> float:
+        """How long the last steps took; 0 before the first."""
         return max(self.steps[-1][0] - self.begun, 1e-9) if self.steps else 0.0
 
     @property
     def clips_per_second(self) -> float:
+        """Clips a second in the last steps; 0 before the first."""
         return sum(clips for _, clips, _ in self.steps) / self.seconds if self.steps else 0.0
 
     @property

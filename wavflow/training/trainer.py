@@ -40,7 +40,16 @@ log = logging.getLogger("wavflow")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to."""
+    """What a run came to.
+
+    Attributes:
+        out: the run's folder.
+        checkpoint: its last checkpoint, a file or a folder of shards.
+        steps, epochs: how far the run is.
+        loss: mean loss when it was last logged; NaN where it never was.
+        seconds: how long the run took, the time before it was resumed included.
+        parameters: how many numbers the model has.
+    """
 
     out: Path
     checkpoint: Path
@@ -71,11 +80,11 @@ class Trainer:
     Args:
         objective: what is trained.
         dataset: where batches come from.
-        settings: optimiser, schedule, length.
+        settings: optimiser, schedule and length of the run.
         out: the run's folder.
         config: plain dict stored in every checkpoint.
         world: the processes, and this one's device.
-        dtype: autocast runs where it is not float32 or float64.
+        dtype: what autocast casts to; there is none in float32 and float64.
         validation: clips whose loss is taken every `val_steps` steps, always with the same noise
             and times.
     """
@@ -129,20 +138,22 @@ class Trainer:
 
     @property
     def step_examples(self) -> int:
-        """Clips that a full step takes, of all processes."""
+        """How many clips a full step takes in all processes together."""
         return self.settings.batch_size * self.settings.accumulation * self.world.size
 
     @property
     def end(self) -> int:
-        """Examples of the whole run."""
+        """How many examples the whole run takes."""
         return self.settings.epochs * len(self.order)
 
     @property
     def epoch(self) -> int:
+        """How many epochs are over."""
         return self.position // len(self.order)
 
     @property
     def total_steps(self) -> int:
+        """How many steps the run has at its end, those that are done among them."""
         steps = self.step + math.ceil(max(self.end - self.position, 0) / self.step_examples)
         return min(steps, self.settings.max_steps or steps)
 
@@ -154,7 +165,7 @@ class Trainer:
         return min(done, 1.0)
 
     def learning_rate(self) -> float:
-        """Linear warm-up, then constant, a cosine to `min_lr`, or steps by epoch."""
+        """Learning rate of the next step: linear warm-up, then as `lr_schedule` says."""
         s = self.settings
         peak = s.peak_lr(self.world.size)
         if s.lr_schedule == "cosine":
@@ -170,7 +181,7 @@ class Trainer:
         """Trains to the end.
 
         Raises:
-            InputError: too many steps in a row that are not finite; a full disk.
+            InputError: too many steps in a row were not finite, or the disk is full.
         """
         if self.world.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -211,7 +222,7 @@ class Trainer:
 
     @contextmanager
     def _log(self) -> Iterator[run_log.RunLog | None]:
-        """The first process's log."""
+        """The run's log, in the first process; None in the others."""
         if not self.world.is_main:
             yield None
             return
@@ -455,7 +466,7 @@ class Trainer:
         """Takes weights, averages, optimiser and position from a training checkpoint.
 
         Raises:
-            InputError: unreadable, of another model, or of another optimiser layout.
+            InputError: it is unreadable, of another model, or of another optimiser layout.
         """
         meta = self.state.restore(path)
         self.step = int(meta["global_step"])

@@ -14,7 +14,7 @@ from wavflow.training.micro_batch import BatchLoss
 from wavflow.training.objective import Dataset
 from wavflow.training.parallel import local
 
-#: Of the noise and times, whatever a run's own is.
+#: What noise and times depend on, whatever the run's own seed is.
 SEED = 0
 
 
@@ -27,12 +27,15 @@ def validate(
     All processes call it. Weights, generators and gradients are afterwards as they were before.
 
     Args:
-        loss: with SEED.
+        loss: takes the losses; its seed is SEED.
         dataset: the clips, all of them.
-        model: whose weights are exchanged for the average's and back.
+        model: the one whose weights are exchanged for the average's and back.
         ema: the average.
         world: the processes, among which the clips are divided.
-        batch_size: clips at a time.
+        batch_size: clips that a process takes at a time.
+
+    Returns:
+        The two losses; NaN where no clip could be read.
     """
     generators = [world.device] if world.device.type == "cuda" else []
     weights = [local(p) for p in model.parameters()]

@@ -12,7 +12,7 @@ from wavflow_kernels import AttentionWindow
 
 
 class TransformerBlock(nn.Module):
-    """One stream: adaLN, attention input, output projection and feed-forward.
+    """A block's layers for one stream: adaLN, attention input, output projection, feed-forward.
 
     ``kernel_size`` None makes the projection and the feed-forward Linears, else convolutions.
     A ``pre_only`` block only supplies keys and values to the joint attention.
@@ -41,12 +41,14 @@ class TransformerBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), TokenLinear(dim, self.chunks * dim))
 
     def enter(self, stream: Stream, c: Modulation) -> Entered:
+        """What comes before the attention: the stream's queries, keys and values."""
         modulation = self.adaLN_modulation(c.rows).chunk(self.chunks, dim=-1)
         shift, scale = modulation[:2]
         x, h = stream.adaln(shift, scale, c.tokens)
         return Entered(x, self.attn(h), modulation, c.tokens)
 
     def leave(self, entered: Entered, attended: Tensor) -> Stream:
+        """What comes after the attention, whose result is `attended` (b n c)."""
         x, _, (_, _, gate1, shift2, scale2, gate2), tokens = entered
         stream = Stream(x, self.linear1(attended), gate1, tokens)
         x, h = stream.adaln(shift2, scale2, tokens)

@@ -20,8 +20,13 @@ log = logging.getLogger("wavflow")
 def build_model(config: RunConfig, empty_string_feat: Tensor | None = None) -> WavflowModel:
     """The network of a configuration: the named preset, with the sizes the configuration gives.
 
+    Args:
+        config: its sections `model`, `data` and `training` are read.
+        empty_string_feat: features of the empty caption, (text_seq_len, text_dim); by default
+            zeros.
+
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown `model.name`.
     """
     model, data = config.model, config.data
     if model.name not in PRESETS:
@@ -70,7 +75,7 @@ def empty_caption(config: RunConfig) -> Tensor:
         found = load_tensors(path, "file of the empty caption (model.empty_string_ckpt)")
         where = f"{path}: the empty caption"
     else:
-        # On the CPU and for this once: a training keeps no encoder in its memory.
+        # Encoders on the CPU, made for this once: a training keeps none in its memory.
         found = get_encoders(**config.model.encoder_options, device="cpu").text.encode([""])
         where = f"encoders {config.model.encoders}: the empty caption"
     if (

@@ -24,7 +24,7 @@ from wavflow.systems.wavflow.footprint import clip_bytes
 from wavflow.systems.wavflow.network import WavflowModel
 from wavflow.systems.wavflow.scenes import film, stored
 
-#: Lengths whose empty conditions, and whose views of the network, are kept.
+#: For how many lengths empty conditions and views of the network are kept.
 KEPT_LENGTHS = 4
 
 T = TypeVar("T")
@@ -34,9 +34,9 @@ class WavflowField:
     """The flow that WavFlow's network predicts: waveform tokens (b n d) under video and text.
 
     Args:
-        network: the weights, or their prepared copy.
-        config: what they were trained with.
-        dtype: of the matrix products.
+        network: the network with the weights to use, or its prepared copy.
+        config: what it was trained with.
+        dtype: dtype of its matrix products.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class WavflowField:
         self.network.sharing.among(rank, size)
 
     def key(self, conditions: Conditions) -> Hashable:
-        """Token counts, attention window, and the processes that share the tokens."""
+        """What a graph depends on: token counts, attention window, who shares the tokens."""
         tokens = len(conditions.rope), len(conditions.sync_tokens.index)
         sharing = self.network.sharing
         return tokens, conditions.window, sharing.rank, sharing.size
@@ -110,7 +110,7 @@ class WavflowField:
     def waves(self, states: Tensor, samples: int | None = None, gain: float = 1.0) -> Tensor:
         """The waves (b samples) of clean tokens, in [-1, 1] on the CPU.
 
-        gain: what the tokens are louder than the sound, beside the configuration's scale.
+        gain: how many times as loud as the sound the tokens are, beside the configuration's scale.
         """
         waves = kernels.unpatchify(
             states.float(), samples=samples, audio_scale=self.config.data.audio_scale * gain
@@ -118,7 +118,7 @@ class WavflowField:
         return waves.clamp(-1, 1).cpu()
 
     def rows(self, size: Size) -> tuple[int, int]:
-        """Rows of the clip and the sync features of a sound."""
+        """How many rows of clip features and of sync features a sound of that size has."""
         data = self.config.data
         if size.seconds == data.audio_duration:
             return data.clip_seq_len, data.sync_seq_len
@@ -152,7 +152,7 @@ class WavflowMaker:
         config: what the network was trained with.
         model: the network with the weights to use, or its copy prepared for `dtype`.
         device: where it runs.
-        dtype: of its matrix products.
+        dtype: dtype of its matrix products.
         prepare: whether its weights are laid out for inference; torch.compile cannot trace weights
             in oneDNN's layout.
     """
@@ -232,7 +232,7 @@ class WavflowMaker:
         Args:
             wave: (t,) samples from the sound's beginning on; fewer or more than the tokens'.
             kept: (t,) bool, which of them are known; the level is theirs alone.
-            tokens: of the sound.
+            tokens: how many tokens the sound has.
 
         Returns:
             What is known, and the gain of the lift.
@@ -242,7 +242,7 @@ class WavflowMaker:
             heard[None], token_size=len(heard), tokens=1, audio_scale=1.0
         )
         lifted = lifted.flatten()
-        free = lifted.abs() < 1  # of clipping
+        free = lifted.abs() < 1  # samples that the lift did not clip
         gain = float(lifted[free].abs().sum() / heard[free].abs().sum().clamp_min(1e-12)) or 1.0
         length = tokens * data.audio_dim
         wave, kept = (F.pad(x[:length], (0, max(0, length - len(x)))) for x in (wave, kept))
@@ -250,7 +250,7 @@ class WavflowMaker:
         return Known(clean.view(tokens, -1), kept.view(tokens, -1).all(1)), gain
 
     def _data(self, size: Size) -> WavflowDataConfig:
-        """The configuration's data sizes for sounds of `size`."""
+        """The section `data` with the sizes of sounds of `size`."""
         clip_rows, sync_rows = self.field.rows(size)
         return replace(
             self.config.data,

@@ -29,8 +29,8 @@ class Conditions:
     sync_rows: Tensor  # (b n_sync c), before upsampling
     sync_tokens: TokenRows  # the sync row of each audio token
     rope: Tensor  # (n + n_clip + n_text, head_dim), rotations of the joint attention's tokens
-    rope_scaling: str = "none"  # of these rotations
-    window: AttentionWindow | None = None  # of the joint attention
+    rope_scaling: str = "none"  # how these rotations are scaled
+    window: AttentionWindow | None = None  # which tokens see each other in the joint attention
     prepared: PreparedNetwork | None = None
 
     @property
@@ -43,11 +43,11 @@ class Conditions:
         return self._map(lambda f: f.expand(batch, *f.shape[1:]))
 
     def cat(self, *others: Conditions) -> Conditions:
-        """The clips of all, which have the same token counts."""
+        """Conditions of the clips of all, one after the other; their token counts are the same."""
         return self._map(lambda *all: torch.cat(all), *others)
 
     def split(self) -> list[Conditions]:
-        """Those of each clip."""
+        """The conditions of each clip on its own."""
         return [self._map(lambda f, i=i: f[i : i + 1]) for i in range(len(self.clip_f))]
 
     def _map(self, function: Callable[..., Tensor], *others: Conditions) -> Conditions:

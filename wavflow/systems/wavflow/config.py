@@ -110,6 +110,7 @@ class WavflowDataConfig(DataConfig):
 
     @property
     def read_samples(self) -> int:
+        """Samples that are read of one clip: those of its tokens."""
         return self.latent_seq_len * self.audio_dim
 
     @property
@@ -142,8 +143,11 @@ class WavflowConfig:
 
     ``attention_window`` is how many audio tokens away a token may be to be seen, None: any number.
     Clip tokens have places among the audio tokens; text tokens see and are seen by all, so that
-    what they hear is of the whole clip. ``rope_scaling`` is of clips longer than in training
-    (:func:`wavflow.layers.embeddings.rope_scale`).
+    what they hear is of the whole clip. ``rope_scaling`` says how positions go on in clips longer
+    than in training (:func:`wavflow.layers.embeddings.rope_scale`).
+
+    Raises:
+        ValueError: sizes that do not fit together, or one out of range.
     """
 
     latent_dim: int = 200
@@ -188,10 +192,12 @@ class WavflowConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of an attention head."""
         return self.hidden_dim // self.num_heads
 
     @property
     def joint_depth(self) -> int:
+        """How many of the blocks are joint."""
         return self.depth - self.fused_depth
 
     @property
@@ -209,6 +215,7 @@ class WavflowConfig:
         return AttentionWindow(self.attention_window, self.latent_seq_len, self.clip_seq_len)
 
 
+#: The sizes of the networks that have a name.
 PRESETS: dict[str, WavflowConfig] = {
     "medium_16k": WavflowConfig(),
     "medium_44k": WavflowConfig(latent_seq_len=1764),

@@ -14,16 +14,16 @@ def clip_bytes(
 ) -> int:
     """An upper estimate of what one clip adds to the memory of generation.
 
-    The largest moment of a step is the feed-forward of the audio's input projection or of a block:
-    its residual, input and modulated input, the halves of the gated product in the convolution's
-    layout and in ours, with Winograd's form on the CPU transformed inputs and four products a pair
-    of tokens; of a long clip for a stretch of its tokens. Beside it lie the other streams and, in
-    float32, modulations, conditions and the solver's state. The factors cover what was measured for
-    the CPU, with what malloc loses.
+    A step takes most in the feed-forward of the audio's input projection or of a block. There lie
+    its residual, input and modulated input, and the halves of the gated product in the layout of
+    the convolution and in ours; with Winograd's form on the CPU also transformed inputs and four
+    products a pair of tokens. For a long clip all this is of a stretch of its tokens. Beside it lie
+    the other streams and, in float32, modulations, conditions and the solver's state. The factors
+    cover what was measured on the CPU, with what malloc loses.
 
     Args:
         config: the network's sizes, with the token counts of the clip.
-        dtype: of the matrix products.
+        dtype: dtype of the matrix products.
         guided: whether a clip is two rows of the network's batch.
         device: where it is generated.
     """

@@ -25,7 +25,7 @@ from wavflow_kernels import AttentionWindow, TokenRows, rope_table
 
 
 class WavflowModel(Preparing):
-    """Predicts clean waveform tokens (or velocities) from noisy ones and video and text features.
+    """Predicts clean waveform tokens, or velocities, from noisy ones, video and text features.
 
     With b clips, n audio tokens of d samples and hidden width c: latent (b n d), clip features
     (b n_clip clip_dim), sync features (b n_sync sync_dim), text features (b n_text text_dim) and
@@ -117,7 +117,7 @@ class WavflowModel(Preparing):
             TransformerBlock(dim, num_heads, config.ffn_width, kernel_size=3)
             for _ in range(fused_depth)
         )
-        # Who computes which audio tokens.
+        # Says which audio tokens this process computes.
         self.sharing = Sharing()
         audio = [self.audio_input_proj, self.fused_blocks, self.final_layer]
         for part in (*audio, *(block.latent_block for block in joint)):
@@ -198,7 +198,10 @@ class WavflowModel(Preparing):
     # Features -> conditions, once per clip.
 
     def preprocess_conditions(self, clip_f: Tensor, sync_f: Tensor, text_f: Tensor) -> Conditions:
-        """Projects raw features (b n_clip clip_dim), (b n_sync sync_dim), (b n_text text_dim)."""
+        """Conditions of raw clip, sync and text features, which are projected once for all steps.
+
+        clip_f: (b n_clip clip_dim); sync_f: (b n_sync sync_dim); text_f: (b n_text text_dim).
+        """
         config = self.config
         check_shape("clip_f", clip_f, ("batch", config.clip_seq_len, config.clip_dim))
         batch = clip_f.shape[0]
@@ -354,7 +357,7 @@ class WavflowModel(Preparing):
         return torch.lerp(uncond, cond, cfg_strength)
 
     def _prepared(self, conditions: Conditions) -> WavflowModel:
-        """What computes a step with these conditions."""
+        """The network that computes a step with these conditions: this or its prepared copy."""
         if self.is_prepared or conditions.prepared is None:
             return self
         return conditions.prepared.of(self)
@@ -381,7 +384,7 @@ class WavflowModel(Preparing):
         return self.final_layer(audio, everywhere)
 
     def _own(self, conditions: Conditions) -> Conditions:
-        """What this process needs of them, whose audio tokens are a stretch of all."""
+        """What this process needs of the conditions for its stretch of the audio tokens."""
         if self.sharing.size == 1:
             return conditions
         if conditions.window is not None:
@@ -421,7 +424,7 @@ class WavflowModel(Preparing):
 
 
 def _few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer` in its own precision, whatever autocast says; the result has the dtype of x.
+    """Applies `layer` in its own precision, whatever autocast says; the result has x's dtype.
 
     For so few rows half precision saves nothing, and torch's own has no fast product everywhere.
     """
@@ -439,7 +442,8 @@ def get_wavflow_model(
 ) -> WavflowModel:
     """Builds the preset ``name`` (a key of PRESETS); None keeps the preset's value.
 
-    Raises ValueError for an unknown name.
+    Raises:
+        ValueError: an unknown name.
     """
     if name not in PRESETS:
         raise ValueError(f"model name is {name!r}, wanted one of {', '.join(PRESETS)}")

@@ -20,7 +20,7 @@ from wavflow.training.micro_batch import to_device
 from wavflow.training.objective import LossTerms
 from wavflow.training.run_log import Sample
 
-#: Clips that are heard during training.
+#: How many clips are heard during training.
 SAMPLE_CLIPS = 4
 
 
@@ -95,7 +95,7 @@ class WavflowObjective:
     def samples(self, model: nn.Module, dataset: Clips) -> list[Sample]:
         """What the model makes of the first clips' video and captions, and their own sound.
 
-        Generated as `wavflow.flow.solvers.BEST` says, guided by `eval.cfg`.
+        They are generated as `wavflow.flow.solvers.BEST` says, guided by `eval.cfg`.
         """
         config, device = self.config, next(model.parameters()).device
         dtype = precision.resolve_dtype(config.training.dtype, device)

@@ -31,11 +31,12 @@ def film(
     """A scene of a video file: each window is encoded from its own frames, when it is wanted.
 
     Args:
-        encoders: of the video.
+        encoders: encode the frames.
         path: the file.
-        text: features of its caption.
-        seconds: of the sound; the last picture is held for the rest of the last window.
+        text: features of the caption.
+        seconds: length of the sound; the last picture is held for the rest of the last window.
         window: seconds of a window.
+        limits: what the video may take before it is refused.
 
     Raises:
         InputError: the file cannot be decoded, or not up to `seconds`.
@@ -53,10 +54,10 @@ def film(
 
 
 def stored(features: Mapping[str, Tensor], data: WavflowDataConfig) -> Scene:
-    """A scene of the features of the whole sound, as one features file holds them.
+    """A scene out of the features of the whole sound, as one features file holds them.
 
-    A window's rows are those from its start on (`wavflow.data.crop` says where windows may begin),
-    beyond the end the last row or segment again.
+    A window's rows are those from its start on (`wavflow.data.crop` says where windows may begin);
+    beyond the end the last row or segment is repeated.
 
     Args:
         features: with as many rows as the sound is long.
