@@ -376,5 +376,5 @@ def test_training_steps_wait_for_no_device(tmp_path: Any) -> None:
             trainer.train_step(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    trainer.window.absorb()
-    assert trainer.window.figures(trainer.world)["loss"] > 0
+    trainer.recent.absorb()
+    assert trainer.recent.means(trainer.world)["loss"] > 0

@@ -238,7 +238,7 @@ def test_bad_steps_in_a_row_are_counted_over_a_resume(tmp_path: Path) -> None:
     settings = replace(SETTINGS, max_bad_steps=4, max_steps=6)
     make_trainer(tmp_path, settings, Late()).run()
     run = make_trainer(tmp_path, replace(settings, max_steps=20), Late())
-    assert run.resume() and run.window.in_a_row == 2
+    assert run.resume() and run.recent.in_a_row == 2
     with pytest.raises(InputError, match="the last 5 steps"):
         run.run()
 

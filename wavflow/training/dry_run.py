@@ -92,8 +92,8 @@ def dry_run(trainer: Trainer, seconds: float) -> DryRun:
     finally:
         batches.close()
     each = (time.monotonic() - begun) / max(taken, 1)
-    trainer.window.absorb()
-    found = trainer.window.figures(world)
+    trainer.recent.absorb()
+    found = trainer.recent.means(world)
     place = next(p for p in (trainer.out, *trainer.out.resolve().parents) if p.is_dir())
     rate = trainer.flops * trainer.step_examples / each
     return DryRun(

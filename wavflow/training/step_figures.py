@@ -43,7 +43,7 @@ class BadStep:
     clips: list[int]
 
 
-class AttentionWindow:
+class StepFigures:
     """Sums of the losses of steps; they are exact to the bit wherever a run is cut.
 
     Attributes:
@@ -86,7 +86,7 @@ class AttentionWindow:
         self.pending.clear()
         return bad
 
-    def figures(self, world: World) -> dict[str, float]:
+    def means(self, world: World) -> dict[str, float]:
         """Means over all processes and absorbed steps, and starts anew.
 
         `loss`, and `loss_by_t/<from>-<to>` where there were such times; empty without a step.

@@ -32,7 +32,7 @@ from wavflow.training.objective import Dataset, Loaded, Objective
 from wavflow.training.optimizer import make_optimizer
 from wavflow.training.parallel import Parallel, whole
 from wavflow.training.run_state import State
-from wavflow.training.step_figures import AttentionWindow, Pace, StepRecord
+from wavflow.training.step_figures import Pace, StepFigures, StepRecord
 from wavflow.training.validation import validate
 
 log = logging.getLogger("wavflow")
@@ -129,7 +129,7 @@ class Trainer:
         self.ema_age = 0
         self.elapsed = 0.0
         self.loss = math.nan
-        self.window, self.pace = AttentionWindow(), Pace()
+        self.recent, self.pace = StepFigures(), Pace()
         self.unreadable: set[str] = set()
         self.shown: run_log.RunLog | None = None
         self.saved_at = time.monotonic()
@@ -298,7 +298,7 @@ class Trainer:
         self.optimizer.step()
         for ema in self.emas.values():
             ema.update(self.model, self.ema_age)
-        self.window.add(record)
+        self.recent.add(record)
         self.pace.add(work.step_examples, waited)
         before = self.epoch
         self.position += work.step_examples
@@ -359,7 +359,7 @@ class Trainer:
         Raises:
             InputError: after `max_bad_steps` bad steps in a row.
         """
-        bad = self.window.absorb()
+        bad = self.recent.absorb()
         if not bad:
             return
         named = [[self.dataset.id(i) for i in b.clips] for b in bad]
@@ -372,21 +372,21 @@ class Trainer:
                     file.write(json.dumps({"step": step.step, "clips": clips}) + "\n")
                     names = ", ".join(clips[:8]) or "none alone"
                     log.warning("step %d skipped: not finite; clips: %s", step.step, names)
-        if self.window.in_a_row >= self.settings.max_bad_steps:
+        if self.recent.in_a_row >= self.settings.max_bad_steps:
             raise InputError(
-                f"step {self.step}: the last {self.window.in_a_row} steps were not finite; their "
+                f"step {self.step}: the last {self.recent.in_a_row} steps were not finite; their "
                 f"clips are in {path}"
             )
 
     def _log_figures(self) -> None:
         """Shows the means since the last time."""
         self._absorb()
-        means = self.window.figures(self.world)
+        means = self.recent.means(self.world)
         self.loss = means.get("loss", math.nan)
         figures = {
             "epoch": self.epoch,
             **means,
-            "grad_norm": self.window.norm,
+            "grad_norm": self.recent.norm,
             "lr": self.optimizer.param_groups[0]["lr"],
             "clips_per_second": self.pace.clips_per_second,
             "data_wait": self.pace.waited,
@@ -395,8 +395,8 @@ class Trainer:
         }
         rate = self.flops * self.pace.clips_per_second
         figures["mfu"] = rate / (self.matmul_rate * self.world.size)
-        if self.window.skipped:
-            figures["skipped_steps"] = self.window.skipped
+        if self.recent.skipped:
+            figures["skipped_steps"] = self.recent.skipped
         if self.unreadable:
             figures["unreadable_clips"] = len(self.unreadable)
         self._show(figures)
@@ -435,7 +435,7 @@ class Trainer:
     def save(self, name: str) -> None:
         """Writes a whole checkpoint to `out/name`; all processes call it."""
         self._absorb()
-        process = {"window": self.window.sums, "rng": torch.get_rng_state()}
+        process = {"window": self.recent.sums, "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             process["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         meta = {
@@ -447,7 +447,7 @@ class Trainer:
             "clips": self.dataset.fingerprint(),
             "elapsed": self.elapsed,
             "loss": self.loss,
-            "bad_steps": [self.window.in_a_row, self.window.skipped],
+            "bad_steps": [self.recent.in_a_row, self.recent.skipped],
             "processes": self.world.gather(process),
             "config": self.config,
         }
@@ -473,7 +473,7 @@ class Trainer:
         self.ema_age = int(meta.get("ema_age", self.step))
         self.elapsed = float(meta.get("elapsed", 0.0))
         self.loss = float(meta.get("loss", math.nan))
-        self.window.in_a_row, self.window.skipped = meta.get("bad_steps", (0, 0))
+        self.recent.in_a_row, self.recent.skipped = meta.get("bad_steps", (0, 0))
         if changed := _changes(meta.get("config") or {}, self.config):
             log.warning("%s: made with other settings: %s", path, ", ".join(changed))
         self.position = int(meta.get("position", int(meta["epoch"]) * len(self.order)))
@@ -487,7 +487,7 @@ class Trainer:
     def _restore_processes(self, found: list[dict[str, Tensor]], path: Path) -> None:
         if len(found) == self.world.size:
             own = found[self.world.rank]
-            self.window.sums = own["window"]
+            self.recent.sums = own["window"]
             torch.set_rng_state(own["rng"])
             if self.device.type == "cuda" and "rng_cuda" in own:
                 torch.cuda.set_rng_state(own["rng_cuda"], self.device)
@@ -495,7 +495,7 @@ class Trainer:
             log.warning("%s: of %d processes; there are %d", path, len(found), self.world.size)
             if self.world.is_main:
                 sums: Any = sum(process["window"] for process in found)
-                self.window.sums = sums
+                self.recent.sums = sums
 
     def start_from(self, weights: dict[str, Tensor], path: Path) -> None:
         """Starts model and averages from weights that were read from `path`."""
