@@ -39,10 +39,10 @@ class WavflowModelConfig(EncodersConfig, ModelConfig):
         fused_depth: How many of the blocks, the last ones, see the audio tokens alone; less than
             `depth`.
         num_heads: Attention heads.
-        mlp_ratio: Asked width of a block's feed-forward over `hidden_dim`. The inner width is two
+        mlp_ratio: Nominal width of a block's feed-forward over `hidden_dim`. The inner width is two
             thirds of it, rounded up to a multiple of 256.
-        attention_window: Seconds away that a token of sound or video may be to be attended to; null
-            for any distance. Text tokens see, and are seen by, all.
+        attention_window: How many seconds away a token of sound or video may be to be attended to;
+            null for any distance. Text tokens see, and are seen by, all.
         rope_scaling: Rotary positions in clips longer than those of the training: go on with them
             (`none`), squeeze them into the trained range (`linear`), or raise the base of the
             frequencies (`ntk`).
@@ -114,7 +114,7 @@ class WavflowDataConfig(DataConfig):
 
     @property
     def tracks(self) -> tuple[Track, ...]:
-        """Appearance and motion of a clip's video, and its caption."""
+        """The tracks of a clip: appearance and motion of its video, and its caption."""
         duration = exact(self.audio_duration)
         even = self.sync_layout == "even"
         clip = Even(self.clip_seq_len / duration)
@@ -128,7 +128,7 @@ class WavflowDataConfig(DataConfig):
 
     @property
     def feature_shapes(self) -> dict[str, tuple[int, int]]:
-        """Key in a features file -> (rows, width)."""
+        """Shape (rows, width) of each feature of a clip, by its key in a features file."""
         return {track.key: track.shape for track in self.tracks}
 
 
@@ -142,8 +142,8 @@ class WavflowConfig:
 
     ``attention_window`` is how many audio tokens away a token may be to be seen, None: any number.
     Clip tokens have places among the audio tokens; text tokens see and are seen by all, so that
-    what they hear is of the whole clip. ``rope_scaling`` is of clips longer than in training
-    (:func:`wavflow.layers.embeddings.rope_scale`).
+    what they hear is of the whole clip. ``rope_scaling`` says how positions go on in clips longer
+    than in training (:func:`wavflow.layers.embeddings.rope_scale`).
     """
 
     latent_dim: int = 200
@@ -196,7 +196,7 @@ class WavflowConfig:
 
     @property
     def ffn_width(self) -> int:
-        """The asked width of the blocks' feed-forwards."""
+        """Nominal width of the blocks' feed-forwards."""
         return int(self.mlp_ratio * self.hidden_dim)
 
     @property
