@@ -75,7 +75,7 @@ def find_sounds(folder: Path) -> dict[str, Path]:
 
 
 def lowest_rate(sounds: Mapping[str, Mapping[str, Path]]) -> int:
-    """The lowest rate in Hz of all sounds that can be read: all have what is heard at it.
+    """The lowest rate in Hz of all sounds that can be read; above it a side may lack frequencies.
 
     Raises:
         InputError: no sound of a side can be read.

@@ -258,7 +258,7 @@ def save_wav(path: str | os.PathLike[str], wave: Tensor | np.ndarray, rate: int)
 
 
 class WavWriter:
-    """Writes a .wav of 16-bit PCM part by part; after every part the file can be read.
+    """Writes a .wav of 16-bit PCM part by part; after every part the file is whole.
 
     Args:
         path: the .wav to write; an existing one is replaced.
