@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def console() -> Console:
-    """The console; stdout is left to results."""
+    """The console on stderr; stdout is left to results."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -54,7 +54,7 @@ def progress_bar(text: str) -> Progress:
 
 @contextmanager
 def counter(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with rate and time left, behind a function (done, total).
+    """Shows a progress bar with rate and time left; yields a function (done, total) that moves it.
 
     Time counts from the start of the block; the bar starts at the first call. Its thread must not
     exist yet when a job forks its workers.

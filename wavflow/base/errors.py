@@ -1,3 +1,5 @@
+"""The exceptions that a caller may want to catch."""
+
 from __future__ import annotations
 
 

@@ -1,3 +1,5 @@
+"""Writing files whole or not at all, reading strangers' files, locks and safe names."""
+
 from __future__ import annotations
 
 import fcntl
@@ -19,6 +21,7 @@ from wavflow.base.errors import InputError
 log = logging.getLogger("wavflow")
 
 
+#: Bytes of an id in UTF-8, at most: it becomes a file name.
 MAX_ID_BYTES = 200
 #: Names that Windows gives to devices, whatever follows the first dot.
 DEVICES = frozenset("CON PRN AUX NUL".split()) | {
@@ -59,7 +62,7 @@ def atomic_write(
 
 @contextmanager
 def working_in(folder: str | os.PathLike[str], *parts: str) -> Iterator[None]:
-    """Marks this process as one of those that write into `folder`, which is made.
+    """Marks this process as one of those that write into `folder`, made if missing.
 
     Whichever process is alone there, when it comes or when it goes, removes what killed ones left
     of `atomic_write` in the folder and in its subfolders `parts`.
@@ -83,7 +86,7 @@ def working_in(folder: str | os.PathLike[str], *parts: str) -> Iterator[None]:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Removes the files of `atomic_write`s that were killed; nobody else may write there."""
+    """Removes what killed calls of `atomic_write` left; nobody may write there meanwhile."""
     for left in folder.glob(".*.tmp"):
         left.unlink()
 
@@ -105,11 +108,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def load_tensors(path: str | os.PathLike[str], what: str, *, mapped: bool = False) -> Any:
-    """Read a file of torch.save onto the CPU: tensors and plain values, running nothing.
+    """Read a file of torch.save onto the CPU: tensors and plain values; no code in it runs.
 
-    `mapped` tensors are read where they are touched. torch.save compresses nothing, so that an
-    archive that would unpack to more than its own size is a bomb. Raises InputError, saying that
-    the file is not a readable `what`.
+    With `mapped`, tensors are memory maps of the file. torch.save compresses nothing, so an archive
+    that would unpack to more than its own size is refused.
+
+    Raises:
+        InputError: the file is missing, or not a readable `what`.
     """
     import torch
 
@@ -135,7 +140,7 @@ def load_tensors(path: str | os.PathLike[str], what: str, *, mapped: bool = Fals
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file holds.
+    """Reads a JSON file and returns what it holds.
 
     Raises:
         InputError: no such file, or not JSON.

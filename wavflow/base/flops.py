@@ -20,7 +20,7 @@ from wavflow_kernels import cpu
 GEMM_SIZE = {"cpu": 1024, "cuda": 4096}
 
 
-# What torch's own table lacks of the calls that a CPU gets; formulas are of shapes.
+# Formulas that torch's own table lacks, of ops that run on a CPU; their arguments are shapes.
 _ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
@@ -33,7 +33,7 @@ _ON_CPU = {
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Operations of the matrix products and convolutions that a call of `function` makes.
+    """Counts the operations of the matrix products and convolutions in a call of `function`.
 
     A multiply-add is two; backward passes count where `function` runs them, the ops of
     wavflow_kernels by their own formulas. What torch.compile has compiled cannot be seen: count
@@ -45,11 +45,12 @@ def count_flops(function: Callable[[], object]) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Operations a second of a square matrix product here and now, by the fastest library.
+    """Operations a second that a square matrix product reaches here, by the fastest library.
 
     Args:
-        device, dtype: of the product; on a CPU in the dtype that the ops compute it in.
-        seconds: how long to measure, beside the first calls; the median counts.
+        device, dtype: where and in which dtype the product is computed; on a CPU the ops may
+            compute it in another one, which is then measured.
+        seconds: how long to measure, not counting the first calls; the median counts.
     """
     size = GEMM_SIZE[device.type]
     dtype = cpu.product_dtype(dtype) if device.type == "cpu" else dtype

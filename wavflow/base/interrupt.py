@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while something runs that wants to end well."""
+"""Holding back SIGINT and SIGTERM so that a job can end in order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ log = logging.getLogger("wavflow")
 
 
 class Interrupts:
-    """Inside the block SIGINT and SIGTERM are noted; a second SIGINT acts as it would without it.
+    """A block in which SIGINT and SIGTERM are only noted; a second SIGINT acts as usual.
 
-    A second SIGTERM is noted alike: torchrun sends two within milliseconds. Outside the main
+    A second SIGTERM is only noted too: torchrun sends two within milliseconds. Outside the main
     thread, where Python handles no signals, none is noted.
 
     Attributes:

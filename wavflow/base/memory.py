@@ -1,4 +1,4 @@
-"""How this process holds memory, how much is left, and how much generation takes."""
+"""How this process keeps memory, how much is left, and how much it has taken."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import resource
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     pays its page faults anew: a fifth of a training step. CUDA's caching allocator always keeps.
 
     Returns:
-        Whether the C library does so; another than glibc may not.
+        Whether the C library does so; one other than glibc may not.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -28,7 +28,7 @@ def keep_freed_memory() -> bool:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that `device` has left: of the GPU and torch's cache on it, or of the machine.
+    """Free memory in bytes: of the GPU and of torch's cache on it, or of the machine.
 
     On Linux what other processes only hold as file cache counts as left.
     """
@@ -49,7 +49,7 @@ def bytes_text(count: int) -> str:
 
 
 def used_memory(device: torch.device) -> int:
-    """Bytes that this process has taken at most: of the GPU by torch, or of the machine."""
+    """Peak memory of this process in bytes: of the GPU as torch counts it, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

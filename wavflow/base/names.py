@@ -1,4 +1,4 @@
-"""Words that a configuration may hold and that code acts on, where reading them needs no torch."""
+"""Words that configurations may hold and code acts on; importing them needs no torch."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ FIXED_STEP = ("euler", "midpoint", "heun", "rk4", "ab2", "2m")
 METHODS = (*FIXED_STEP, "adaptive")
 #: Times at which a solver evaluates the flow (`wavflow.flow.times.sampling_times`).
 TIMES = ("even", "sigmoid", "log-snr")
-#: Rotary positions beyond the lengths of training (`wavflow.layers.embeddings.rope_scale`).
+#: Ways to extend rotary positions beyond the lengths of training
+#: (`wavflow.layers.embeddings.rope_scale`).
 ROPE_SCALINGS = ("none", "linear", "ntk")

@@ -11,7 +11,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """`auto` is the current GPU where there is one, else the CPU.
+    """The device of that name; `auto` is the current GPU where there is one, else the CPU.
 
     Raises:
         InputError: an unknown device, or one that is not present.
@@ -35,9 +35,12 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device has bf16 matrix arithmetic, else float32.
+    """The dtype of that name; `auto` is bfloat16 where `device` has it in hardware, else float32.
 
     On a CPU that means AVX-512-BF16: elsewhere bf16 is computed by float32, and is no faster.
+
+    Raises:
+        InputError: an unknown dtype.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -56,7 +59,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """One line: the device's name, the dtype and why."""
+    """Says in one line the device's name, the dtype, and whether bf16 is native there."""
     fast = has_fast_bf16(device)
     if device.type == "cuda":
         name, unit = torch.cuda.get_device_name(device), "bf16 tensor cores"

@@ -32,8 +32,9 @@ class World:
     process they cost nothing, whether or not there is a process group.
 
     Attributes:
-        rank, size: as torch.distributed's.
-        device: this process's.
+        rank: this process's number, from 0.
+        size: number of processes.
+        device: where this process computes.
     """
 
     rank: int
@@ -46,7 +47,7 @@ class World:
         return self.rank == 0
 
     def largest(self, values: list[float]) -> list[float]:
-        """Of each value, the largest of all processes."""
+        """Element-wise maximum of the values over all processes."""
         if self.size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -110,11 +111,11 @@ def join(device: str = "auto", group: bool = False) -> Iterator[World]:
     """Joins the processes that torchrun started, by its environment; alone without it.
 
     Args:
-        device: of this process: "auto" is the GPU of its local rank where there is one.
+        device: where this process computes; "auto" is the GPU of its local rank if there is one.
         group: whether a process alone needs a process group too.
 
     Raises:
-        InputError: a device that is not there.
+        InputError: a device that is not there, or a process group that exists already.
     """
     rank, size = rank_and_size()
     world = World(rank, size, own_device(device))
@@ -133,7 +134,7 @@ def join(device: str = "auto", group: bool = False) -> Iterator[World]:
     # Not after an error: others may be inside a collective, and its end would be waited for here.
     dist.barrier()
     # Gloo's thread needs Python's lock to free its last collective, and the group's end holds that
-    # lock while it waits for the thread: once in eight runs of two steps they met.
+    # lock while it waits for the thread: without a pause one in eight runs of two steps hangs.
     time.sleep(0.2)
     dist.destroy_process_group()
 

@@ -10,5 +10,5 @@ if TYPE_CHECKING:
 
 
 def exact(seconds: float | Fraction) -> Fraction:
-    """Seconds as they are written in decimals, or as a ratio of small numbers."""
+    """The fraction nearest to `seconds`, with a denominator of at most a million."""
     return Fraction(seconds).limit_denominator(1_000_000)

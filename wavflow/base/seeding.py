@@ -14,14 +14,14 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Draw:
-    """The randomness of some examples of a run: of each, a function of (seed, position) alone.
+    """The randomness of some examples of a run, each a function of (seed, position) alone.
 
     An example's position counts the examples that the run has taken before it. What it draws is
     the same on every device, in any batch, on any number of processes and after a resume.
 
     Attributes:
-        seed: of the run.
-        positions: of the examples, (b,).
+        seed: the run's seed.
+        positions: the examples' positions in the run, (b,).
     """
 
     seed: int
@@ -39,12 +39,12 @@ class Draw:
         return (torch.tensor(bits, dtype=torch.float64) + 0.5) / 2**52
 
     def normal(self, name: str) -> Tensor:
-        """Like `uniform`, standard normal."""
+        """A standard normal number for each example, (b,) float64; drawn as in `uniform`."""
         return torch.special.ndtri(self.uniform(name))
 
 
 def mix(*numbers: int) -> int:
-    """Hashes integers to one in [0, 2^64): splitmix64 of each in turn."""
+    """Hashes integers to one integer in [0, 2^64), by splitmix64 of each in turn."""
     state = 0
     for number in numbers:
         state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK

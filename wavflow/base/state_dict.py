@@ -13,7 +13,7 @@ from wavflow.base.files import load_tensors
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a file of `save` or of the public system onto the CPU.
+    """Reads a checkpoint, of this library or of the public system, onto the CPU.
 
     Raises:
         InputError: missing, truncated, not a checkpoint, or holding objects other than

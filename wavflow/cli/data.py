@@ -17,7 +17,7 @@ def toy(
     clips: Annotated[int, typer.Option(help="Training clips.")] = 1000,
     seed: Seed = 0,
     heldout: Annotated[int, typer.Option(help="Held-out clips.")] = 64,
-    seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Length of a clip, in seconds.")] = 2.0,
     rate: Annotated[int, typer.Option(help="Samples per second.")] = 8000,
     workers: Workers = None,
 ) -> None:
@@ -45,19 +45,24 @@ def extract(
     out: Annotated[Path, typer.Option(help="Folder for features and the training table.")],
     overrides: Overrides = None,
     config: ConfigFile = "toy_8k",
-    encoders: Annotated[str | None, typer.Option(help="Instead of the configuration's.")] = None,
+    encoders: Annotated[
+        str | None, typer.Option(help="Name of the encoders, instead of the configuration's.")
+    ] = None,
     seconds: Annotated[
         str | None,
-        typer.Option(help="Of each video, instead of the configuration's; whole for all of it."),
+        typer.Option(
+            help="Seconds of each video, instead of the configuration's; whole for all of it."
+        ),
     ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
-            help="i/n: of n processes, on any machines, the i-th from 0; default as torchrun says."
+            help="i/n: the part of the table for process i of n, from 0; default as torchrun says."
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace features that were made otherwise.")
+        bool,
+        typer.Option("--overwrite", help="Replace features of other encoders, weights or seconds."),
     ] = False,
     pack_to: Annotated[
         Path | None,
@@ -96,8 +101,8 @@ def pack(
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     overrides: Overrides = None,
     config: ConfigFile = "toy_8k",
-    shard_mb: Annotated[int, typer.Option(help="MB in a shard.")] = 512,
-    workers: Annotated[int, typer.Option(help="Threads.")] = 2,
+    shard_mb: Annotated[int, typer.Option(help="Size of a shard, in MB.")] = 512,
+    workers: Annotated[int, typer.Option(help="Threads that read files.")] = 2,
 ) -> None:
     """Pack a training table into WebDataset shards, which training reads without decoding."""
     from wavflow.config.load import load_config

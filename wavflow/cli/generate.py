@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 def generate(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="A .wav or .flac file; with --csv a folder.")],
-    caption: Annotated[str | None, typer.Option(help="What is heard.")] = None,
-    video: Annotated[Path | None, typer.Option(help="What is seen.")] = None,
+    caption: Annotated[str | None, typer.Option(help="Text of what is heard.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Video to make sound for.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Table: video_path, caption, ...")] = None,
-    config: Annotated[str | None, typer.Option(help="For a checkpoint that carries none.")] = None,
-    ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
+    config: Annotated[
+        str | None, typer.Option(help="Configuration, for a checkpoint that carries none.")
+    ] = None,
+    ema: Annotated[str, typer.Option(help="Weights: ema1, ema2 or none.")] = "ema1",
     seed: Seed = 42,
-    seconds: Annotated[float | None, typer.Option(help="Length; default as trained.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Seconds; default as trained.")] = None,
     negative_caption: Annotated[
-        str | None, typer.Option(help="What guidance leads away from.")
+        str | None, typer.Option(help="Text that guidance leads away from.")
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale, 1 or less is none; default as trained.")
@@ -36,7 +38,7 @@ def generate(
     guidance_interval: Annotated[
         tuple[float, float] | None,
         typer.Option(
-            help="Times of guidance, from 0 (noise) to 1 (sound); with --solver throughout."
+            help="Times of guidance, from 0 (noise) to 1 (sound); with --solver the default is all."
         ),
     ] = None,
     guidance_rescale: Annotated[
@@ -54,10 +56,14 @@ def generate(
     ] = None,
     times: Annotated[
         str | None,
-        typer.Option(help="even, sigmoid or log-snr; with --solver the default is even."),
+        typer.Option(
+            help="Spacing of times: even, sigmoid or log-snr; with --solver the default is even."
+        ),
     ] = None,
-    loudness: Annotated[float, typer.Option(help="LUFS of the output.")] = -23.0,
-    keep_loudness: Annotated[bool, typer.Option("--keep-loudness", help="As generated.")] = False,
+    loudness: Annotated[float, typer.Option(help="Loudness of the sound, in LUFS.")] = -23.0,
+    keep_loudness: Annotated[
+        bool, typer.Option("--keep-loudness", help="Leave the loudness as generated.")
+    ] = False,
     window: Annotated[
         float | None,
         typer.Option(
@@ -71,18 +77,18 @@ def generate(
     ] = None,
     attention_window: Annotated[
         float | None,
-        typer.Option(help="Seconds away that sound is attended to; default as trained."),
+        typer.Option(help="How many seconds away sound is attended to; default as trained."),
     ] = None,
     rope_scaling: Annotated[
         str | None,
         typer.Option(
-            help="With --window 0, of sounds longer than in training: none, linear or ntk."
+            help="Positions in sounds longer than in training, with --window 0: none, linear, ntk."
         ),
     ] = None,
     stream: Annotated[
         bool,
         typer.Option(
-            "--stream", help="Write --out as it is made, in memory that stays; as generated."
+            "--stream", help="Write --out as it is made, in constant memory; loudness as generated."
         ),
     ] = False,
     recording: Annotated[
@@ -90,7 +96,7 @@ def generate(
     ] = None,
     gap: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Seconds from and to which --recording is replaced."),
+        typer.Option(help="Part of --recording to replace: from and to, in seconds."),
     ] = None,
     loop: Annotated[
         bool, typer.Option("--loop", help="Lead the sound's end into its beginning.")
@@ -102,7 +108,7 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With --csv: replace sounds made otherwise.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Clips at a time, at most.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Most clips at a time.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     engine: Annotated[
@@ -239,11 +245,13 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="To listen at.", min=1, max=65535)] = 7860,
-    max_seconds: Annotated[float, typer.Option(help="Of a sound, at most.")] = 30.0,
-    max_upload_mb: Annotated[int, typer.Option(help="Of a video, at most.")] = 256,
-    config: Annotated[str | None, typer.Option(help="For a checkpoint that carries none.")] = None,
-    ema: Annotated[str, typer.Option(help="ema1, ema2 or none.")] = "ema1",
+    port: Annotated[int, typer.Option(help="Port.", min=1, max=65535)] = 7860,
+    max_seconds: Annotated[float, typer.Option(help="Longest sound, in seconds.")] = 30.0,
+    max_upload_mb: Annotated[int, typer.Option(help="Largest video, in MB.")] = 256,
+    config: Annotated[
+        str | None, typer.Option(help="Configuration, for a checkpoint that carries none.")
+    ] = None,
+    ema: Annotated[str, typer.Option(help="Weights: ema1, ema2 or none.")] = "ema1",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     engine: Annotated[

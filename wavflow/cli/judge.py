@@ -14,7 +14,7 @@ from wavflow.cli.shared import Seed, Workers, say
 
 def evaluate(
     gen: Annotated[Path, typer.Option(help="Folder of generated sounds, .wav or .flac.")],
-    true: Annotated[Path, typer.Option(help="Folder of true sounds; stems are ids.")],
+    true: Annotated[Path, typer.Option(help="Folder of true sounds, paired by file stems.")],
     rate: Annotated[
         int | None, typer.Option(help="Hz of the comparison; default the lowest of the files.")
     ] = None,
@@ -27,7 +27,7 @@ def evaluate(
         typer.Option(help="NAME=GENERATED,TRUE: .safetensors, .npz or a folder of .npy by id."),
     ] = None,
     logits: Annotated[
-        list[str] | None, typer.Option(help="NAME=GENERATED[,TRUE]: a classifier's.")
+        list[str] | None, typer.Option(help="NAME=GENERATED[,TRUE]: logits of a classifier.")
     ] = None,
     similarity: Annotated[
         list[str] | None, typer.Option(help="NAME=GENERATED,OTHER: embeddings in one space.")
@@ -43,17 +43,24 @@ def evaluate(
         Path | None, typer.Option(help="A toy world's events.json, for onsets and kinds.")
     ] = None,
     fad_infinity: Annotated[
-        bool, typer.Option("--fad-infinity", help="Also without the bias of few sounds.")
+        bool,
+        typer.Option(
+            "--fad-infinity", help="Also extrapolate Frechet distances to endlessly many sounds."
+        ),
     ] = False,
     splits: Annotated[int, typer.Option(help="Parts of an inception score.")] = 10,
-    resamples: Annotated[int, typer.Option(help="Of a bootstrap interval.")] = 1000,
-    confidence: Annotated[float, typer.Option(help="Of an interval.")] = 0.95,
+    resamples: Annotated[int, typer.Option(help="Resamples of a bootstrap interval.")] = 1000,
+    confidence: Annotated[
+        float, typer.Option(help="Confidence of an interval, from 0 to 1.")
+    ] = 0.95,
     seed: Seed = 0,
-    json: Annotated[Path | None, typer.Option(help="File for everything, by id too.")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file for all figures, by id too.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 when anything was left out.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Of ast and clap: auto, cpu, cuda, cuda:N.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Device of ast and clap: auto, cpu, cuda, cuda:N.")
+    ] = "auto",
     workers: Workers = None,
 ) -> None:
     """Judge generated sounds by true ones: distances of sets, figures of pairs, checks."""
@@ -96,8 +103,8 @@ def demo(
     train: Annotated[
         str,
         typer.Option(
-            help="Of a network from nothing: quick (a minute), full (as many steps as the packaged "
-            "one took, to the same bars; says beforehand how long that takes), none."
+            help="Training from nothing: quick (a minute), full (as many steps as the packaged "
+            "network took, to the same bars; says beforehand how long that takes), none."
         ),
     ] = "quick",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in the folder.")] = False,

@@ -15,7 +15,9 @@ ConfigFile = Annotated[str, typer.Option(help="A YAML file, or a packaged config
 Checkpoint = Annotated[
     Path, typer.Option(help="A checkpoint or EMA file, or packaged weights: toy_8k.")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings of the configuration to change: key=value ...")
+]
 
 
 def say(text: str) -> None:
@@ -24,7 +26,7 @@ def say(text: str) -> None:
 
 
 def finish(done: int, failed: int, report: Path) -> None:
-    """Ends a batch job in which rows failed: with 1, or with 2 if all did."""
+    """Exits with 1 where rows of a job failed, with 2 where all did; else returns."""
     if failed:
         say(f"{failed} rows failed; {report} says why")
         raise typer.Exit(1 if done else 2)

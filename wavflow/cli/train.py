@@ -1,4 +1,4 @@
-"""Commands of training."""
+"""Commands that train, convert checkpoints and draw losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def train(
         bool, typer.Option("--dry-run", help="Take a few steps and say what the run will need.")
     ] = False,
     overfit: Annotated[
-        int | None, typer.Option(help="Train on the first so many clips alone.", min=1)
+        int | None,
+        typer.Option(help="Train only on this many clips, the first of the table.", min=1),
     ] = None,
 ) -> None:
     """Train, or go on with the run that the configuration describes."""

@@ -34,9 +34,9 @@ def config_from_dict(
     """Fills a `Config` from nested mappings.
 
     Args:
-        values: by section and key. Its `system` says which keys the sections `model` and `data`
-            have.
-        where: the values are from, for messages.
+        values: the settings, by section and key. `system` says which keys the sections `model` and
+            `data` have.
+        where: what the values are from, for messages.
         trusted: whether `system` may have a module imported; else, as in a checkpoint, it names a
             system of the list or a module that has been imported.
 
@@ -140,7 +140,7 @@ def _plain(mapping: Any) -> dict[str, Any]:
 
 
 def _system(values: Any, where: str, trusted: bool) -> str:
-    """The name of the values' system, which there is."""
+    """Reads the name of the values' system, and checks that there is one of that name."""
     name = values.get("system", Config.system) if isinstance(values, Mapping) else Config.system
     if not isinstance(name, str):
         raise InputError(f"{where}: system is {name!r} ({type(name).__name__}); wanted str")
@@ -160,8 +160,8 @@ class _Reader:
     """Fills dataclasses from mappings.
 
     Args:
-        where: the values are from, for messages.
-        system: whose configuration it is.
+        where: what the values are from, for messages.
+        system: name of the system whose configuration it is.
     """
 
     def __init__(self, where: str, system: str) -> None:

@@ -143,13 +143,14 @@ class DecodingConfig:
 
     Attributes:
         file_gb: Largest file, in GB (10^9 bytes).
-        hours: Longest duration that the file may claim.
-        megapixels: Largest picture.
+        hours: Longest duration that the file may claim, in hours.
+        megapixels: Largest picture, in millions of pixels.
         idle_packets: Most packets in a row that bring no later picture.
-        seconds: Longest time on the clock that decoding may take.
+        seconds: Longest time that decoding may take, in seconds on the clock.
         memory_gb: Most memory, in GB (10^9 bytes), that decoding may take beside the frames, where
             the system can bound it.
-        hold_seconds: How long the last picture may be held where a video is too short for its clip.
+        hold_seconds: Seconds that the last picture may be held where a video is too short for its
+            clip.
     """
 
     file_gb: float = over(16.0, 0)
@@ -251,7 +252,7 @@ class TrainingConfig:
         max_steps: Steps of the run; null for no bound.
         max_seconds: Seconds of the run, all its parts together; null for no bound.
         warmup_steps: Steps in which the learning rate rises to its peak.
-        clip_grad_norm: Largest norm of a step's gradient; longer ones are scaled to it.
+        clip_grad_norm: Largest norm of a step's gradient; a larger one is scaled down to it.
         batch_size: Clips of one process and one backward. A step takes `batch_size` x processes x
             `accumulation`.
         seed: Seed of the initial weights, the order of the clips, and all noise and times.
@@ -280,7 +281,8 @@ class TrainingConfig:
         tensorboard: Whether figures and samples are also written for TensorBoard; `auto` where it
             is installed.
         max_bad_steps: Steps in a row without a finite gradient that end the run.
-        overfit: Train on the first so many clips alone, in a run of its own; null for all.
+        overfit: How many clips, the first of the table, are trained on alone, in a run of its own;
+            null for all.
         checkpoint_freq: Epochs between two writings of the latest checkpoint.
         checkpoint_minutes: Minutes after which it is written in any case.
         checkpoint_save_epoch: Epochs between two checkpoints that stay; 0 for none.
@@ -335,7 +337,7 @@ class TrainingConfig:
     label_drop_prob: float = over(0.1, 0, equal=True)
 
     def peak_lr(self, processes: int = 1) -> float:
-        """`lr`, or `blr` x the clips of a step / 256 where `lr` is null."""
+        """The peak learning rate: `lr`, or `blr` x the clips of a step / 256 where that is null."""
         clips = self.batch_size * self.accumulation * processes
         return self.blr * clips / 256 if self.lr is None else self.lr
 
@@ -345,7 +347,7 @@ class EvalConfig:
     """Samples that are generated during training, in the default way of `wavflow generate`.
 
     Attributes:
-        cfg: Weight of their classifier-free guidance.
+        cfg: Weight of classifier-free guidance for these samples.
     """
 
     cfg: float = 4.5
@@ -356,7 +358,7 @@ class CheckpointConfig:
     """Weights to start from, where the run has no checkpoint of its own yet.
 
     Attributes:
-        initial_load_path: Checkpoint to start from; null starts from nothing.
+        initial_load_path: Checkpoint to start from; null for random weights.
         initial_load_model_only: Whether its weights alone are taken, or the whole state of its run.
     """
 

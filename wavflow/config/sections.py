@@ -21,5 +21,5 @@ def sections(system: str) -> dict[str, type]:
 
 
 def is_known(system: str) -> bool:
-    """Whether a system needs no import that nobody has asked for: it is listed, or imported."""
+    """Whether a system is in the list, or is a module that has been imported already."""
     return _systems().is_known(system)

@@ -21,8 +21,8 @@ class Place:
     """Where a window begins.
 
     Attributes:
-        sample: of the recording.
-        rows: of its features, by key.
+        sample: index of the recording's sample that it begins with.
+        rows: index of the row that it begins with, by key of the features.
     """
 
     sample: int
@@ -33,9 +33,9 @@ class Grid:
     """The places at which a window may begin: every `step` seconds, where its features begin whole.
 
     With tracks in segments (`wavflow.data.tracks.Segments`), Synchformer's every 0.32 s, a window
-    may begin where a segment of each does; rows of other tracks are from the one nearest in time
-    on. Else it may begin where a row of every track in time does: every 1/8 s for the embedded
-    encoders' 8 and 24 rows a second. Without any it may begin anywhere.
+    may begin where a segment of each does; rows of other tracks begin with the one nearest in
+    time. Else it may begin where a row of every track in time does: every 1/8 s for the embedded
+    encoders' 8 and 24 rows a second. Without such tracks it may begin anywhere.
 
     Args:
         config: rate and duration of a clip, and how recordings are cropped.
@@ -67,8 +67,8 @@ class Grid:
         """How many places there are in a recording; at least one.
 
         Args:
-            samples: of its sound.
-            rows: of the features that it has, by key; others limit nothing.
+            samples: length of its sound, in samples.
+            rows: number of rows of the features that it has, by key; others limit nothing.
         """
         data = self.config
         limits = [(samples - data.samples) // (self.step * data.target_sample_rate) + 1]
@@ -90,19 +90,19 @@ class Grid:
         """The place that `chance`, in (0, 1), picks in a recording.
 
         Args:
-            chance: by which all places are equally likely.
-            samples, rows: as of `places`; without rows of tracks in time every sample is a place.
+            chance: a random number; all places are equally likely.
+            samples, rows: as in `places`; without rows of tracks in time every sample is a place.
         """
         if not self._tracks.keys() & rows.keys():
             return Place(int(chance * max(samples - self.config.samples + 1, 1)), {})
         return self.place(int(chance * self.places(samples, rows)))
 
     def check(self, where: object, rows: Mapping[str, int]) -> None:
-        """Features hold the rows of one window, or all rows of one longer recording.
+        """Checks that features hold the rows of one window, or all rows of one longer recording.
 
         Args:
-            where: they were found, for messages.
-            rows: of each, by key; those of tracks without a place in time are not looked at.
+            where: what they were found in, for messages.
+            rows: number of rows of each, by key; tracks without a place in time are not looked at.
 
         Raises:
             InputError: they do neither.

@@ -34,7 +34,7 @@ Same = TypeVar("Same", bound="Clips")
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: wave (t,) float32 at the configured rate; missing features are not there."""
+    """One clip: wave (t,) float32 at the configured rate; missing features have no key."""
 
     id: str
     wave: Tensor
@@ -46,13 +46,13 @@ class ClipBatch:
     """Clips side by side: waves zero-padded on the right, absent features zero.
 
     Attributes:
-        ids: of the clips.
-        wave: (b t).
-        lengths: (b,) int64, samples of each.
-        features: (b rows width), by a track's key.
+        ids: the clips' ids.
+        wave: (b t) float32.
+        lengths: (b,) int64, length of each wave in samples.
+        features: (b rows width) float32, by a track's key.
         present: (b,) bool, whether a clip has the features of a flag ("video", "text").
-        levels: (b 2), mean square and peak of the clips' recordings, None where clips are lifted by
-            their own.
+        levels: (b 2) float32, mean square and peak of the clips' recordings; None where clips are
+            lifted by their own.
     """
 
     ids: list[str]
@@ -63,11 +63,11 @@ class ClipBatch:
     levels: Tensor | None = None
 
     def pin_memory(self) -> ClipBatch:
-        """The same in page-locked memory."""
+        """The same batch in page-locked memory."""
         return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> ClipBatch:
-        """The same on a device; the copy from page-locked memory is not waited for."""
+        """The same batch on a device; a copy from page-locked memory is not waited for."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> ClipBatch:
@@ -83,7 +83,7 @@ class ClipBatch:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch, and by place in it why a clip could not be read.
+    """A batch, and why clips in it could not be read, by their place.
 
     Such a clip's row is one sample of silence without features.
     """
@@ -102,13 +102,13 @@ class Clips(ABC):
         path: where the clips come from, for messages.
         config: crop, order and sizes.
         tracks: the features that are read.
-        ids: of the clips.
-        sources: of the clips, "" for none.
-        shards: of the clips, None where there are none.
+        ids: the clips' ids.
+        sources: the clips' sources, "" for none.
+        shards: number of each clip's shard; None where there are no shards.
 
     Raises:
         InputError: `source_weights` names another set of sources; random crops of sizes that
-            allow none; `shuffle` is "shards" and there are none.
+            allow none; `shuffle` is "shards" and there are no shards.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Clips(ABC):
 
     @abstractmethod
     def recording(self, index: int) -> Recording:
-        """The whole clip at `index`.
+        """The whole recording of the clip at `index`.
 
         Raises:
             InputError: it cannot be read.
@@ -190,12 +190,12 @@ class Clips(ABC):
         return Loaded(self._batch([self.ids[i] for i in indices], windows), problems)
 
     def fingerprint(self) -> str:
-        """Changes when the usable clips, their sources or their order in the file change."""
+        """A hash that changes with the usable clips, their sources and their order in the file."""
         lines = (f"{id}\0{source}\n" for id, source in zip(self.ids, self._sources, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def subset(self: Same, count: int) -> Same:
-        """The same set with its first `count` clips only."""
+        """The same set with its first `count` clips alone."""
         if count < 1:
             raise ValueError(f"a subset of {count} clips; wanted at least 1")
         few = copy.copy(self)
@@ -259,13 +259,13 @@ class Clips(ABC):
 class ClipDataset(Clips):
     """Clips listed in a CSV: id, audio_path, features_path, video_exist, text_exist, [source].
 
-    Columns that only tracks need may lack where there are none (`wavflow.data.tracks.columns`).
+    Columns that only tracks need may be missing without tracks (`wavflow.data.tracks.columns`).
     Every row is read once when the set is opened: rows that cannot be used are left out, named
     in one warning each and in `report`. What is read whole stays in memory up to `config.cache_mb`.
     A modality whose flag is 0 is missing, whatever the file holds.
 
     Args:
-        csv_path: the table.
+        csv_path: the table of clips.
         config: rate, sizes, crop and order.
         tracks: the features that are read.
         report: a CSV to write: what became of every row.
@@ -336,7 +336,7 @@ class ClipDataset(Clips):
 
 
 def unusable(manifest: Manifest) -> dict[int, ReportRow]:
-    """Report by row number of the rows that the table itself makes unusable."""
+    """Reports on the rows that the table itself makes unusable, by row number."""
     return {e.row_number: ReportRow(e.id, "skipped", str(e)) for e in manifest.errors}
 
 
@@ -344,7 +344,7 @@ def refuse_none(path: Path, report: Iterable[ReportRow]) -> None:
     """Warns of every row that is skipped.
 
     Raises:
-        InputError: that is all rows.
+        InputError: all rows are skipped.
     """
     report = list(report)
     skipped = [row for row in report if row.status == "skipped"]

@@ -39,13 +39,13 @@ class Row:
     fields: dict[str, str] = field(repr=False)
 
     def has(self, flag: str) -> bool:
-        """What the column `<flag>_exist` says, "video" or "text"."""
+        """What the column `<flag>_exist` says; `flag` is "video" or "text"."""
         return {"video": self.video_exist, "text": self.text_exist}[flag]
 
 
 @dataclass(frozen=True)
 class RowError:
-    """One row that cannot be used: which, which cell, what it holds and what is wrong with it."""
+    """One row that cannot be used: its number, the cell, what that holds and what is wrong."""
 
     row_number: int
     id: str
@@ -104,7 +104,7 @@ def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def needed(path: Path | None) -> Path:
-    """A path of a row whose table was read with that column required."""
+    """Returns a row's path, which is there: its table was read with that column required."""
     assert path is not None
     return path
 
@@ -221,7 +221,8 @@ def write_csv(
 ) -> None:
     """Write `rows` atomically. Booleans become 0/1, None and absent cells become empty.
 
-    A key that is not in `columns` is a ValueError.
+    Raises:
+        ValueError: a key that is not in `columns`.
     """
 
     def cell(value: Any) -> str:
@@ -239,7 +240,7 @@ def write_csv(
 def write_report(
     path: str | os.PathLike[str], rows: Iterable[ReportRow | tuple[str, str, str]]
 ) -> None:
-    """Write id, status, reason of every row of a batch job, atomically; reasons take one line."""
+    """Write id, status and reason of every row of a job, atomically; a reason takes one line."""
     table = []
     for id, status, reason in rows:
         if status not in STATUSES:

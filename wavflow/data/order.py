@@ -21,14 +21,14 @@ class Order:
     shuffled among those of the same group: clips that lie together are read together.
 
     Args:
-        seed: of the run.
-        sources: the clips (indices) of each source; one source for clips without.
+        seed: the run's seed.
+        sources: indices of the clips of each source; clips without one make a source too.
         weights: the sources' shares, relative; None for their sizes.
         shards: the shard of every clip; None shuffles all together.
         group: shards that are shuffled together.
 
     Raises:
-        ValueError: no clip, weights of other sources, or none above 0.
+        ValueError: no clip; weights for other sources; a weight below 0, or none above.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Order:
 
     @classmethod
     def of(cls, clips: int, seed: int) -> Order:
-        """The order of so many clips of one source."""
+        """The order of `clips` clips that are all of one source."""
         return cls(seed, {"": range(clips)})
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class Order:
 
 
 def _shares(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """`total` in parts as the weights, by largest remainders."""
+    """Divides `total` in proportion to the weights, by largest remainders."""
     whole = sum(weights.values())
     if not whole > 0 or min(weights.values()) < 0:
         raise ValueError(f"weights are {dict(weights)}; wanted none below 0 and one above")
@@ -109,9 +109,9 @@ class Work:
     """What a process does at once: one micro-batch of a step.
 
     Attributes:
-        positions: its examples in the run; none where a step's last examples did not reach.
-        indices: their clips.
-        step_examples: examples of the whole step, of all processes.
+        positions: positions of its examples in the run; none where the last step has too few.
+        indices: indices of their clips.
+        step_examples: number of examples of the whole step, in all processes.
         last: whether the optimiser's step follows.
     """
 
@@ -133,8 +133,8 @@ def plan(
 ) -> Iterator[Work]:
     """The micro-batches of one process, from position `start` on, to `end` if there is one.
 
-    A step takes batch_size x world x accumulation examples that follow one another, the last
-    before `end` what is left: as evenly as they go, so that some processes may get none.
+    A step takes batch_size x world x accumulation examples that follow one another. The last step
+    before `end` takes what is left, shared as evenly as possible: some processes may get none.
     """
     shares = world * accumulation
     while end is None or start < end:

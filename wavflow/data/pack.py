@@ -69,8 +69,9 @@ def pack(
     that cannot be used are left out; `out`/report.csv says why.
 
     Args:
-        csv_path: columns id, audio_path, features_path, video_exist, text_exist; optional source.
-        out: the folder.
+        csv_path: a table of id, audio_path, features_path, video_exist, text_exist; optional
+            source.
+        out: the pack's folder.
         config: rate and sizes, and `data_root`.
         tracks: the features that are packed.
         shard_mb: a shard is closed when it has so many MB (2^20 bytes).
@@ -78,8 +79,8 @@ def pack(
         progress: called with (rows read, rows in all).
 
     Raises:
-        InputError: the table cannot be read, has no usable row, or is not the one that `out` was
-            begun with, as are the sizes; another process packs into `out`.
+        InputError: the table cannot be read or has no usable row; `out` was begun with another
+            table or other sizes; another process packs into `out`; `shard_mb` is below 1.
     """
     if shard_mb < 1:
         raise InputError(f"--shard-mb is {shard_mb}; wanted at least 1")
@@ -158,7 +159,7 @@ class _Packer:
         self.next = index["next"]
 
     def _read(self, row: Row) -> Recording | str:
-        """The row's recording, or why there is none."""
+        """Reads the row's recording; returns it, or why there is none."""
         try:
             return self.read(row)
         except InputError as error:
@@ -167,7 +168,7 @@ class _Packer:
     def _usable(
         self, rows: Iterator[tuple[Row, Recording | str]], progress: Progress | None
     ) -> Iterator[tuple[int, Row, Recording]]:
-        """Place in the table, row and recording of those that can be used; notes the others."""
+        """Yields place in the table, row and recording where they can be used; notes the others."""
         for place, (row, recording) in enumerate(rows, self.next):
             if progress is not None:
                 progress(place + 1, len(self.manifest))
@@ -250,7 +251,7 @@ def _narrow(wave: np.ndarray) -> np.ndarray:
 
 
 def _fingerprint(manifest: Manifest, config: DataConfig) -> str:
-    """Changes with any cell of the table, and with where its paths lead."""
+    """A hash that changes with any cell of the table, and with where its paths lead."""
     digest = hashlib.sha256(repr((config.data_root, manifest.columns)).encode())
     for row in manifest:
         digest.update(repr(list(row.fields.items())).encode())
@@ -272,7 +273,8 @@ def _check_same(
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """
+    """Keeps other processes from packing into `folder` during the block.
+
     Raises:
         InputError: another process is in such a block for `folder`.
     """

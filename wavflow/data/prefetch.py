@@ -15,7 +15,10 @@ Job = TypeVar("Job")
 def prefetch(
     load: Callable[[Job], T], work: Iterable[Job], workers: int, ahead: int
 ) -> Generator[tuple[Job, T], None, None]:
-    """Loads in `workers` threads up to `workers * ahead` jobs early, in order; 0 = no thread."""
+    """Yields jobs with what was loaded for each, in their order.
+
+    `workers` threads load up to `workers * ahead` jobs early; with 0 each is loaded when it is due.
+    """
     if workers == 0:
         for item in work:
             yield item, load(item)

@@ -22,7 +22,7 @@ from wavflow.media.audio import FORMATS, SILENCE_PEAK, SoundFile, load_audio
 
 # An int16 sample over 32768 is a float32 sample, exactly.
 INT16_STEP = np.float32(2.0**-15)
-# Windows of which a recording may consist to be read, and cached, whole. Of longer ones windows are
+# Length, in windows, up to which a recording is read, and cached, whole. Of longer ones windows are
 # read.
 WHOLE_WINDOWS = 4
 # Samples that are measured at a time.
@@ -56,8 +56,9 @@ class Recording:
     Attributes:
         wave: (t,) float32, or int16 that stands for steps of 1/32768. A file is read where it is
             sliced.
-        features: float32 or float16 (rows, width); all rows of the recording, or the window's.
-        level: of the whole recording.
+        features: float32 or float16 (rows, width), by key; all rows of the recording, or the
+            window's.
+        level: level of the whole recording.
     """
 
     wave: np.ndarray | SoundFile
@@ -94,7 +95,7 @@ class RowReader:
         tracks: the features that are read.
 
     Raises:
-        InputError: as `Grid`.
+        InputError: as `Grid` raises.
     """
 
     def __init__(self, config: DataConfig, tracks: Iterable[Track]) -> None:
@@ -106,10 +107,12 @@ class RowReader:
         return self.config.by_windows and samples > WHOLE_WINDOWS * self.config.samples
 
     def __call__(self, row: Row, level: Level | None = None) -> Recording:
-        """
+        """Reads the recording of a row.
+
         Args:
-            row: of the table.
-            level: what an earlier call found. A long recording is then not read through again.
+            row: the row of the table.
+            level: the level that an earlier call found. A long recording is then not read through
+                again.
 
         Raises:
             InputError: a file is missing or unreadable, the audio is silent, features are missing,
@@ -119,7 +122,7 @@ class RowReader:
         known, level = level is not None, level or measure(wave)
         if level.peak <= SILENCE_PEAK:
             raise InputError(f"{row.audio_path}: the audio is silent")
-        # All rows of a longer recording are read of what lies in time.
+        # Of features that lie in time all rows are read, however long the recording is.
         shapes = {
             track.key: (track.rows if track.timing is None else None, track.width)
             for track in self.tracks
@@ -149,14 +152,14 @@ class RowReader:
 
 
 def source(row: Row) -> str:
-    """What the row's `source` column holds, "" without one."""
+    """The row's cell in the column `source`, "" without one."""
     return row.fields.get("source", "").strip()
 
 
 def read_features(
     path: str | os.PathLike[str], shapes: dict[str, tuple[int, int]], keys: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """Reads a features file: those of the named keys that it holds, float32.
+    """Reads a features file: those of the keys of `shapes` that it holds, float32.
 
     Args:
         path: a `.pth` dict.

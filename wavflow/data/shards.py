@@ -35,13 +35,13 @@ DTYPES = ("<i2", "<f2", "<f4")
 
 
 class PackedDataset(Clips):
-    """Clips of a folder that `wavflow pack` made. They are read where the shards are mapped.
+    """Clips of a folder that `wavflow pack` made, read through memory maps of its shards.
 
     Args:
-        folder: of the pack.
+        folder: the pack's folder.
         config: rate, sizes, crop and order.
         tracks: the features that are read.
-        verify: reads every shard and compares its SHA-256 with the index.
+        verify: whether to read every shard and compare its SHA-256 with the index.
 
     Raises:
         InputError: not a whole pack, a shard of another size than its index says, a pack made with
@@ -129,7 +129,8 @@ def read_shard(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_config(path: Path, index: dict[str, Any], config: DataConfig) -> None:
-    """
+    """Checks that a pack, whose index was read from `path`, has the rate and sizes of `config`.
+
     Raises:
         InputError: the pack was made with another rate or other sizes than `config` has.
     """

@@ -22,7 +22,7 @@ class Even:
 
     @property
     def rows(self) -> int:
-        """Rows that begin together."""
+        """Number of rows that begin together."""
         return 1
 
     @property
@@ -36,7 +36,7 @@ class Segments:
     """Rows in segments that may overlap.
 
     Attributes:
-        rows: of a segment; they begin together.
+        rows: number of rows of a segment; they begin together.
         step: seconds from the beginning of a segment to that of the next.
     """
 
@@ -49,8 +49,8 @@ class Track:
     """One kind of features: rows of numbers, under one key of a features file.
 
     Attributes:
-        key: in a features file and in a batch.
-        rows: of one clip.
+        key: name in a features file and in a batch.
+        rows: number of rows of one clip.
         width: numbers in a row.
         flag: which of FLAGS says whether a clip has it.
         timing: how the rows lie in time; None where they have no place in it, as a caption's.
@@ -82,13 +82,13 @@ class Track:
 
 
 def flags(tracks: Iterable[Track]) -> tuple[str, ...]:
-    """What a table says of these tracks, in the order of FLAGS."""
+    """The flags of these tracks, each once, in the order of FLAGS."""
     used = {track.flag for track in tracks}
     return tuple(flag for flag in FLAGS if flag in used)
 
 
 def present(tracks: Iterable[Track], keys: Container[str]) -> set[str]:
-    """Flags of the tracks whose keys are there."""
+    """Flags of the tracks whose keys are among `keys`."""
     return {track.flag for track in tracks if track.key in keys}
 
 

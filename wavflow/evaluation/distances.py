@@ -20,8 +20,8 @@ class Moments:
     """Mean and covariance of a set of rows; adding two sets joins them (Chan et al. 1979).
 
     Attributes:
-        count: rows.
-        mean: (d,).
+        count: number of rows.
+        mean: mean of the rows, (d,).
         scatter: (d, d), the sum of outer products of deviations from the mean.
     """
 
@@ -62,7 +62,7 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:  # (d d)
-        """Unbiased.
+        """The unbiased covariance.
 
         Raises:
             ValueError: fewer than 2 rows.
@@ -73,7 +73,7 @@ class Moments:
 
     @cached_property
     def root(self) -> np.ndarray:  # (d rank)
-        """R with R R^T = covariance, of as many columns as it has eigenvalues above rounding."""
+        """R with R R^T = covariance, with as many columns as it has eigenvalues above rounding."""
         values, vectors = np.linalg.eigh(self.covariance)
         kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
         return vectors[:, kept] * np.sqrt(values[kept])
@@ -101,7 +101,7 @@ def frechet_distance_infinity(found: np.ndarray, wanted: Moments, *, seed: int =
     """`frechet_distance` without the bias of a finite generated set (n d).
 
     The distance is nearly linear in 1 / n (Chong & Forsyth 2020; for audio Gui et al. 2023): it is
-    taken of 15 random subsets of sizes even in 1 / n, from a fifth of the rows to all, and the
+    taken for 15 random subsets of sizes even in 1 / n, from a fifth of the rows to all, and the
     line through them is followed to 1 / n = 0. It is a line where the subsets have many more rows
     than there are dimensions. The result can be below 0.
 

@@ -1,4 +1,4 @@
-"""From two folders of sounds to figures: `wavflow eval`."""
+"""Judging one folder of sounds by another, in figures: `wavflow eval`."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class Given:
     Attributes:
         kind: "embeddings" (Frechet and kernel distance), "logits" (inception score, KL),
             "similarity" (cosine of pairs), "offsets" (DeSync).
-        name: what the figures are called.
+        name: name that the figures' names begin with.
         found: file or folder of the generated sounds' rows by id.
-        wanted: of the true ones', or of captions or videos; logits can do without, offsets have
-            none.
+        wanted: the same for the true sounds, captions or videos; logits can do without it, offsets
+            have none.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Given:
 
     @classmethod
     def parse(cls, kind: str, text: str) -> Given:
-        """Of NAME=FILE or NAME=FILE,FILE.
+        """Reads NAME=FILE or NAME=FILE,FILE, as the command line has it.
 
         Raises:
             InputError: another form, or not as many files as the kind wants.
@@ -92,7 +92,7 @@ class Problem:
     Attributes:
         where: "generated" or "true" for a file that cannot be read, "missing" or "extra" for an id
             of one folder alone, else the option whose rows lack the id.
-        id: of the sound.
+        id: the sound's id.
         reason: what is wrong.
     """
 
@@ -103,15 +103,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """The result of judging sounds.
 
     Attributes:
-        figures: in the order they were computed.
-        counts: by side, and of pairs.
+        figures: the figures, in the order they were computed.
+        counts: numbers of files and sounds by side, and of pairs.
         problems: what was left out, or is in one folder alone.
-        sounds: {id: {"generated": checks, "true": checks, name of a figure: value}}.
+        sounds: what was found of each sound, {id: {"generated": checks, "true": checks, name of a
+            figure: value}}.
         settings: what was asked for, and the rate in Hz.
-        versions: of the packages that took part.
+        versions: versions of the packages that took part, by name.
     """
 
     figures: list[Figure]
@@ -127,7 +128,7 @@ class Evaluation:
 
 
 class Progress(Protocol):
-    """Makes a progress bar of a name: a context that gives a function (done, total)."""
+    """Makes a progress bar with a name: a context that gives a function (done, total)."""
 
     def __call__(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]: ...
 
@@ -152,7 +153,7 @@ def evaluate(
     A file that cannot be read, or has no partner, raises nothing: it is left out and reported.
 
     Args:
-        gen, true: folders.
+        gen, true: folders of generated and of true sounds.
         rate: Hz at which pairs are compared, and melstats computed; by default the lowest rate of
             any file.
         extractors: "melstats", "ast", "clap"; "ast=SOURCE" names a folder or hub entry.
@@ -160,7 +161,7 @@ def evaluate(
         captions: a table with columns id and caption, for the similarity of CLAP.
         toy: the events.json of a toy world, whose clips the sounds are.
         settings: splits, intervals, seed.
-        device: of extractors.
+        device: where extractors compute.
         workers: processes that read and measure; default one per core, 0 stays in this one.
         progress: makes progress bars.
 
@@ -213,7 +214,7 @@ def evaluate(
 
 
 def hear(wave: Tensor, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """A toy world's sound: its onsets (s), and its `kind_features`."""
+    """The onsets (s) of a toy world's sound, and its `kind_features`."""
     return onsets(wave, rate), kind_features(wave, rate)
 
 

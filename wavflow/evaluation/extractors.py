@@ -21,12 +21,12 @@ INSTALL = "pip install 'wavflow[eval]'"
 _BANDS = 32
 # Rows of power spectra sum to the mean square of the wave, at most 1.
 _SILENCE = 1e-10
-# Of a last, shorter window.
+# Shortest length of a last window.
 _LEAST_SECONDS = 1.0
 
 
 def melstats(wave: Tensor, rate: int) -> np.ndarray:  # (3 * 32,)
-    """Of 32 mel bands' levels in dB every 5 ms: mean, standard deviation, mean absolute change.
+    """Mean, standard deviation and mean absolute change of 32 mel bands' levels (dB every 5 ms).
 
     Needs no weights. Its distances compare only with each other, at one rate: they say nothing
     beside published figures.
@@ -42,8 +42,8 @@ class Embedded:
     """A sound as a model sees it.
 
     Attributes:
-        rows: (k, d), one of each window.
-        logits: (1, classes), the mean over windows; None for a model without classes.
+        rows: embeddings (k, d), one for each window.
+        logits: logits (1, classes), the mean over windows; None for a model without classes.
     """
 
     rows: np.ndarray
@@ -51,7 +51,7 @@ class Embedded:
 
 
 class Extractor(Protocol):
-    """A model of sounds at `rate` Hz."""
+    """A model that embeds sounds, (t,) at `rate` Hz."""
 
     rate: int
 
@@ -82,7 +82,7 @@ class Ast:
 
 
 class Clap:
-    """CLAP: sounds and captions in one space, both of length 1."""
+    """CLAP: embeds sounds and captions in one space, as rows of length 1."""
 
     SOURCE = "laion/clap-htsat-unfused"
 
@@ -103,7 +103,7 @@ class Clap:
 
     @torch.inference_mode()
     def captions(self, captions: Sequence[str]) -> np.ndarray:  # (n d)
-        """Embeddings of captions."""
+        """Embeddings of captions, rows of length 1."""
         inputs = self._tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt")
         return _unit(self._model.get_text_features(**inputs.to(self._device)).pooler_output)
 
@@ -115,7 +115,7 @@ def get_extractor(name: str, source: str | None, device: torch.device) -> Extrac
     """Loads a model by its name in EXTRACTORS.
 
     Args:
-        name: of the model.
+        name: the model's name.
         source: a folder in the layout of transformers, or a name on the Hugging Face hub;
             None for the model's usual one.
         device: where it runs.

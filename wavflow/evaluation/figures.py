@@ -27,10 +27,10 @@ class Figure:
 
     Attributes:
         name: the measure, behind the name of what it judges by: "clap.frechet_distance".
-        value: None where there is none.
+        value: the number; None where there is none.
         better: "lower" or "higher".
         unit: "" for a pure number.
-        count: generated sounds, or pairs.
+        count: number of generated sounds, or of pairs.
         low, high: the interval's ends, for figures of pairs and of single sounds.
         note: why there is no value, or what else there is to say of it.
     """
@@ -50,12 +50,12 @@ class Settings:
     """How figures are computed.
 
     Attributes:
-        splits: parts of an inception score.
-        fad_infinity: also extrapolates Frechet distances to endlessly many sounds.
-        offset_limit: seconds, the largest offset that a synchrony model's classes stand for.
-        resamples: of a bootstrap interval.
-        confidence: of an interval.
-        seed: of whatever is drawn.
+        splits: number of parts of an inception score.
+        fad_infinity: whether Frechet distances are also extrapolated to endlessly many sounds.
+        offset_limit: largest offset that a synchrony model's classes stand for, in seconds.
+        resamples: number of resamples of a bootstrap interval.
+        confidence: confidence of an interval, between 0 and 1.
+        seed: seed of whatever is drawn.
     """
 
     splits: int = 10
@@ -82,8 +82,8 @@ class Collector:
 
     Attributes:
         settings: how figures are computed.
-        figures: in order.
-        values: {id: {name: value}}.
+        figures: the figures so far, in order.
+        values: the values behind them, {id: {name: value}}.
     """
 
     settings: Settings
@@ -123,7 +123,7 @@ class Collector:
         )
 
     def logits(self, name: str, found: Rows, wanted: Rows | None) -> None:
-        """Adds the inception score with its spread, and of pairs the divergences of their classes.
+        """Adds the inception score with its spread, and the divergences of the pairs' classes.
 
         Raises:
             InputError: the sets are not equally wide, or an id has several rows.
@@ -142,7 +142,7 @@ class Collector:
             self._paired(f"{name}.kl_sigmoid", scores.kl_sigmoid, found, wanted, "lower", "nats")
 
     def similarity(self, name: str, found: Rows, wanted: Rows) -> None:
-        """Adds the mean cosine of pairs; of several windows of a sound the mean row counts.
+        """Adds the mean cosine of pairs; for a sound of several windows the mean row counts.
 
         Raises:
             InputError: the sets are not equally wide, or a row is zero.
@@ -157,7 +157,7 @@ class Collector:
         self._paired(f"{name}.similarity", scores.cosine_similarity, found, wanted, "higher")
 
     def offsets(self, name: str, found: Rows) -> None:
-        """Adds DeSync: the mean absolute offset, of each sound over its crops."""
+        """Adds DeSync: the mean over sounds of their crops' mean absolute offset, in seconds."""
         limit = self.settings.offset_limit
         values = {
             id: float(np.abs(scores.offsets(rows, limit)).mean()) for id, rows in found.items()

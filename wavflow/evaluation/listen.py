@@ -25,7 +25,10 @@ SIDES = (GENERATED, TRUE)
 
 @dataclass(frozen=True)
 class Measure:
-    """A function (wave (t,), rate in Hz) of every sound; `rate` None is the comparison's."""
+    """A function of (wave (t,), rate in Hz) that is computed for every sound.
+
+    With `rate` None it is computed at the rate of the comparison.
+    """
 
     name: str
     function: Callable[[Tensor, int], Any]
@@ -38,9 +41,9 @@ class Heard:
 
     Attributes:
         id: the files' stem.
-        checks: by side.
-        measured: by side, the results of the measures by name.
-        distances: of the pair, by name; nothing where a side is missing.
+        checks: checks of each sound, by side.
+        measured: results of the measures, by side and name.
+        distances: distances of the pair, by name; empty where a side is missing.
         problems: why a file could not be read, by side.
     """
 
@@ -72,7 +75,7 @@ def find_sounds(folder: Path) -> dict[str, Path]:
 
 
 def lowest_rate(sounds: Mapping[str, Mapping[str, Path]]) -> int:
-    """The lowest rate of all sounds that can be read, in Hz: above it one side may be empty.
+    """The lowest rate in Hz of all sounds that can be read; above it a side may lack frequencies.
 
     Raises:
         InputError: no sound of a side can be read.
@@ -102,10 +105,10 @@ def listen(
     """Measures all sounds, in the order of their ids.
 
     Args:
-        sounds: {side: {id: path}}.
+        sounds: the files, {side: {id: path}}.
         rate: Hz at which pairs are compared.
-        measures: functions of every sound. They are sent to the workers: they can be pickled.
-        workers: processes; default one per core, 0 stays in this one.
+        measures: functions of every sound. They are sent to the workers, by pickle.
+        workers: number of processes; default one per core, 0 stays in this one.
         progress: called with (ids done, ids in all).
     """
     ids = sorted(set().union(*sounds.values()))

@@ -12,13 +12,13 @@ from wavflow.evaluation.evaluate import Evaluation
 from wavflow.evaluation.figures import Figure
 from wavflow.evaluation.listen import SIDES
 
-#: Sorts of problems that are shown, and ids that are named of each.
+#: Sorts of problems that are shown, and ids that are named of each, at most.
 SHOWN = 8
 ARROWS = {"lower": "\N{DOWNWARDS ARROW}", "higher": "\N{UPWARDS ARROW}"}
 
 
 def show(result: Evaluation) -> None:
-    """Prints figures, counts and what was left out."""
+    """Prints an evaluation: figures, counts and what was left out."""
     confidence = f"{100 * result.settings['confidence']:g} % interval"
     table = Table("figure, and where it is better")
     for title in ("value", confidence, "sounds"):

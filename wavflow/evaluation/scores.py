@@ -9,6 +9,7 @@ import numpy as np
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:  # (..., classes)
+    """Logarithms of the classes' probabilities, (..., classes) float64."""
     logits = np.asarray(logits, dtype=np.float64)
     logits = logits - logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
@@ -17,11 +18,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:  # (..., classes)
 def inception_score(
     logits: np.ndarray, *, splits: int = 10, seed: int = 0
 ) -> tuple[float, float]:  # (n classes)
-    """exp of the mean KL(p(class | sound) || p(class)) (Salimans et al. 2016).
+    """The inception score: exp of the mean KL(p(class | sound) || p(class)).
 
-    Returns the mean over `splits` parts of the rows in random order, and the standard deviation
-    over the parts. Between 1 and the number of classes; higher is better. Fewer rows a part give
-    lower scores: compare with equal counts.
+    As in Salimans et al. 2016. Returns the mean over `splits` parts of the rows in random order,
+    and the standard deviation over the parts. Between 1 and the number of classes; higher is
+    better. Fewer rows a part give lower scores: compare with equal counts.
 
     Raises:
         ValueError: fewer rows than parts.
@@ -103,7 +104,7 @@ def bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """The statistic of `values` (n, ...), drawn anew along the first axis `resamples` times."""
+    """The statistic of `values` (n, ...), and its interval over `resamples` draws of its rows."""
     rng, n = np.random.default_rng(seed), len(values)
     drawn = [statistic(values[rng.integers(n, size=n)]) for _ in range(resamples)]
     tail = 50 * (1 - confidence)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from wavflow.media.audio import is_silent
 from wavflow.media.loudness import measure_loudness
 
-#: Below the true sound's loudest bin: where levels end in `log_spectral_distance`.
+#: Where levels end in `log_spectral_distance`, relative to the true sound's loudest bin.
 FLOOR_DB = -80.0
 WINDOW, HOP = 512, 128  # samples, of `log_spectral_distance`
 #: Hann windows of `stft_distance`, in samples; each moves on by a quarter of itself.
@@ -29,8 +29,8 @@ class Checks:
     """One sound: its length, whether it is silent, its loudness, how much of it is clipped.
 
     Attributes:
-        seconds: its length.
-        silent: no sample is above one step of a 16-bit file.
+        seconds: its length, in seconds.
+        silent: whether no sample is above one step of a 16-bit file.
         clipped: share of its samples that lie in runs of 3 or more at full scale.
         lufs: integrated loudness (BS.1770); None below -70 LUFS or shorter than 0.4 s.
     """
@@ -42,7 +42,7 @@ class Checks:
 
 
 def check(wave: Tensor, rate: int) -> Checks:
-    """Looks at one sound (t,) at its own rate, in Hz: resampling hides what was clipped."""
+    """Checks one sound (t,) at its own rate, in Hz: resampling hides what was clipped."""
     at_limit = np.abs(wave.numpy()) >= _FULL_SCALE
     edges = np.flatnonzero(np.diff(at_limit, prepend=False, append=False))
     runs = np.diff(edges.reshape(-1, 2), axis=1)

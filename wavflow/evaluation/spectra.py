@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Seconds between spectra, and that one spans.
+#: Seconds from one spectrum to the next, and seconds that one spans.
 HOP, WINDOW = 0.005, 0.032
 
 
@@ -28,7 +28,7 @@ def power_spectra(wave: Tensor | np.ndarray, rate: int) -> np.ndarray:  # (frame
 
 
 def mel_triangles(bins: int, rate: int, bands: int) -> np.ndarray:  # (bins, bands)
-    """Overlapping triangles, even on the mel scale from 40 Hz to rate / 2."""
+    """Weights of mel bands: overlapping triangles, even on the mel scale from 40 Hz to rate / 2."""
     width = rate / 2 / (bins - 1)
     mel = 2595 * np.log10(1 + np.array([40.0, rate / 2]) / 700)
     edges = 700 * (10 ** (np.linspace(mel[0], mel[1], bands + 2) / 2595) - 1)

@@ -217,15 +217,17 @@ class Listener:
         return load_audio(path, self.rate)
 
     def onsets(self, wave: Tensor) -> np.ndarray:
+        """Times (s) at which sounds start in a wave (t,)."""
         return onsets(wave, self.rate)
 
     def kinds(self, waves: Iterable[Tensor]) -> list[str]:
+        """The kind of each wave (t,)."""
         return self.classifier.predict(waves)
 
     def figures(
         self, clips: Sequence[Mapping[str, Any]], waves: Sequence[Tensor]
     ) -> dict[str, float]:
-        """All figures: waves (t,) judged by `kind` and `events` (s) of their clips."""
+        """Computes all figures: waves (t,) are judged by `kind` and `events` (s) of their clips."""
         heard = map(self.onsets, waves)
         pairs = zip(heard, (clip["events"] for clip in clips), strict=True)
         kinds = [clip["kind"] for clip in clips]
@@ -253,6 +255,6 @@ def onset_figures(pairs: Iterable[tuple[np.ndarray, Sequence[float]]]) -> dict[s
 
 
 def share(said: Sequence[str], wanted: Sequence[str]) -> float:
-    """Share of places where both say the same; 0 of nothing."""
+    """Share of places where both say the same; 0 where there are none."""
     same = [a == b for a, b in zip(said, wanted, strict=True)]
     return sum(same) / len(same) if same else 0.0

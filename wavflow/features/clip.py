@@ -24,7 +24,7 @@ from wavflow.features.encoder import TEXT_LENGTH
 from wavflow.features.weights import identity, offline
 from wavflow.media.video import FrameStream
 
-#: The frames that it wants.
+#: The frames that CLIP wants.
 CLIP_STREAM = FrameStream(8, 384, "squash")
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def import_open_clip() -> ModuleType:
-    """open_clip.
+    """Imports open_clip.
 
     Raises:
         InputError: it is not installed, or cannot be imported.
@@ -103,7 +103,7 @@ class Clip:
         pretrained: open_clip's name of its weights, or a file of them.
         device: where the towers compute; each is moved there at its own first use.
         dtype: "float32", or "bfloat16" for autocast.
-        batch: pictures at a time.
+        batch: number of pictures that are encoded at a time.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Clip:
 
     @cached_property
     def image_tower(self) -> nn.Module:
-        """Pixels (b 3 s s) to (b image_dim).
+        """The network that turns pixels (b 3 s s) into features (b image_dim).
 
         Raises:
             InputError: weights that cannot be had or do not fit; as `model_sizes`.
@@ -161,7 +161,7 @@ class Clip:
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """(t 3 384 384) uint8 -> (t image_dim) float32 on the CPU."""
+        """Encodes pictures (t 3 384 384) uint8 to (t image_dim) float32 on the CPU."""
         vision = model_sizes(self.model_name)["vision_cfg"]
         seen = vision["image_size"] // vision["patch_size"] * vision["patch_size"]
         mean, std = (torch.tensor(x, device=self.device)[:, None, None] for x in (MEAN, STD))
@@ -174,7 +174,7 @@ class Clip:
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> Tensor:
-        """-> (b 77 text_dim) float32 on the CPU."""
+        """Encodes b captions to (b 77 text_dim) float32 on the CPU."""
         if isinstance(captions, str):
             raise TypeError("captions is a str, wanted a list of str")
         tokens = self._tokenizer(captions).to(self.device)

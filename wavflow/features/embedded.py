@@ -18,7 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from wavflow.features.encoder import TEXT_LENGTH, check_frames
 from wavflow.media.video import FrameStream
 
-#: Features of one revision belong together: another one where the functions here change.
+#: Number of the functions below, raised when they change: features of one revision go together.
 REVISION = 1
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _GRID = 4  # pictures are summed up in 4 x 4 cells
@@ -75,7 +75,7 @@ class EmbeddedText:
         """There are no weights."""
 
     def facts(self) -> dict[str, Any]:
-        """As `VideoEncoder.facts`."""
+        """See `VideoEncoder.facts`."""
         return {"encoder": self.name, "revision": REVISION}
 
     def encode(self, captions: list[str]) -> Tensor:  # (b 77 64)
@@ -100,7 +100,7 @@ def _squash(x: Tensor, gain: float) -> Tensor:
 
 
 class EmbeddedVideo:
-    """When things move, and what colours and edges there are.
+    """Features that say when things move, and what colours and edges there are.
 
     Sync features (8 * round(3 * seconds), 4): row r describes the time [r/24, (r+1)/24) s. The
     change from frame j-1 to frame j (25 fps) happens at j/25 s and goes into that time's row: f,
@@ -135,16 +135,16 @@ class EmbeddedVideo:
         """There are no weights."""
 
     def facts(self) -> dict[str, Any]:
-        """As `VideoEncoder.facts`."""
+        """See `VideoEncoder.facts`."""
         return {"encoder": self.name, "revision": REVISION}
 
     def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
-        """Frames of `streams`, uint8 (t 3 32 32) each -> clip and sync features, float32."""
+        """Encodes frames of `streams`, uint8 (t 3 32 32), to clip and sync features, float32."""
         check_frames(frames, self.streams, seconds)
         return self._features([frames], seconds)
 
     def encode_pieces(self, pieces: Iterable[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """As `VideoEncoder.encode_pieces`."""
+        """See `VideoEncoder.encode_pieces`."""
         return self._features(pieces, None)
 
     def _features(

@@ -29,7 +29,7 @@ def load_encoders(model: EncodersConfig, device: torch.device | str = "auto") ->
     """The encoders of a configuration, made once per process.
 
     Raises:
-        InputError: as `get_encoders`.
+        InputError: as `get_encoders` raises.
     """
     return _encoders(**model.encoder_options, device=processes.own_device(device))
 
@@ -46,7 +46,7 @@ def encode_video(
 ) -> dict[str, Tensor]:
     """Features of `seconds` of a video file from `start` on, under the keys of a features file.
 
-    It is decoded in another process, with that many threads (0: one a core); its last picture
+    It is decoded in another process, with `threads` threads (0: one a core); its last picture
     lasts for `hold` seconds more.
 
     Raises:

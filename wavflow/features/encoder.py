@@ -18,8 +18,8 @@ class VideoEncoder(Protocol):
     """Turns decoded frames into appearance rows and motion rows.
 
     `streams` says which frames it wants from `wavflow.media.video.decode`; `encode` gets them
-    in that order as uint8 (t 3 s s), decoded for the same `seconds`. `keys` are those of a features
-    file that its rows go by. `load` and `encode` may be called from many threads.
+    in that order as uint8 (t 3 s s), decoded for the same `seconds`. `keys` are the names of
+    its rows in a features file. `load` and `encode` may be called from many threads.
     """
 
     @property
@@ -55,10 +55,10 @@ class VideoEncoder(Protocol):
         ...
 
     def encode_pieces(self, pieces: Iterable[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """As `encode` of all frames together, which come piece by piece and are not kept.
+        """Encodes frames that come piece by piece and are not kept, as `encode` would all together.
 
-        All pieces but the last are of whole seconds; the length is the frames' of the finest
-        stream.
+        All pieces but the final one are whole seconds long; the length of all is that of the
+        finest stream's frames.
         """
         ...
 
@@ -66,7 +66,7 @@ class VideoEncoder(Protocol):
 class TextEncoder(Protocol):
     """Turns captions into token features (b, length, dim); [""] gives the empty caption.
 
-    `key` is that of a features file that they go by.
+    `key` is their name in a features file.
     """
 
     @property
@@ -79,11 +79,11 @@ class TextEncoder(Protocol):
     def length(self) -> int: ...
 
     def load(self) -> None:
-        """As `VideoEncoder.load`."""
+        """See `VideoEncoder.load`."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """As `VideoEncoder.facts`."""
+        """See `VideoEncoder.facts`."""
         ...
 
     def encode(self, captions: list[str]) -> Tensor: ...  # (b 77 dim) float32 on the CPU

@@ -1,4 +1,4 @@
-"""From a table of videos and captions to feature files and the table that training reads.
+"""Turning a table of videos and captions into feature files and the table that training reads.
 
 `<out>/features/<id>.pth` is a dict with some of clip_features, sync_features and text_features
 (float32), `seconds`, the length of a video that was encoded whole, `source`, what they were made
@@ -78,21 +78,21 @@ def extract(
     """Encodes every row of a table and writes the table that training reads.
 
     Args:
-        csv_path: columns id, audio_path, caption; video_path, without which no row has a video;
+        csv_path: a table of id, audio_path, caption; video_path, without which no row has a video;
             optional video_exist, text_exist and source, which goes into the training table.
-        out: gets features/<id>.pth, features.json (`wavflow.features.provenance`), <stem of
-            csv_path>.csv and report.csv, of a shard report.<i>-of-<n>.csv.
+        out: a folder; it gets features/<id>.pth, features.json (`wavflow.features.provenance`),
+            <stem of csv_path>.csv and report.csv, of a shard report.<i>-of-<n>.csv.
         config: a `Config`, YAML file or preset; names the encoders, the seconds and the limits on
             decoding.
-        encoders: instead of the configuration's.
-        seconds: of each video that are encoded, instead of the configuration's; "whole" for all of
-            it, in memory that does not grow with its length.
+        encoders: name of the encoders, instead of the configuration's.
+        seconds: length of each video that is encoded, instead of the configuration's; "whole" for
+            all of it, in memory that does not grow with its length.
         shard: (i, n) with 0 <= i < n: one row of n, from row i on, while other processes take the
             others; default the rank and number of torchrun's processes. Each ends by writing the
             table of all rows that have features, in the order of `csv_path`: the last, all.
         overwrite: whether features of other encoders, weights or seconds are replaced.
-        workers: rows worked on at a time, each video decoded in a process of its own; default one
-            per core.
+        workers: number of rows worked on at a time, each video decoded in a process of its own;
+            default one per core.
         progress: called with (rows finished, rows in all).
 
     Raises:
@@ -176,7 +176,7 @@ def extract(
 
 
 def _load(encoders: Encoders, rows: list[Row]) -> None:
-    """Before anything is decoded: what the rows need, and no more."""
+    """Loads, before anything is decoded, the weights that the rows need and no others."""
     if any(row.video_exist for row in rows):
         encoders.video.load()
     if any(row.text_exist for row in rows):
@@ -307,7 +307,7 @@ class _Job:
 def _run(
     pool: ThreadPoolExecutor, job: _Job, rows: list[Row], threads: int
 ) -> Iterator[tuple[Row, ReportRow]]:
-    """Rows and what became of them, as they are done."""
+    """Encodes rows; yields each with what became of it, as they are done."""
     try:
         futures = {pool.submit(job.encode, row, threads): row for row in rows}
         for future in as_completed(futures):

@@ -18,8 +18,8 @@ class Index:
     hand spoils there costs reading some features again.
 
     Args:
-        folder: of the index's files; made if missing.
-        name: of this process's file.
+        folder: folder of the index's files; made if missing.
+        name: stem of this process's file.
     """
 
     def __init__(self, folder: Path, name: str) -> None:

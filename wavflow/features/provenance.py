@@ -29,11 +29,12 @@ def describe(
     """The record of features that `encoders` make of clips of that length.
 
     Args:
-        seconds: a number, or a word for lengths of the videos' own.
-        video, text: whether there are any; no encoder is asked for what is not.
+        encoders: the encoders that make them.
+        seconds: length of the clips, or a word where every video has its own.
+        video, text: whether any row has one; an encoder that no row needs is not asked.
 
     Raises:
-        InputError: as the encoders' sizes and facts do.
+        InputError: as the encoders' sizes and facts raise.
     """
     length = seconds if isinstance(seconds, str) else float(seconds)
     record: dict[str, Any]
@@ -57,7 +58,7 @@ def describe(
 
 
 def agree(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
-    """What `folder` records together with what `wanted` knows beyond it.
+    """Joins what `folder` records with what `wanted` knows beyond it, and returns that.
 
     Raises:
         InputError: they contradict each other in more than the version, unless `overwrite` says
@@ -83,7 +84,8 @@ def save(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> dict[str, 
 
 
 def check_model(csv_path: str | os.PathLike[str], model: EncodersConfig) -> None:
-    """
+    """Checks that features beside a table were made with the encoders of a configuration.
+
     Raises:
         InputError: a record lies beside the table, and names other encoders than `model` does.
     """
@@ -111,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _contradictions(
     found: Mapping[str, Any], wanted: Mapping[str, Any], of: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Key, value found and value wanted where both are known and differ."""
+    """Yields key, value found and value wanted where both are known and differ."""
     for key, value in wanted.items():
         if key not in found or key == "wavflow":
             continue

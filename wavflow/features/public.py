@@ -19,7 +19,7 @@ from wavflow.features.encoder import TEXT_LENGTH, Encoders, check_frames
 from wavflow.features.synchformer import FRAMES, ROWS, STRIDE, SYNC_STREAM, Synchformer
 from wavflow.features.weights import given_file, identity
 
-SEGMENTS = 24  # in one call: those of 8 s
+SEGMENTS = 24  # encoded in one call: those of 8 s
 
 
 def clip_synchformer(
@@ -29,7 +29,7 @@ def clip_synchformer(
     dtype: str,
     device: torch.device | str,
 ) -> Encoders:
-    """The encoders, without their weights. Arguments and errors are those of `get_encoders`."""
+    """The public encoders; weights load at their first use. Else as `get_encoders`."""
     if synchformer_ckpt is not None:
         given_file(synchformer_ckpt, "model.synchformer_ckpt")
     clip = Clip(clip_model_name, clip_pretrained, device, dtype)
@@ -57,12 +57,12 @@ class ClipText:
         return self._clip.text_dim
 
     def load(self) -> None:
-        """As `Clip.text_tower`."""
+        """Loads the text tower; raises as `Clip.text_tower` does."""
         with self._turn:
             _ = self._clip.text_tower
 
     def facts(self) -> dict[str, Any]:
-        """As `VideoEncoder.facts`."""
+        """See `VideoEncoder.facts`."""
         return self._clip.facts()
 
     def encode(self, captions: list[str]) -> Tensor:  # (b 77 dim)
@@ -103,18 +103,18 @@ class ClipSynchformerVideo:
         return ROWS * synchformer.segments(SYNC_STREAM.count(seconds))
 
     def load(self) -> None:
-        """As `Clip.image_tower`, and as `load_synchformer`."""
+        """Loads both networks; raises as `Clip.image_tower` and `load_synchformer` do."""
         with self._turn:
             _ = self._clip.image_tower, self._synchformer
 
     def facts(self) -> dict[str, Any]:
-        """As `VideoEncoder.facts`."""
+        """See `VideoEncoder.facts`."""
         given = self._ckpt
         motion = synchformer.PUBLIC.sha256 if given is None else identity(given)
         return {**self._clip.facts(), "synchformer_sha256": motion}
 
     def encode(self, frames: list[Tensor], seconds: float) -> tuple[Tensor, Tensor]:
-        """Frames of `streams`, uint8 -> clip and sync features, float32 on the CPU.
+        """Encodes frames of `streams`, uint8, to clip and sync features, float32 on the CPU.
 
         Raises:
             InputError: less than one segment; as `load`.
@@ -123,7 +123,7 @@ class ClipSynchformerVideo:
         return self.encode_pieces([frames])
 
     def encode_pieces(self, pieces: Iterable[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """As `VideoEncoder.encode_pieces`; other pieces change rounding alone.
+        """See `VideoEncoder.encode_pieces`; where frames are cut changes rounding alone.
 
         Raises:
             InputError: less than one segment; as `load`.

@@ -22,9 +22,9 @@ def get_encoders(
 
     Args:
         name: "embedded", which heeds none of the other arguments, or "clip_synchformer".
-        clip_model_name, clip_pretrained: as `wavflow.features.clip.Clip`.
+        clip_model_name, clip_pretrained: as in `wavflow.features.clip.Clip`.
         synchformer_ckpt: a file of weights; None fetches the public one.
-        dtype: of matrix products, "float32" or "bfloat16".
+        dtype: dtype of matrix products, "float32" or "bfloat16".
         device: where weights live and encoding runs.
 
     Raises:

@@ -28,13 +28,13 @@ from wavflow.features.weights import WeightFile, cache_dir, fetch, given_file
 from wavflow.layers.token_layers import TokenLinear
 from wavflow.media.video import FrameStream
 
-#: The frames that it wants.
+#: The frames that Synchformer wants.
 SYNC_STREAM = FrameStream(25, 224, "crop")
 
 if TYPE_CHECKING:
     pass
 
-FRAMES, STRIDE = 16, 8  # of a segment, at 25 frames a second
+FRAMES, STRIDE = 16, 8  # of a segment and from one to the next, at 25 frames a second
 TUBELET, PATCH, SIZE = 2, 16, 224  # frames and pixels of a token; pixels of a picture
 ROWS, PLACES = FRAMES // TUBELET, (SIZE // PATCH) ** 2
 EPS = 1e-6
@@ -46,15 +46,15 @@ PUBLIC = WeightFile(
     sha256="8aff082f2df5c3bc52759db0c865c7ee772ae6400b860d1b7e90413f2defb67c",
 )
 PREFIX = "vfeat_extractor."
-# Of the public file: the audio branch, the synchronisation head, and a projection of single
-# pictures that the visual branch holds and never uses.
+# Left out of the public file: the audio branch, the synchronisation head, and a projection of
+# single pictures that the visual branch holds and never uses.
 OTHER_PARTS = ("afeat_extractor.", "vproj.", "aproj.", "transformer.")
 UNUSED = "patch_embed.proj."
 
 
 @dataclass(frozen=True)
 class SynchformerConfig:
-    """Sizes of the network."""
+    """Sizes of the network: channels of a token, blocks, attention heads."""
 
     dim: int = 768
     depth: int = 12
@@ -66,24 +66,24 @@ class SynchformerConfig:
 
 
 def segments(frames: int) -> int:
-    """Segments of a clip of that many frames."""
+    """Number of segments in a clip of that many frames."""
     return max(0, (frames - FRAMES) // STRIDE + 1)
 
 
 def normalize(frames: Tensor) -> Tensor:  # (... 3 h w) uint8 -> float32
-    """Pixels in [-1, 1]."""
+    """Maps uint8 pixels to [-1, 1]."""
     return frames.float().div_(255).sub_(0.5).div_(0.5)
 
 
 class Linear(TokenLinear):
-    """On (b n c), in its weight's dtype whatever the input's."""
+    """A linear layer on (b n c) that computes in its weight's dtype, whatever the input's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
 
 
 class Tubelets(nn.Module):
-    """Two frames' patches to tokens. A Linear, since what a Conv3d's libraries do takes longer."""
+    """Turns two frames' patches into tokens. A matrix product: libraries' Conv3d takes longer."""
 
     def __init__(self, config: SynchformerConfig) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Time, then space, then the MLP."""
+    """A transformer block: attention over time, then over space, then the MLP."""
 
     def __init__(self, config: SynchformerConfig) -> None:
         super().__init__()
@@ -175,9 +175,10 @@ class SpatialAggregator(nn.Module):
 
 
 class Synchformer(nn.Module):
-    """forward: pixels (b t 3 224 224) in [-1, 1], t >= 16, to rows (b 8s c), s = (t - 16) // 8 + 1.
+    """The visual branch: turns pixels (b t 3 224 224) in [-1, 1] into rows (b 8s c).
 
-    Rows are float32 unless the parameters are float64; the state dict's names are the public ones.
+    t >= 16 frames have s = (t - 16) // 8 + 1 segments. Rows are float32 unless the parameters are
+    float64; the state dict's names are the public ones.
     """
 
     def __init__(self, config: SynchformerConfig | None = None) -> None:
@@ -192,7 +193,7 @@ class Synchformer(nn.Module):
         self.spatial_attn_agg = SpatialAggregator(config)
 
     def compute_in(self, dtype: torch.dtype) -> Synchformer:
-        """Matrix products in `dtype`; norms, residuals and positions stay as they are."""
+        """Sets the dtype of matrix products; norms, residuals and positions stay as they are."""
         for module in self.modules():
             if isinstance(module, (Linear, nn.MultiheadAttention, nn.Conv3d)):
                 module.to(dtype)
@@ -224,7 +225,8 @@ def load_synchformer(
 
     Args:
         path: the public file, or what :func:`convert` made of it.
-        dtype: of matrix products.
+        device: where the network computes.
+        dtype: dtype of matrix products.
 
     Raises:
         InputError: missing or unreadable file; a missing or foreign tensor, or one of another
@@ -238,7 +240,7 @@ def load_synchformer(
 
 
 def visual_state(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """What of a public file's `content` the visual branch uses, by its own names.
+    """The tensors of a public file's `content` that the visual branch uses, by its names.
 
     Raises:
         InputError: a name that is of no part of Synchformer; `path` is named.
@@ -273,7 +275,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
     """Writes what the visual branch uses of the public file `source` to `target`, safetensors.
 
     Raises:
-        InputError: as :func:`load_synchformer`.
+        InputError: as :func:`load_synchformer` raises.
     """
     from safetensors.torch import save
 

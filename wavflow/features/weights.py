@@ -24,9 +24,9 @@ log = logging.getLogger("wavflow")
 
 CHUNK = 2**20
 CONNECTION_TIMEOUT = 30.0  # seconds without a byte
-ATTEMPTS = 5  # in a row that bring nothing
+ATTEMPTS = 5  # in a row that bring nothing, after which a fetch fails
 PAUSE = 1.0  # seconds, doubled at every attempt that brings nothing
-REPORT_EVERY = 5.0  # seconds
+REPORT_EVERY = 5.0  # seconds between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def cache_dir() -> Path:
 
 
 def offline() -> bool:
-    """Whether the user forbids to fetch anything.
+    """Whether the user forbids fetching anything.
 
     Raises:
         InputError: `WAVFLOW_OFFLINE` is neither 0 nor 1.
@@ -57,7 +57,7 @@ def offline() -> bool:
 
 
 def given_file(path: str | os.PathLike[str], option: str) -> Path:
-    """The path if it is a file.
+    """Returns the path if it is that of a file.
 
     Raises:
         InputError: it is not; `option` is what named it.
@@ -134,7 +134,7 @@ def _download(file: WeightFile, part: Path) -> None:
 
 
 def _transfer(file: WeightFile, part: Path, have: int) -> None:
-    """One connection's worth of bytes; `have` are in `part` already."""
+    """Appends to `part`, which has `have` bytes, what one connection brings."""
     headers = {"Range": f"bytes={have}-"} if have else {}
     request = urllib.request.Request(file.url, headers=headers)
     with urllib.request.urlopen(request, timeout=CONNECTION_TIMEOUT) as response:

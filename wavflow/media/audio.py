@@ -21,7 +21,8 @@ CONTAINERS = frozenset(
 FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 #: One step of a 16-bit file: a sound that never exceeds it is dither or nothing.
 SILENCE_PEAK = 2.0**-15
-#: Hz that a file may have: resampled from less, a small file would become gigabytes.
+#: Lowest and highest rate of a file, in Hz: resampled from less, a small file would become
+#: gigabytes.
 RATES = (1_000, 768_000)
 #: Samples of one channel that are read of a file, at most: 6 hours at 48 kHz.
 MAX_SAMPLES = 2**30
@@ -71,13 +72,13 @@ class SoundFile:
     than 1e-5.
 
     Args:
-        path: of the file.
-        rate: in Hz.
+        path: the file.
+        rate: rate of the parts, in Hz.
 
     Attributes:
-        size: samples at that rate.
-        agrees: whether parts are as near to the whole. They are not where the rates have no simple
-            ratio: the whole's resampling drifts, by 4e-4 in 15 minutes from 47999 to 16000 Hz.
+        size: number of samples at that rate.
+        agrees: whether parts are so near to `load_audio`. They are not where the rates have no
+            simple ratio: resampling the whole drifts, by 4e-4 in 15 minutes from 47999 to 16000 Hz.
 
     Raises:
         InputError: the file is missing, unreadable, empty or has a rate outside `RATES`. Reading a
@@ -139,7 +140,7 @@ class _Mono:
         self._parts: list[np.ndarray] = []
 
     def add(self, part: np.ndarray) -> bool:
-        """Whether more is wanted after `part` (t,)."""
+        """Takes the next samples (t,); returns whether more are wanted."""
         self._parts.append(part)
         self.samples += part.size
         if self.wanted is not None and self.samples >= self.wanted:
@@ -153,7 +154,7 @@ class _Mono:
 
 
 def resample(wave: np.ndarray, found: int, rate: int) -> np.ndarray:  # (t,) float32
-    """`wave` (t,) of `found` Hz at `rate` Hz (soxr HQ); nothing where it is too short for it."""
+    """Resamples a wave (t,) from `found` to `rate` Hz (soxr HQ); empty where it is too short."""
     if found == rate:
         return wave
     import soxr
@@ -162,12 +163,16 @@ def resample(wave: np.ndarray, found: int, rate: int) -> np.ndarray:  # (t,) flo
 
 
 def sound_rate(path: str | os.PathLike[str]) -> int:
-    """Hz of a wav or flac, from its header. InputError when it is missing or unreadable."""
+    """The rate of a wav or flac in Hz, from its header.
+
+    Raises:
+        InputError: it is missing or unreadable.
+    """
     return _sound_facts(path)[1]
 
 
 def _sound_facts(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Samples of one channel and Hz of a wav or flac, from its header."""
+    """Samples of one channel and rate in Hz of a wav or flac, from its header."""
     import soundfile
 
     if not Path(path).is_file():
@@ -253,11 +258,11 @@ def save_wav(path: str | os.PathLike[str], wave: Tensor | np.ndarray, rate: int)
 
 
 class WavWriter:
-    """Writes 16-bit PCM part by part; after every part the file is a whole one of what there is.
+    """Writes a .wav of 16-bit PCM part by part; after every part the file is whole.
 
     Args:
-        path: a .wav, replaced where it exists.
-        rate: in Hz.
+        path: the .wav to write; an existing one is replaced.
+        rate: samples per second (Hz).
     """
 
     def __init__(self, path: str | os.PathLike[str], rate: int) -> None:

@@ -36,5 +36,5 @@ def open_media(path: Path, what: str) -> av.container.InputContainer:
 
 
 def unreadable(path: Path, what: str, reason: str | None) -> InputError:
-    """The error of a file that FFmpeg cannot read."""
+    """The error for a file that FFmpeg cannot read."""
     return InputError(f"{path}: not readable as {what} ({reason})")

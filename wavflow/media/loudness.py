@@ -11,6 +11,9 @@ def measure_loudness(wave: Tensor, rate: int) -> float | None:
     """Integrated loudness of `wave` (t,) in LUFS (ITU-R BS.1770-4).
 
     None when shorter than one 0.4 s block or below -70 LUFS, the standard's absolute gate.
+
+    Raises:
+        ValueError: another shape.
     """
     if wave.ndim != 1:
         raise ValueError(f"measure_loudness: wave has shape {tuple(wave.shape)}, wanted (t,)")

@@ -28,10 +28,10 @@ def mux(
     Pictures are copied as they are encoded, to the wave's end; sound becomes AAC of 192 kbit/s.
 
     Args:
-        video: with a video track; its own sound is left out.
-        wave: float32 in [-1, 1].
-        rate: in Hz.
-        path: the suffix, .mp4, .mov or .mkv, is the container.
+        video: a file with a video track; its own sound is left out.
+        wave: (t,) float32 in [-1, 1].
+        rate: samples per second (Hz).
+        path: the file to write; its suffix, .mp4, .mov or .mkv, says the container.
 
     Raises:
         InputError: no video track, unreadable, or a track the container cannot hold.

@@ -44,7 +44,7 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) -> None:
 
 
 def mel(hertz: float) -> float:
-    """The mel scale: linear below about 1 kHz, logarithmic above (O'Shaughnessy)."""
+    """Mels of a frequency in Hz: linear below about 1 kHz, logarithmic above (O'Shaughnessy)."""
     return 2595 * math.log10(1 + hertz / 700)
 
 
@@ -80,12 +80,12 @@ def mel_level(wave: Tensor, rate: int) -> Tensor:  # (bands, frames)
 def draw_spectrograms(
     columns: Sequence[tuple[str, int, dict[str, Tensor]]], width: float = 2.7
 ) -> Figure:
-    """Spectrograms on a mel axis: one column a clip, one row a kind of sound.
+    """Draws spectrograms on a mel axis: one column a clip, one row a kind of sound.
 
     Args:
         columns: (title, rate in Hz, {name of the row: wave (t,)}) of every clip; one of them has
             all rows. Levels are in dB below the loudest point of a clip's first row.
-        width: of a column in inches.
+        width: width of a column, in inches.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

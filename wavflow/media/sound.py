@@ -16,11 +16,11 @@ from wavflow.media.mux import mux
 
 @dataclass(frozen=True)
 class Sound:
-    """One clip.
+    """A generated sound.
 
     Attributes:
-        audio: (t,) float32 in [-1, 1], on the CPU.
-        sample_rate: in Hz.
+        audio: the wave, (t,) float32 in [-1, 1], on the CPU.
+        sample_rate: samples per second (Hz).
     """
 
     audio: Tensor
@@ -28,6 +28,7 @@ class Sound:
 
     @property
     def seconds(self) -> float:
+        """Length of the sound, in seconds."""
         return self.audio.numel() / self.sample_rate
 
     def loud(self, lufs: float = -23.0) -> Sound:
@@ -35,11 +36,11 @@ class Sound:
         return Sound(normalize_loudness(self.audio, self.sample_rate, lufs), self.sample_rate)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes 16-bit PCM: .wav, or .flac by the suffix."""
+        """Writes the sound as 16-bit PCM, .wav or .flac by the suffix of `path`."""
         save_wav(path, self.audio, self.sample_rate)
 
     def save_video(self, video: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-        """Writes a copy of `video` with this as its sound, as ``wavflow.media.mux.mux`` does."""
+        """Writes a copy of `video` with this sound, as ``wavflow.media.mux.mux`` does."""
         mux(video, self.audio, self.sample_rate, path)
 
     def spectrogram(self, path: str | os.PathLike[str], width: float = 2.7) -> None:

@@ -58,7 +58,11 @@ class FrameStream:
         return int(self.fps * exact(seconds))
 
     def shape(self, seconds: float | Fraction) -> tuple[int, int, int, int]:
-        """(t, 3, s, s) of a clip of that length; ValueError when it has no frame."""
+        """Shape (t, 3, s, s) of the frames of a clip of that length.
+
+        Raises:
+            ValueError: it has no frame.
+        """
         count = self.count(seconds)
         if count < 1:
             raise ValueError(f"{seconds} s at {self.fps} fps is no frame, wanted at least one")
@@ -112,7 +116,7 @@ class _Selection:
 
 
 class _ToRGB:
-    """Pictures as FFmpeg's `format=rgb24` filter makes them: (h w 3) uint8.
+    """Converts pictures to (h w 3) uint8 as FFmpeg's `format=rgb24` filter does.
 
     The filter knows the place of chroma samples and converts interlaced pictures as whole ones.
     PyAV's `VideoFrame.reformat` does neither: it is off by up to 150 levels for interlaced video,
@@ -221,12 +225,12 @@ def decode(
 
 
 def finest(streams: Sequence[FrameStream]) -> FrameStream:
-    """The stream of most frames a second."""
+    """The stream with the most frames a second."""
     return max(streams, key=lambda stream: stream.fps)
 
 
 def _common_length(selections: Sequence[_Selection]) -> Fraction:
-    """The most seconds, in frames of the finest stream, of which every stream has its frames."""
+    """The longest time, in frames of the finest stream, that all streams have frames for."""
     fps = finest([s.stream for s in selections]).fps
     count = max(s.filled for s in selections if s.stream.fps == fps)
     while any(s.stream.count(Fraction(count, fps)) > s.filled for s in selections):
@@ -235,7 +239,7 @@ def _common_length(selections: Sequence[_Selection]) -> Fraction:
 
 
 def passed(path: Path, found: str, limit: str, allowed: float) -> InputError:
-    """The error of a file that passes a limit of `DecodingConfig`."""
+    """The error for a file that passes a limit of `DecodingConfig`."""
     return InputError(f"{path}: {found}, decoding.{limit} allows {allowed:g}")
 
 
@@ -260,8 +264,8 @@ class _Pictures:
     """The pictures of a video stream in the order they are shown, checked against the limits.
 
     Attributes:
-        first: the time of the video's first picture.
-        end: up to which pictures were seen.
+        first: time of the video's first picture, in seconds.
+        end: time up to which pictures were seen, in seconds.
     """
 
     def __init__(
@@ -280,7 +284,7 @@ class _Pictures:
         self.first = self.end = Fraction(0)
 
     def begin(self, start: Fraction, jump: bool) -> bool:
-        """Whether pictures from `start` on, and the one before, are what comes next.
+        """Starts decoding; returns whether pictures from `start` on, and the one before, come next.
 
         Raises:
             InputError: there are none at all.

@@ -53,10 +53,10 @@ def decode(
     hold: float | Fraction = 0,
     to_end: bool = False,
 ) -> list[Tensor]:  # each (t 3 s s) uint8 RGB
-    """`wavflow.media.video.decode` of anybody's file, in a worker process and within limits.
+    """Decodes as `wavflow.media.video.decode` does, in a worker process: for strangers' files.
 
     May be called from many threads; each has a worker of its own. `threads` are the worker's, 0
-    for as many as torch has here. Frames and warnings are those of the unguarded decoder.
+    for as many as torch has here. Frames and warnings are the same.
 
     Raises InputError also when the worker dies, or takes more time or memory than `limits` allow.
     """
@@ -99,7 +99,7 @@ def start() -> None:
 
 @contextlib.contextmanager
 def _shared_memory(size: int) -> Iterator[int]:
-    """The descriptor of `size` bytes; where the system can, nobody may change their number."""
+    """Yields a descriptor of `size` shared bytes; where the system can, their number is fixed."""
     with contextlib.ExitStack() as stack:
         if hasattr(os, "memfd_create"):
             descriptor = os.memfd_create("frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -114,7 +114,7 @@ def _shared_memory(size: int) -> Iterator[int]:
 
 
 def _frames(descriptor: int, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Tensors of the shared memory; they keep it."""
+    """The shared memory as tensors, which keep it alive."""
     sizes = [math.prod(shape) for shape in shapes]
     try:
         memory = mmap.mmap(descriptor, sum(sizes))

@@ -37,11 +37,12 @@ class Scene:
         return [impact / FPS for impact in self.impacts]
 
     def rng(self, purpose: int) -> np.random.Generator:
+        """A generator of random numbers for one purpose: the sound is 1, the picture 2."""
         return np.random.default_rng([*self.entropy, purpose])
 
 
 def is_heldout_schedule(impacts: tuple[int, ...]) -> bool:
-    """Schedules are split by this rule, so that no held-out timing occurs in training."""
+    """Whether a schedule is for held-out clips: no clip of the training has such a timing."""
     return sum(impacts) % 7 == 3
 
 

@@ -39,10 +39,10 @@ class WavflowModelConfig(EncodersConfig, ModelConfig):
         fused_depth: How many of the blocks, the last ones, see the audio tokens alone; less than
             `depth`.
         num_heads: Attention heads.
-        mlp_ratio: Asked width of a block's feed-forward over `hidden_dim`. The inner width is two
+        mlp_ratio: Nominal width of a block's feed-forward over `hidden_dim`. The inner width is two
             thirds of it, rounded up to a multiple of 256.
-        attention_window: Seconds away that a token of sound or video may be to be attended to; null
-            for any distance. Text tokens see, and are seen by, all.
+        attention_window: How many seconds away a token of sound or video may be to be attended to;
+            null for any distance. Text tokens see, and are seen by, all.
         rope_scaling: Rotary positions in clips longer than those of the training: go on with them
             (`none`), squeeze them into the trained range (`linear`), or raise the base of the
             frequencies (`ntk`).
@@ -115,7 +115,7 @@ class WavflowDataConfig(DataConfig):
 
     @property
     def tracks(self) -> tuple[Track, ...]:
-        """Appearance and motion of a clip's video, and its caption."""
+        """The tracks of a clip: appearance and motion of its video, and its caption."""
         duration = exact(self.audio_duration)
         even = self.sync_layout == "even"
         clip = Even(self.clip_seq_len / duration)
@@ -129,7 +129,7 @@ class WavflowDataConfig(DataConfig):
 
     @property
     def feature_shapes(self) -> dict[str, tuple[int, int]]:
-        """Key in a features file -> (rows, width)."""
+        """Shape (rows, width) of each feature of a clip, by its key in a features file."""
         return {track.key: track.shape for track in self.tracks}
 
 
@@ -202,7 +202,7 @@ class WavflowConfig:
 
     @property
     def ffn_width(self) -> int:
-        """The asked width of the blocks' feed-forwards."""
+        """Nominal width of the blocks' feed-forwards."""
         return int(self.mlp_ratio * self.hidden_dim)
 
     @property
