@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from support.paths import TESTS
 from support.tables import clips_of, grid_of, rows_of, sizes, write_clip, write_table
 
 from wavflow.base.errors import InputError
@@ -455,7 +456,7 @@ started(lambda: torch.ones(2**20).abs())
 def test_a_loader_thread_starts_no_others(table):
     """Torch's own work in such a thread does: the second figure."""
     done = subprocess.run(
-        [sys.executable, "-c", COUNT_THREADS, os.path.dirname(__file__), str(table)],
+        [sys.executable, "-c", COUNT_THREADS, str(TESTS), str(table)],
         env={**os.environ, "OMP_NUM_THREADS": "3"},
         capture_output=True,
         text=True,

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from support.golden_weights import golden_state_dict, load_golden
-from support.tables import SIZES
 from wavflow.config.load import load_config
 from wavflow.pipeline.sampler import Sampler
 from wavflow.systems.wavflow.build import build_model
@@ -99,7 +98,15 @@ def inputs(model, batch, seed=0):
     )
 
 
+#: A network whose attention can be restricted to neighbours in time.
+LOCAL_SIZES = {
+    **{"latent_dim": 6, "clip_dim": 5, "sync_dim": 4, "text_dim": 5, "hidden_dim": 16},
+    **{"depth": 4, "fused_depth": 3, "num_heads": 2, "mlp_ratio": 4.0},
+    **{"latent_seq_len": 100, "clip_seq_len": 13, "sync_seq_len": 24, "text_seq_len": 3},
+}
+
+
 def local_model(**changes) -> WavflowModel:
-    model = WavflowModel(**{**SIZES, **changes})
+    model = WavflowModel(**{**LOCAL_SIZES, **changes})
     model.load_weights(golden_state_dict(model))
     return model

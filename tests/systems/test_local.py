@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.golden_weights import relative_error
-from support.networks import inputs, local_model
+from support.networks import LOCAL_SIZES, inputs, local_model
 from support.paths import PYTHONPATH
 
 import wavflow_kernels as wk
@@ -22,12 +22,6 @@ from wavflow.systems.wavflow.build import build_model
 from wavflow.systems.wavflow.config import WavflowConfig
 from wavflow.systems.wavflow.network import WavflowModel
 from wavflow_kernels import AttentionWindow
-
-SIZES = {
-    **{"latent_dim": 6, "clip_dim": 5, "sync_dim": 4, "text_dim": 5, "hidden_dim": 16},
-    **{"depth": 4, "fused_depth": 3, "num_heads": 2, "mlp_ratio": 4.0},
-    **{"latent_seq_len": 100, "clip_seq_len": 13, "sync_seq_len": 24, "text_seq_len": 3},
-}
 
 
 def prediction(model: WavflowModel, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -270,7 +264,7 @@ def test_features_stay_beside_their_sound_at_any_length(seconds):
     tokens, clips = int(seconds * 80), int(seconds * 8)
     segments = (int(seconds * 25) - 16) // 8 + 1
     with torch.device("meta"):
-        model = WavflowModel(**SIZES)
+        model = WavflowModel(**LOCAL_SIZES)
     model.to_empty(device="cpu").update_seq_lengths(tokens, clips, 8 * segments)
     time = (torch.arange(tokens) + 0.5) / 80
     middle = 0.32 * (model.sync_tokens().index // 8 + 1)
@@ -282,7 +276,7 @@ def test_features_stay_beside_their_sound_at_any_length(seconds):
 
 LONG = """
 import sys, torch
-from support.networks import local_model
+from support.networks import LOCAL_SIZES, local_model
 from support.networks import inputs
 from wavflow.systems.wavflow.footprint import clip_bytes
 
