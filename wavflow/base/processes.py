@@ -106,12 +106,15 @@ def own_cores() -> int:
 
 
 @contextmanager
-def join(device: str = "auto", group: bool = False) -> Iterator[World]:
+def join(
+    device: str = "auto", group: bool = False, patience: float | None = None
+) -> Iterator[World]:
     """Joins the processes that torchrun started, by its environment; alone without it.
 
     Args:
         device: of this process: "auto" is the GPU of its local rank where there is one.
         group: whether a process alone needs a process group too.
+        patience: seconds that a process waits for the others, by default torch's.
 
     Raises:
         InputError: a device that is not there.
@@ -128,7 +131,8 @@ def join(device: str = "auto", group: bool = False) -> Iterator[World]:
         torch.cuda.set_device(world.device)
         backend = "cpu:gloo,cuda:nccl"
     store = dist.HashStore() if size == 1 else _own_store(rank, size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    limit = None if patience is None else timedelta(seconds=patience)
+    dist.init_process_group(backend, limit, store=store, rank=rank, world_size=size)
     yield world
     # Not after an error: others may be inside a collective, and its end would be waited for here.
     dist.barrier()
