@@ -110,7 +110,7 @@ def test_overrides_are_yaml_values():
         ("model.use_ema=ema3", r"model\.use_ema is 'ema3'"),
         (
             "model.atn_dropout=0",
-            r"unknown key model\.atn_dropout; did you mean model\.attn_dropout",
+            r"key model\.atn_dropout; did you mean model\.attn_dropout",
         ),
         ("eval.eval_frq=1", r"unknown key eval\.eval_frq; did you mean eval\.eval_freq"),
         ("eval.rank_zero_only=1", r"unknown key eval\.rank_zero_only; did you mean "),

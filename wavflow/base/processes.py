@@ -132,7 +132,7 @@ def join(
         backend = "cpu:gloo,cuda:nccl"
     store = dist.HashStore() if size == 1 else _own_store(rank, size)
     limit = None if patience is None else timedelta(seconds=patience)
-    dist.init_process_group(backend, limit, store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
     yield world
     # Not after an error: others may be inside a collective, and its end would be waited for here.
     dist.barrier()
