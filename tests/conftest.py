@@ -50,6 +50,7 @@ LONG = (
     "sampler",
     "engine",
     "training",
+    "public_job",
     "collect_gpu",
     "hostile",
     "synchformer",

@@ -25,8 +25,9 @@ HEAD = """\
 A configuration is a packaged one's name (`wavflow train --config medium_16k`) or a YAML file,
 whose keys are those of the public system and some more. `key=value` on the command line overrides
 a key (`training.batch_size=8`; values are YAML), and `_base_: other.yaml` in a file reads that file
-first, relative to this one. A key that nobody gives has the default below. An unknown key is an
-error that names the nearest known one.
+first, relative to this one. A key that nobody gives has the default below, and so has one that is
+null where null has no meaning of its own. An unknown key is an error that names the nearest known
+one; those of the public files that have no effect here are named in one line of the log.
 """
 
 

@@ -169,6 +169,9 @@ def test_info(trained, capsys):
         (["train", "--config", "toy_8k", "data.csv_pth=x"], "did you mean data.csv_path?"),
         (["train", "--config", "toy_8k", "data.csv_path=gone.csv"], "gone.csv: no such file"),
         (["extract", "--csv", "gone.csv", "--out", "o"], "gone.csv: no such file"),
+        (["extract", "--csv", "gone.csv"], "--csv without --out; wanted both"),
+        (["extract", "--out", "o"], "--out without --csv; wanted both"),
+        (["extract"], "data.csv_path is not set in the configuration"),
         (["generate", "--checkpoint", "gone.pth", "--out", "o.wav"], "give --caption"),
         (
             ["generate", "--checkpoint", "gone.pth", "--out", "o.wav", "--caption", "x"],

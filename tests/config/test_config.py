@@ -108,6 +108,15 @@ def test_overrides_are_yaml_values():
             r"encoder_dtype is 'float16'; wanted one of float32, bfloat16",
         ),
         ("model.use_ema=ema3", r"model\.use_ema is 'ema3'"),
+        (
+            "model.atn_dropout=0",
+            r"key model\.atn_dropout; did you mean model\.attn_dropout",
+        ),
+        ("eval.eval_frq=1", r"unknown key eval\.eval_frq; did you mean eval\.eval_freq"),
+        ("eval.rank_zero_only=1", r"unknown key eval\.rank_zero_only; did you mean "),
+        ("metrics.compact=1", r"unknown key metrics\.compact; did you mean metrics\.compact_log"),
+        ("metrics=3", r"metrics is 3; wanted a mapping of keys"),
+        ("eval_freq=3", r"unknown key eval_freq; did you mean eval\.eval_freq"),
         ("nonsense", r"override 'nonsense': wanted key=value"),
     ],
 )
@@ -118,10 +127,24 @@ def test_bad_values_name_the_key(override, message):
 
 
 def test_keys_without_effect_are_listed_once(tmp_path, caplog):
-    path = write(tmp_path / "public.yaml", "eval: {rank_zero_only: true, metrics: [a]}\n")
-    load_config(path)
+    text = "eval: {eval_freq: 3}\nmetrics: {compact_logging: true}\nmodel: {class_num: 9}\n"
+    load_config(write(tmp_path / "public.yaml", text))
     assert len(caplog.records) == 1
-    assert "eval.rank_zero_only, eval.metrics" in caplog.text
+    assert caplog.text.endswith("here: eval.eval_freq, metrics.compact_logging, model.class_num\n")
+
+
+def test_a_null_is_the_default_unless_it_means_something():
+    nulls = {
+        "system": None,
+        "experiment_id": None,
+        "metrics": None,
+        "model": {"name": None, "clip_pretrained": None, "use_ema": None},
+        "training": {"lr": None, "batch_size": None},
+    }
+    config = config_from_dict(nulls)
+    assert config.model == Config().model
+    assert config.training.batch_size == Config().training.batch_size
+    assert config.training.lr is None and config.experiment_id == ""
 
 
 @pytest.mark.parametrize("text", ["{", "- a\n- b\n", "\t:"])

@@ -58,6 +58,28 @@ def test_flags_may_be_left_out(tmp_path):
     assert [(row.video_exist, row.text_exist) for row in rows] == [(True, False), (False, True)]
 
 
+def test_relative_paths_may_start_at_the_working_folder(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "wavflow")
+    (tmp_path / "samples/f").mkdir(parents=True)
+    (tmp_path / "samples/f/1.pth").touch()
+    (tmp_path / "samples/2.wav").touch()
+    text = "id,audio_path,features_path\na,/abs/1.wav,\nb,2.wav,samples/f/1.pth\n"
+    path = write(tmp_path / "samples/train.csv", text)
+    monkeypatch.chdir(tmp_path)
+    first, second = read_manifest("samples/train.csv")
+    assert str(first.audio_path) == "/abs/1.wav" and first.features_path is None
+    assert str(second.features_path) == "samples/f/1.pth"
+    assert str(second.audio_path) == "samples/2.wav"  # beside the table
+    assert caplog.messages == [
+        "samples/train.csv: relative paths of features_path start at the working folder"
+    ]
+    # What both lead to, or neither, is beside the table; a root that is given counts alone.
+    (tmp_path / "samples/samples/f").mkdir(parents=True)
+    (tmp_path / "samples/samples/f/1.pth").touch()
+    assert read_manifest(path)[1].features_path == tmp_path / "samples/samples/f/1.pth"
+    assert read_manifest(path, data_root="r")[1].features_path.parts[0] == "r"
+
+
 def test_rows_that_cannot_be_used_are_collected(tmp_path):
     path = write(
         tmp_path / "x.csv",

@@ -15,7 +15,7 @@ from wavflow.base.seeding import Draw
 from wavflow.config.load import load_config
 from wavflow.data.recording import read_features
 from wavflow.features.encode import encode_video
-from wavflow.features.extract import extract
+from wavflow.features.extract import extract, extract_config
 from wavflow.features.registry import get_encoders
 from wavflow.media.audio import load_audio
 from wavflow.toy.look import draw
@@ -237,3 +237,40 @@ def test_a_longer_extraction_trains_on_random_windows(tmp_path):
         assert torch.equal(sync[place], held["sync_features"][3 * number : 3 * number + 48])
         held_at.add(number)
     assert held_at == set(range(9))
+
+
+def test_by_configuration_alone(made, tmp_path):
+    root, _ = made
+    config = load_config(
+        "toy_8k",
+        [
+            f"data.csv_path={root / 'toy/train.csv'}",
+            f"output.pth_dir={tmp_path / 'pth'}",
+            f"output.csv_path={tmp_path / 'tables/train.csv'}",
+            "extraction.num_workers=1",
+        ],
+    )
+    for done, kept in ((12, 0), (0, 12)):
+        result = extract_config(config)
+        assert (result.csv, result.done, result.kept) == (
+            tmp_path / "tables/train.csv",
+            done,
+            kept,
+        )
+    for row in read(result.csv):
+        assert row["features_path"] == str(tmp_path / f"pth/{row['id']}.pth")
+    assert result.report == tmp_path / "pth/report.csv"
+
+
+@pytest.mark.parametrize("key", ["data.csv_path", "output.pth_dir", "output.csv_path"])
+def test_a_configuration_names_all_three_paths(key):
+    paths = ["data.csv_path=a.csv", "output.pth_dir=b", "output.csv_path=c.csv"]
+    config = load_config("toy_8k", [*paths, f"{key}=null"])
+    with pytest.raises(InputError, match=rf"^{key} is not set in the configuration$"):
+        extract_config(config)
+
+
+def test_the_table_of_a_configuration_is_not_the_one_it_reads(made):
+    path = made[0] / "toy/train.csv"
+    with pytest.raises(InputError, match=r"train\.csv: the table written there would replace"):
+        extract(path, made[0] / "x", table=path)

@@ -11,6 +11,7 @@ from torch import nn
 
 from wavflow.base import state_dict
 from wavflow.base.errors import InputError
+from wavflow.base.state_dict import unwrapped
 from wavflow.config.load import load_config
 from wavflow.systems.wavflow.build import empty_caption
 from wavflow.systems.wavflow.network import WavflowModel
@@ -49,6 +50,69 @@ def test_each_set_of_weights_is_read(tmp_path):
         assert weights.global_step == 10**6 and weights.config is None
         torch.testing.assert_close(weights.state["0.weight"], model[0].weight + shift)
         state_dict.load_into(tiny(), weights.state, path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_a_wrapped_model_are_read(tmp_path, prefix, suffix):
+    model, path = tiny(), tmp_path / f"c{suffix}"
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    if suffix == ".pth":
+        average = {name: value + 1 for name, value in state.items()}
+        content = {"model": state, "optimizer": {}, "epoch": 1, "global_step": 10**6}
+        checkpoint.save(path, {**content, "model_ema1": average})
+        ema = checkpoint.read_weights(path, "ema1").state
+        torch.testing.assert_close(ema["0.weight"], model[0].weight + 1)
+        assert list(checkpoint.load_training(path)["model_ema1"]) == list(model.state_dict())
+    else:
+        save_file(state, path)
+    state_dict.load_into(tiny(), checkpoint.read_weights(path, "none").state, path)
+    checkpoint.save(tmp_path / "flat.pth", state)
+    flat = checkpoint.read_weights(tmp_path / "flat.pth").state
+    assert list(flat) == list(model.state_dict())
+
+
+def test_a_prefix_of_some_names_is_a_name():
+    assert unwrapped({"module.a": 1, "b": 2}) == {"module.a": 1, "b": 2}
+    assert unwrapped({}) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_half_precision_are_read(tmp_path, dtype, suffix):
+    state = {name: value.to(dtype) for name, value in tiny().state_dict().items()}
+    path = tmp_path / f"half{suffix}"
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    model = tiny()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    state_dict.load_into(model, checkpoint.read_weights(path).state, path)
+    assert model[0].weight.dtype == torch.float32
+    assert torch.equal(model[0].weight, state["0.weight"].float())
+
+
+def test_a_folder_is_answered_with_the_command_that_makes_a_file(tmp_path):
+    shards = tmp_path / "run/checkpoint_latest"
+    shards.mkdir(parents=True)
+    (shards / "whole.json").write_text("{}")
+    for given in (shards, shards.parent):
+        with pytest.raises(InputError) as caught:
+            checkpoint.read_weights(given)
+        assert str(caught.value) == (
+            f"{given}: a folder; wanted a file, as `wavflow convert {shards} FILE.pth` writes it "
+            "from a checkpoint in shards"
+        )
+    (shards.parent / "checkpoint_latest.pth").touch()
+    with pytest.raises(InputError, match=r"wanted a file, such as .*run/checkpoint_latest\.pth"):
+        checkpoint.read_weights(shards.parent)
+
+
+@pytest.mark.parametrize(("number", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
+def test_numbers_that_are_none_are_said_at_load(number, word):
+    state = tiny().state_dict()
+    state["1.weight"][1, 2] = number
+    with pytest.raises(InputError, match=rf"x\.pth: 1\.weight holds {word}; wanted finite"):
+        state_dict.load_into(tiny(), state, "x.pth")
 
 
 def test_flat_ema_file_with_public_buffers(tmp_path):

@@ -107,12 +107,15 @@ def own_cores() -> int:
 
 
 @contextmanager
-def join(device: str = "auto", group: bool = False) -> Iterator[World]:
+def join(
+    device: str = "auto", group: bool = False, patience: float | None = None
+) -> Iterator[World]:
     """Joins the processes that torchrun started, by its environment; alone without it.
 
     Args:
         device: where this process computes; "auto" is the GPU of its local rank if there is one.
         group: whether a process alone needs a process group too.
+        patience: seconds that a process waits for the others, by default torch's.
 
     Raises:
         InputError: a device that is not there, or a process group that exists already.
@@ -129,7 +132,8 @@ def join(device: str = "auto", group: bool = False) -> Iterator[World]:
         torch.cuda.set_device(world.device)
         backend = "cpu:gloo,cuda:nccl"
     store = dist.HashStore() if size == 1 else _own_store(rank, size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    limit = None if patience is None else timedelta(seconds=patience)
+    dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
     yield world
     # Not after an error: others may be inside a collective, and its end would be waited for here.
     dist.barrier()

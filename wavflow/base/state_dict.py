@@ -11,6 +11,20 @@ from torch import Tensor, nn
 from wavflow.base.errors import InputError
 from wavflow.base.files import load_tensors
 
+#: What DistributedDataParallel and torch.compile put before the names of a model's tensors.
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of the model itself, where that of a wrapper around it was written."""
+    state = dict(state)
+    while state:
+        prefix = next((w for w in WRAPPERS if all(str(k).startswith(w) for k in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint, of this library or of the public system, onto the CPU.
@@ -35,8 +49,9 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | os.Pat
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Raises InputError unless `state`, read from `path`, has the module's tensors.
 
-    It names a tensor of another shape (with the found and the wanted shape), a missing or a
-    foreign one. What the module lists as `ignored_keys` may be in the file.
+    It names a tensor of another shape (with the found and the wanted shape), one that holds a
+    number that is not finite, a missing or a foreign one. What the module lists as `ignored_keys`
+    may be in the file.
     """
     wanted = module.state_dict()
     ignored = getattr(module, "ignored_keys", ())
@@ -49,6 +64,9 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: str | os.Pat
                 f"{path}: {name} is {tuple(tensor.shape)}; "
                 f"the model wants {tuple(wanted[name].shape)}"
             )
+        if name in wanted and tensor.is_floating_point() and not tensor.isfinite().all():
+            found = "NaN" if tensor.isnan().any() else "infinity"
+            raise InputError(f"{path}: {name} holds {found}; wanted finite weights")
     for kind, names in (
         ("lacks", [n for n in wanted if n not in state]),
         ("has foreign", [n for n in state if n not in wanted]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -41,8 +42,16 @@ def toy(
 
 
 def extract(
-    csv: Annotated[Path, typer.Option(help="Table: id, audio_path, caption, video_path.")],
-    out: Annotated[Path, typer.Option(help="Folder for features and the training table.")],
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            help="Table: id, audio_path, caption, video_path. Without it and --out: data.csv_path, "
+            "output.pth_dir and output.csv_path of the configuration."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for features and the training table.")
+    ] = None,
     overrides: Overrides = None,
     config: ConfigFile = "toy_8k",
     encoders: Annotated[
@@ -73,13 +82,17 @@ def extract(
     """Encode videos and captions, and write the table that training reads."""
     from wavflow.base.files import locked
     from wavflow.config.load import load_config
-    from wavflow.features.extract import extract
+    from wavflow.features.extract import extract, extract_config
 
+    if (csv is None) != (out is None):
+        given, other = ("--out", "--csv") if csv is None else ("--csv", "--out")
+        raise InputError(f"{given} without {other}; wanted both, or a configuration's paths alone")
+    loaded = load_config(config, overrides or ())
+    run = partial(extract_config, loaded)
+    if csv is not None and out is not None:
+        run = partial(extract, csv, out, config=loaded)
     with counter("extract") as progress:
-        result = extract(
-            csv,
-            out,
-            config=load_config(config, overrides or ()),
+        result = run(
             encoders=encoders,
             seconds=None if seconds is None else _seconds(seconds),
             shard=None if shard is None else _shard(shard),

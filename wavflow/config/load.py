@@ -23,15 +23,47 @@ log = logging.getLogger("wavflow")
 
 CONFIG_DIR = Path(__file__).parent / "presets"
 
-# Public files carry keys in these two sections that have no effect here: they are listed once
-# and ignored, unless they look like a misspelling.
-OPEN_SECTIONS = ("eval", "checkpoint")
+#: Keys of the public files that have no effect here, by section. All but those of `extraction` have
+#: none in the public programs either.
+NO_EFFECT = {
+    "model": ("attn_dropout", "proj_dropout", "class_num"),
+    "training": ("global_batch_size",),
+    "extraction": ("target_sample_rate", "batch_size", "save_interval", "seed"),
+    "eval": (
+        "sampling_method",
+        "num_sampling_steps",
+        "interval_min",
+        "interval_max",
+        "eval_freq",
+    ),
+    "checkpoint": (
+        "enable_checkpoint",
+        "folder",
+        "interval",
+        "export_dtype",
+        "keep_latest_k",
+        "load_step",
+    ),
+    "metrics": ("disable_color_printing", "compact_logging"),
+    "parallelism": (
+        "data_parallel_replicate_degree",
+        "data_parallel_shard_degree",
+        "tensor_parallel_degree",
+        "pipeline_parallel_degree",
+        "context_parallel_degree",
+        "expert_parallel_degree",
+    ),
+    "comm": ("train_timeout_seconds",),
+}
 
 
 def config_from_dict(
     values: Mapping[str, Any], where: str = "config", *, trusted: bool = False
 ) -> Config:
     """Fills a `Config` from nested mappings.
+
+    A null where a key cannot be null is the key's default. Keys of the public system that have no
+    effect here (`NO_EFFECT`) are named in one line of the log.
 
     Args:
         values: the settings, by section and key. `system` says which keys the sections `model` and
@@ -46,7 +78,10 @@ def config_from_dict(
             system.
     """
     system = _system(values, where, trusted)
-    config = _Reader(where, system).fill(Config, values, "")
+    reader = _Reader(where, system)
+    config = reader.fill(Config, values, "")
+    if reader.ignored and os.environ.get("RANK", "0") == "0":
+        log.warning("%s: keys with no effect here: %s", where, ", ".join(reader.ignored))
     if config.model.use_ema not in (True, False, "ema1", "ema2", "none"):
         raise InputError(
             f"{where}: model.use_ema is {config.model.use_ema!r}; "
@@ -141,7 +176,8 @@ def _plain(mapping: Any) -> dict[str, Any]:
 
 def _system(values: Any, where: str, trusted: bool) -> str:
     """Reads the name of the values' system, and checks that there is one of that name."""
-    name = values.get("system", Config.system) if isinstance(values, Mapping) else Config.system
+    name = values.get("system") if isinstance(values, Mapping) else None
+    name = Config.system if name is None else name
     if not isinstance(name, str):
         raise InputError(f"{where}: system is {name!r} ({type(name).__name__}); wanted str")
     if not trusted and not is_known(name):
@@ -166,6 +202,8 @@ class _Reader:
 
     def __init__(self, where: str, system: str) -> None:
         self.where, self.system, self.sections = where, system, sections(system)
+        #: Keys that were read past, with their sections.
+        self.ignored: list[str] = []
 
     def fill(self, cls: type, values: Any, prefix: str) -> Any:
         """A dataclass from the mapping of a section; `prefix` is the section's name with a dot."""
@@ -178,23 +216,42 @@ class _Reader:
             )
         hints = self._hints(cls)
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        ignored = []
+        section = prefix.rstrip(".")
         given = {}
         for key, value in values.items():
             if key in fields:
+                if value is None and not self._may_be_null(hints[key]):
+                    continue  # the default
                 given[key] = self._value(fields[key], hints[key], value, f"{prefix}{key}")
                 continue
-            near = difflib.get_close_matches(str(key), fields, 1, 0.75)
-            if prefix.rstrip(".") in OPEN_SECTIONS and not near:
-                ignored.append(f"{prefix}{key}")
+            if key in NO_EFFECT.get(section, ()):
+                self.ignored.append(f"{prefix}{key}")
+                continue
+            if cls is Config and key in NO_EFFECT:
+                self._pass_over(key, value)
                 continue
             nearest = self._nearest(key, fields, prefix)
             own = cls in self.sections.values() and self.system != Config.system
             whose = f" of system {self.system}" if own else ""
             raise InputError(f"{where}: unknown key {prefix}{key}{whose}; did you mean {nearest}?")
-        if ignored:
-            log.warning("%s: keys with no effect here: %s", where, ", ".join(ignored))
         return cls(**given)
+
+    def _pass_over(self, section: str, values: Any) -> None:
+        """Reads past a section none of whose keys has an effect."""
+        if values is not None and not isinstance(values, Mapping):
+            raise InputError(f"{self.where}: {section} is {values!r}; wanted a mapping of keys")
+        for key in values or ():
+            if key not in NO_EFFECT[section]:
+                nearest = difflib.get_close_matches(str(key), NO_EFFECT[section], 1, 0.0)[0]
+                raise InputError(
+                    f"{self.where}: unknown key {section}.{key}; did you mean {section}.{nearest}?"
+                )
+            self.ignored.append(f"{section}.{key}")
+
+    @staticmethod
+    def _may_be_null(hint: Any) -> bool:
+        """Whether null is a value of its own; of a section it is an empty one."""
+        return type(None) in typing.get_args(hint) or dataclasses.is_dataclass(hint)
 
     def _hints(self, cls: type) -> dict[str, Any]:
         return typing.get_type_hints(cls) | (self.sections if cls is Config else {})
@@ -202,6 +259,7 @@ class _Reader:
     def _nearest(self, key: Any, fields: Iterable[str], prefix: str) -> str:
         fields = list(fields)
         if prefix:
+            fields += NO_EFFECT.get(prefix.rstrip("."), ())
             here = difflib.get_close_matches(str(key), fields, 1, 0.6)
             if here:
                 return f"{prefix}{here[0]}"
@@ -217,6 +275,7 @@ class _Reader:
             keys.append(name)
             if dataclasses.is_dataclass(kind):
                 keys += [f"{name}.{f.name}" for f in dataclasses.fields(kind)]
+        keys += [f"{name}.{key}" for name, known in NO_EFFECT.items() for key in known]
         return keys
 
     def _value(self, spec: dataclasses.Field, hint: Any, value: Any, key: str) -> Any:

@@ -221,10 +221,13 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """Where generated sound goes and how loud it is.
+    """Where features and generated sound go, and how loud the sound is.
 
     Attributes:
-        output_dir: Folder; sounds go to `<output_dir>/<experiment_id>/`.
+        output_dir: Folder; sounds go to `<output_dir>/<experiment_id>/`, without an `experiment_id`
+            to the folder itself.
+        pth_dir: Folder that `wavflow extract` without `--out` writes `<id>.pth` into.
+        csv_path: Training table that it writes.
         loudness_norm: Whether sounds are brought to one loudness (ITU-R BS.1770).
         loudness_target_lufs: That loudness, in LUFS.
         format: Kind of the sound files.
@@ -234,6 +237,8 @@ class OutputConfig:
     """
 
     output_dir: str = "outputs"
+    pth_dir: str | None = None
+    csv_path: str | None = None
     loudness_norm: bool = True
     loudness_target_lufs: float = -23.0
     format: str = one_of("wav", "flac")
@@ -354,6 +359,31 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ExtractionConfig:
+    """Feature extraction, by `wavflow extract`.
+
+    Attributes:
+        duration_sec: Seconds of each video that are encoded; null for `data.audio_duration`.
+        num_workers: Rows that are worked on at a time; null for one per core.
+    """
+
+    duration_sec: float | None = over(None, 0)
+    num_workers: int | None = over(None, 0, equal=True)
+
+
+@dataclass(frozen=True)
+class CommConfig:
+    """How the processes of a run talk to each other.
+
+    Attributes:
+        init_timeout_seconds: Seconds that a process waits for the others before it gives up; null
+            for torch's own.
+    """
+
+    init_timeout_seconds: int | None = over(None, 0)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Weights to start from, where the run has no checkpoint of its own yet.
 
@@ -388,7 +418,10 @@ class Config(Generic[Model, Data]):
         training: The run.
         eval: Samples during training.
         checkpoint: Where to start from.
-        experiment_id: Name of the run, and of its folder.
+        extraction: Feature extraction.
+        comm: Processes of a run.
+        experiment_id: Name of the run, and of its folder. A training without one is called
+            `wavflow`.
         system: What is trained and sampled: `wavflow`, or a module that offers a system, by its
             dotted path.
 
@@ -405,7 +438,9 @@ class Config(Generic[Model, Data]):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    experiment_id: str = "wavflow"
+    extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    experiment_id: str = ""
     system: str = "wavflow"
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ text_exist; others are kept as they are. Everything is text: "001" stays "001".
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 from wavflow.base.errors import InputError
 from wavflow.base.files import atomic_write, check_id
+
+log = logging.getLogger("wavflow")
 
 PATH_COLUMNS = ("audio_path", "video_path", "features_path")
 FLAG_COLUMNS = ("video_exist", "text_exist")
@@ -119,7 +122,9 @@ def read_manifest(
 
     Columns named in `required` must be there (else InputError naming file and column) and their
     ids and paths filled in; a video_path may be empty where video_exist is 0. Relative paths are
-    taken from `data_root`, by default the CSV's folder. Without an id column, or where its cell
+    taken from `data_root`, by default the CSV's folder, or the working folder where a column's
+    first one leads to a file from there alone, as in the public system's tables: the log says so.
+    Without an id column, or where its cell
     is empty and id is not required, the id is the video's stem, else row_%05d of the 0-based row.
     Without a flag column, video_exist says whether there is a video_path or features_path, and
     text_exist whether there is a caption. An empty caption makes text_exist false.
@@ -138,7 +143,9 @@ def read_manifest(
     for name in required:
         if name not in header:
             raise InputError(f"{path}: no column {name!r}, found {', '.join(header)}")
-    root = path.parent if data_root is None else Path(data_root)
+    roots = dict.fromkeys(PATH_COLUMNS, Path(path.parent if data_root is None else data_root))
+    if data_root is None:
+        roots |= _from_working_folder(path, header, table)
 
     manifest = Manifest(path, header)
     seen: dict[str, int] = {}
@@ -151,7 +158,7 @@ def read_manifest(
         try:
             if len(cells) != len(header):
                 raise _BadCell("row", ",".join(cells), f"{len(cells)} cells, header {len(header)}")
-            row = _parse_row(named, required, root, number, index)
+            row = _parse_row(named, required, roots, number, index)
             if row.id in seen:
                 raise _BadCell("id", row.id, f"already the id of row {seen[row.id]}")
         except _BadCell as bad:
@@ -165,8 +172,29 @@ def read_manifest(
     return manifest
 
 
+def _from_working_folder(
+    path: Path, header: Sequence[str], table: Sequence[Sequence[str]]
+) -> dict[str, Path]:
+    """The columns whose first relative path is a file from the working folder alone."""
+    found = {}
+    for name in PATH_COLUMNS:
+        if name not in header or path.parent.resolve() == Path.cwd():
+            continue
+        at = header.index(name)
+        cells = (row[at].strip() for row in table if len(row) > at and "\0" not in row[at])
+        first = next((cell for cell in cells if cell and not os.path.isabs(cell)), None)
+        if first is not None and not (path.parent / first).exists() and Path(first).exists():
+            found[name] = Path()
+            log.info("%s: relative paths of %s start at the working folder", path, name)
+    return found
+
+
 def _parse_row(
-    named: dict[str, str], required: Sequence[str], root: Path, number: int, index: int
+    named: dict[str, str],
+    required: Sequence[str],
+    roots: Mapping[str, Path],
+    number: int,
+    index: int,
 ) -> Row:
     flags: dict[str, bool | None] = {}
     for name in FLAG_COLUMNS:
@@ -180,7 +208,7 @@ def _parse_row(
         cell = named.get(name, "").strip()
         if "\0" in cell:
             raise _BadCell(name, cell, "holds a NUL character")
-        paths[name] = root / cell if cell else None
+        paths[name] = roots[name] / cell if cell else None
     has_video = paths["video_path"] is not None or paths["features_path"] is not None
     video_exist = has_video if flags["video_exist"] is None else flags["video_exist"]
     for name in required:

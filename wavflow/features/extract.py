@@ -1,9 +1,10 @@
 """Turning a table of videos and captions into feature files and the table that training reads.
 
-`<out>/features/<id>.pth` is a dict with some of clip_features, sync_features and text_features
-(float32), `seconds`, the length of a video that was encoded whole, `source`, what they were made
-from and with, and `wavflow`, the version that wrote it. A file whose source still matches is kept,
-so that an interrupted job goes on where it stopped. Many processes may share a table and a folder.
+`<out>/features/<id>.pth`, or `<pth_dir>/<id>.pth` of a configuration, is a dict with some of
+clip_features, sync_features and text_features (float32), `seconds`, the length of a video that was
+encoded whole, `source`, what they were made from and with, and `wavflow`, the version that wrote
+it. A file whose source still matches is kept, so that an interrupted job goes on where it stopped.
+Many processes may share a table and a folder.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from wavflow.base.errors import InputError
 from wavflow.base.files import atomic_write, load_tensors, locked, working_in
 from wavflow.base.version import __version__
 from wavflow.config.load import load_config
-from wavflow.config.schema import Config, DecodingConfig, EncodersConfig
+from wavflow.config.schema import Config, DataConfig, DecodingConfig, EncodersConfig
 from wavflow.data.manifest import ReportRow, Row, needed, read_manifest, write_csv, write_report
 from wavflow.data.recording import read_features
 from wavflow.features import provenance
@@ -67,6 +68,8 @@ def extract(
     csv_path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    table: str | os.PathLike[str] | None = None,
+    data_root: str | os.PathLike[str] | None = None,
     config: Config | str = "toy_8k",
     encoders: str | None = None,
     seconds: float | str | None = None,
@@ -82,6 +85,9 @@ def extract(
             optional video_exist, text_exist and source, which goes into the training table.
         out: a folder; it gets features/<id>.pth, features.json (`wavflow.features.provenance`),
             <stem of csv_path>.csv and report.csv, of a shard report.<i>-of-<n>.csv.
+        table: where the training table goes instead; the features then lie in `out` itself, and
+            the table names them by absolute paths, as the public system's tables may.
+        data_root: where relative paths of the table start, by default its folder.
         config: a `Config`, YAML file or preset; names the encoders, the seconds and the limits on
             decoding.
         encoders: name of the encoders, instead of the configuration's.
@@ -107,16 +113,18 @@ def extract(
             f"system {config.system} has no encoders; wanted a configuration with model.encoders"
         )
     model = replace(model, encoders=encoders or model.encoders)
-    seconds = seconds or config.data.audio_duration
+    seconds = seconds or config.extraction.duration_sec or config.data.audio_duration
     if isinstance(seconds, str) and seconds != WHOLE:
         raise InputError(f"seconds is {seconds!r}; wanted a number or {WHOLE}")
     part = _Shard(*(shard or processes.rank_and_size()))
     used = load_encoders(model)
     csv_path, out = Path(csv_path), Path(out)
-    target = out / f"{csv_path.stem}.csv"
+    folder, target = out / "features", out / f"{csv_path.stem}.csv"
+    if table is not None:
+        folder, target = out.resolve(), Path(table)
     if target.resolve() == csv_path.resolve():
-        raise InputError(f"{out}: the table written there would replace {csv_path}")
-    manifest = read_manifest(csv_path, ("id", "audio_path", "caption"))
+        raise InputError(f"{target}: the table written there would replace {csv_path}")
+    manifest = read_manifest(csv_path, ("id", "audio_path", "caption"), data_root=data_root)
     if "video_path" not in manifest.columns:
         found = ", ".join(manifest.columns)
         log.warning("%s: no column 'video_path', found %s: captions alone", csv_path, found)
@@ -135,7 +143,7 @@ def extract(
     ):
         record = provenance.agree(out, described(), overwrite=overwrite)
         (out / part.report).unlink(missing_ok=True)  # where it is, the shard has ended
-        job = _Job(out / "features", used, seconds, config.decoding, record, index)
+        job = _Job(folder, used, seconds, config.decoding, record, index)
         outcome = {
             e.row_number: ReportRow(e.id, "failed", str(e))
             for e in manifest.errors
@@ -167,12 +175,53 @@ def extract(
             others = [row for row in manifest if row.number not in part]
             noted = zip(others, pool.map(job.is_noted, others), strict=True)
             good |= {row.number for row, is_noted in noted if is_noted}
-            _write_table(target, [row for row in manifest if row.number in good], manifest.columns)
+            listed = [row for row in manifest if row.number in good]
+            _write_table(target, listed, "features" if table is None else folder, manifest.columns)
             unfinished = sum(not (out / each.report).exists() for each in part.all)
     kept = sum(row.status == "skipped" for row in report)
     failed = sum(row.status == "failed" for row in report)
     done = len(report) - kept - failed
     return ExtractResult(target, out / part.report, done, kept, failed, unfinished)
+
+
+def extract_config(
+    config: Config[Any, DataConfig],
+    *,
+    encoders: str | None = None,
+    seconds: float | str | None = None,
+    shard: tuple[int, int] | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExtractResult:
+    """Extracts as a configuration says: from `data.csv_path`, whose relative paths start at
+    `data.data_root`, to `<output.pth_dir>/<id>.pth` and the training table `output.csv_path`.
+
+    Args:
+        encoders, seconds, shard, overwrite, progress: as in `extract`.
+        workers: instead of `extraction.num_workers`.
+
+    Raises:
+        InputError: one of the three paths is not set; as `extract`.
+    """
+    csv_path, folder, table = config.data.csv_path, config.output.pth_dir, config.output.csv_path
+    if csv_path is None or folder is None or table is None:
+        given = {"data.csv_path": csv_path, "output.pth_dir": folder, "output.csv_path": table}
+        key = next(key for key, value in given.items() if value is None)
+        raise InputError(f"{key} is not set in the configuration")
+    return extract(
+        csv_path,
+        folder,
+        table=table,
+        data_root=config.data.data_root,
+        config=config,
+        encoders=encoders,
+        seconds=seconds,
+        shard=shard,
+        overwrite=overwrite,
+        workers=config.extraction.num_workers if workers is None else workers,
+        progress=progress,
+    )
 
 
 def _load(encoders: Encoders, rows: list[Row]) -> None:
@@ -317,13 +366,15 @@ def _run(
         raise
 
 
-def _write_table(path: Path, rows: Iterable[Row], columns: Iterable[str]) -> None:
+def _write_table(
+    path: Path, rows: Iterable[Row], folder: str | Path, columns: Iterable[str]
+) -> None:
     more = [name for name in ("source",) if name in columns]
     cells = (
         {
             "id": row.id,
             "audio_path": needed(row.audio_path).resolve(),
-            "features_path": f"features/{row.id}.pth",
+            "features_path": f"{folder}/{row.id}.pth",
             "video_exist": row.video_exist,
             "text_exist": row.text_exist,
             **{name: row.fields[name] for name in more},

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wavflow.base import precision
 from wavflow.base.errors import InputError
 from wavflow.base.processes import World
+from wavflow.config.load import load_config
 from wavflow.config.schema import Config
 from wavflow.media.audio import load_audio
 from wavflow.media.sound import Sound
@@ -81,7 +82,7 @@ class Sampler:
         device: str = "auto",
         dtype: str = "auto",
         ema: str = "ema1",
-        config: Config | None = None,
+        config: Config | PathLike | None = None,
         engine: str = "auto",
         world: World | None = None,
         attention_window: float | None = None,
@@ -95,7 +96,8 @@ class Sampler:
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
             ema: `ema1`, `ema2` or `none`; of no effect on a flat file.
-            config: for a file that carries none; must agree with one that it carries.
+            config: a `Config`, YAML file or preset, for a file that carries none; must agree with
+                one that it carries.
             engine: how steps run, one of `wavflow.sampling.engine.ENGINES`.
             world: processes that share every sound.
             attention_window: seconds away that sound may be attended to, by default the
@@ -109,6 +111,8 @@ class Sampler:
                 option out of range.
         """
         where = precision.resolve_device(device)
+        if config is not None and not isinstance(config, Config):
+            config = load_config(config)
         own = {"attention_window": attention_window, "rope_scaling": rope_scaling}
         model, config, weights = read_model(
             checkpoint, ema, config, {key: value for key, value in own.items() if value is not None}

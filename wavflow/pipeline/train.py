@@ -87,8 +87,10 @@ def _prepare(config: Config[ModelConfig, DataConfig], *, write: bool) -> Iterato
     show_log()
     # A run on a few clips has a folder of its own: the whole run must not go on from it.
     part = "" if settings.overfit is None else f"_overfit_{settings.overfit}"
-    out = Path(settings.output_dir) / f"{config.experiment_id}{part}"
-    with processes.join(settings.device, group=settings.strategy == "fsdp") as world:
+    name = config.experiment_id or "wavflow"
+    out = Path(settings.output_dir) / f"{name}{part}"
+    group, patience = settings.strategy == "fsdp", config.comm.init_timeout_seconds
+    with processes.join(settings.device, group, patience) as world:
         if not world.is_main:
             logging.getLogger("wavflow").setLevel(logging.WARNING)
         for table in (config.data.csv_path, config.data.val_csv_path):

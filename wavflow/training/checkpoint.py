@@ -25,12 +25,14 @@ from torch import Tensor
 
 from wavflow.base.errors import InputError
 from wavflow.base.files import atomic_write
-from wavflow.base.state_dict import load
+from wavflow.base.state_dict import load, unwrapped
 from wavflow.training.ema import initial_share
 
 log = logging.getLogger("wavflow")
 
 LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
+#: The last file that is written into a folder of shards.
+WHOLE = "whole.json"
 SAFETENSORS = ".safetensors"
 #: Where the weights are that come with the package.
 PACKAGED = Path(__file__).parents[1] / "weights"
@@ -72,12 +74,21 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     """The file of a checkpoint: a path, or a name out of `packaged()`. A file of that name wins.
 
     Raises:
-        InputError: it is neither; the packaged ones are named.
+        InputError: it is neither, and the packaged ones are named; or it is a folder, of a run or
+            of shards.
     """
     path = Path(checkpoint)
     named = PACKAGED / f"{path}{SAFETENSORS}"
     if not path.is_file() and path.name == str(path) and named.is_file():
         return named
+    if path.is_dir() and path != Path():
+        if (path / LATEST).is_file():
+            raise InputError(f"{path}: a folder; wanted a file, such as {path / LATEST}")
+        shards = next((p for p in (path, path / Path(LATEST).stem) if (p / WHOLE).exists()), path)
+        raise InputError(
+            f"{path}: a folder; wanted a file, as `wavflow convert {shards} FILE.pth` writes it "
+            "from a checkpoint in shards"
+        )
     if not path.is_file():
         raise InputError(
             f"{path}: no such checkpoint; packaged ones: {', '.join(packaged()) or 'none'}"
@@ -146,12 +157,16 @@ def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
     missing = [k for k in ("model", "optimizer", "epoch", "global_step") if k not in content]
     if missing:
         raise InputError(f"{path}: not a training checkpoint, it lacks {', '.join(missing)}")
+    for key in ("model", "model_ema1", "model_ema2"):
+        if isinstance(content.get(key), Mapping):
+            content[key] = unwrapped(content[key])
     return content
 
 
 def read_weights(path: str | os.PathLike[str], ema: str = "ema1") -> Weights:
     """Reads one set of weights from a training checkpoint, a flat EMA file or a safetensors file.
 
+    Names may begin with what DistributedDataParallel and torch.compile put before them.
     A young average is warned about with the share of the initialisation left in it.
 
     Args:
@@ -171,16 +186,16 @@ def read_weights(path: str | os.PathLike[str], ema: str = "ema1") -> Weights:
         if not content or not all(isinstance(v, Tensor) for v in content.values()):
             found = ", ".join(map(str, list(content)[:3])) or "nothing"
             raise InputError(f"{path}: not a WavFlow checkpoint; it holds {found}")
-        return Weights(path, content, "flat", None, None)
-    state = content["model"]
+        return Weights(path, unwrapped(content), "flat", None, None)
+    state = unwrapped(content["model"])
     config, step = content.get("config"), content.get("global_step")
     if ema == "none":
-        return Weights(path, dict(state), "model", config, step)
+        return Weights(path, state, "model", config, step)
     average = content.get(f"model_{ema}")
     if not average:
         raise InputError(f"{path}: it has no model_{ema}; ask for ema=none")
     _warn_if_young(path, ema, content)
-    return Weights(path, {**state, **average}, ema, config, step)
+    return Weights(path, {**state, **unwrapped(average)}, ema, config, step)
 
 
 def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
@@ -207,7 +222,8 @@ def _read_safetensors(path: Path) -> Weights:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{path}: not a readable safetensors file ({reason})") from None
     config, step, provenance = found
-    return Weights(path, state, about.get("which", "flat"), config, step, provenance)
+    which = about.get("which", "flat")
+    return Weights(path, unwrapped(state), which, config, step, provenance)
 
 
 def _warn_if_young(path: Path, ema: str, content: Mapping[str, Any]) -> None:

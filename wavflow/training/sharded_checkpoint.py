@@ -27,8 +27,9 @@ from wavflow.base.errors import InputError
 from wavflow.base.files import write_json
 from wavflow.base.processes import World
 from wavflow.training import checkpoint
+from wavflow.training.checkpoint import WHOLE
 
-META, WHOLE = "meta.pth", "whole.json"
+META = "meta.pth"
 
 
 def save(
