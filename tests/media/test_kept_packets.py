@@ -27,6 +27,7 @@ def test_every_picture_of_the_part_is_there_and_the_same(tmp_path, suffix, secon
         with av.open(str(path)) as container:
             waves.append([f.to_ndarray(format="gray") for f in container.decode(video=0)])
     wanted = round(25 * seconds)
-    assert wanted <= len(waves[1]) <= wanted + 4
+    # An edit list hides what is kept for others alone; Matroska has none.
+    assert wanted <= len(waves[1]) <= wanted + (4 if suffix == ".mkv" else 0)
     for i in range(wanted):
         np.testing.assert_array_equal(waves[0][i], waves[1][i])

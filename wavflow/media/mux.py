@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -39,7 +41,8 @@ def mux(
 
     The first sample is heard when the first picture is shown, which becomes time 0. Pictures are
     copied as they are encoded, to the wave's end; a few later ones are kept where earlier ones are
-    decoded with their help. Sound becomes AAC, in WebM Opus, of 192 kbit/s.
+    decoded with their help, and shown in Matroska and WebM, which have no edit lists. Sound becomes
+    AAC, in WebM Opus, of 192 kbit/s.
 
     Args:
         video: with a video track; its own sound is left out, cover art too.
@@ -69,8 +72,10 @@ def mux(
                     # Opaque: as it is, by the codec's parameters; otherwise its encoder is wanted.
                     shown = out.add_stream_from_template(pictures, opaque=True)
                 except ValueError:  # PyAV's own: the container cannot hold the codec
-                    found = f"{pictures.codec_context.codec.canonical_name} pictures"
-                    raise InputError(f"{video}: {found}, which {path.name} cannot hold") from None
+                    kind = pictures.codec_context.codec.canonical_name
+                    raise InputError(
+                        f"{video}: cannot be muxed into {path.name}, which holds no {kind}"
+                    ) from None
                 rates = av.Codec(codec, "w").audio_rates or [rate]
                 # The codec's own rate that loses nothing, or its highest.
                 heard_rate = min((r for r in rates if r >= rate), default=max(rates))
@@ -86,6 +91,8 @@ def mux(
                 frame.time_base = Fraction(1, heard_rate)
                 for packet in (*heard.encode(frame), *heard.encode(None)):
                     out.mux(packet)
+            if codec == "aac" and form != "matroska":
+                _hide_after(file, seconds)
     except (av.FFmpegError, OSError) as error:
         raise InputError(f"{video}: cannot be muxed into {path.name} ({error.strerror})") from None
 
@@ -140,3 +147,49 @@ def _kept(packets: Iterable[av.Packet], shift: int, seconds: Fraction) -> Iterat
             if time is None or time < end:
                 yield from ahead
                 ahead = []
+
+
+def _hide_after(file: IO[bytes], seconds: Fraction) -> None:
+    """Ends the edit list of an mp4's pictures at `seconds`: what comes later is not shown."""
+    for moov in _boxes(file, 0, file.seek(0, os.SEEK_END), b"moov"):
+        head, _ = _boxes(file, *moov, b"mvhd")[0]
+        file.seek(head)
+        data = file.read(24)
+        scale = struct.unpack_from(">I", data, 20 if data[0] else 12)[0]
+        for trak in _boxes(file, *moov, b"trak"):
+            media = _boxes(file, *trak, b"mdia")[0]
+            file.seek(_boxes(file, *media, b"hdlr")[0][0] + 8)
+            if file.read(4) != b"vide":
+                continue
+            for edits in _boxes(file, *trak, b"edts"):
+                for begin, _ in _boxes(file, *edits, b"elst"):
+                    _shorten(file, begin, math.ceil(seconds * scale))
+
+
+def _shorten(file: IO[bytes], begin: int, left: int) -> None:
+    """Lets an edit list, whose box's content is at `begin`, last for `left` ticks at most."""
+    file.seek(begin)
+    version, count = struct.unpack(">B3xI", file.read(8))
+    form, size = (">Q", 20) if version else (">I", 12)
+    for entry in range(count):
+        place = begin + 8 + entry * size
+        file.seek(place)
+        lasts = min(struct.unpack(form, file.read(struct.calcsize(form)))[0], left)
+        file.seek(place)
+        file.write(struct.pack(form, lasts))
+        left -= lasts
+
+
+def _boxes(file: IO[bytes], begin: int, end: int, kind: bytes) -> list[tuple[int, int]]:
+    """Where the contents of an mp4's boxes of one kind begin and end."""
+    found = []
+    while begin + 8 <= end:
+        file.seek(begin)
+        size, name = struct.unpack(">I4s", file.read(8))
+        head = 8
+        if size == 1:
+            size, head = struct.unpack(">Q", file.read(8))[0], 16
+        if name == kind:
+            found.append((begin + head, begin + size))
+        begin += size or end
+    return found
