@@ -18,7 +18,7 @@ from wavflow.config.schema import DataConfig
 from wavflow.data.crop import Grid
 from wavflow.data.manifest import Row, needed
 from wavflow.data.tracks import Track
-from wavflow.media.audio import FORMATS, SILENCE_PEAK, SoundFile, load_audio
+from wavflow.media.audio import SILENCE_PEAK, SoundFile, is_seekable_sound, load_audio
 
 # An int16 sample over 32768 is a float32 sample, exactly.
 INT16_STEP = np.float32(2.0**-15)
@@ -120,6 +120,8 @@ class RowReader:
         """
         wave = self._wave(needed(row.audio_path), first=level is None)
         known, level = level is not None, level or measure(wave)
+        if not known and isinstance(wave, SoundFile):
+            wave.phase.check(wave.path, wave.size)
         if level.peak <= SILENCE_PEAK:
             raise InputError(f"{row.audio_path}: the audio is silent")
         # Of features that lie in time all rows are read, however long the recording is.
@@ -140,7 +142,7 @@ class RowReader:
 
     def _wave(self, path: Path, *, first: bool) -> np.ndarray | SoundFile:
         rate = self.config.target_sample_rate
-        if self.config.by_windows and path.suffix.lower() in FORMATS:
+        if self.config.by_windows and is_seekable_sound(path):
             file = SoundFile(path, rate)
             if self.is_long(file.size) and file.agrees:
                 return file

@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate
 from wavflow.base.errors import InputError
 from wavflow.base.seconds import exact
 from wavflow.config.schema import DecodingConfig
-from wavflow.media.container import open_media, unreadable
+from wavflow.media.container import SLACK, broken_off, claimed_end, open_media, track, unreadable
 
 if TYPE_CHECKING:
     import av
@@ -183,7 +183,8 @@ def decode(
     the finest stream over its rate.
 
     Raises InputError naming the file when it is missing, is not a video, has no frames, is broken,
-    passes a limit or, unless `to_end`, is shorter than `seconds`; ValueError when `seconds` gives a
+    passes a limit, ends before its header says or, unless `to_end`, is shorter than `seconds`;
+    ValueError when `seconds` gives a
     stream no frame; MemoryError.
     """
     import av
@@ -252,9 +253,10 @@ def _check_container(
 ) -> None:
     import av
 
-    if not container.streams.video:
-        kinds = " and ".join(sorted({s.type for s in container.streams})) or "nothing"
-        raise InputError(f"{path}: no video stream, found {kinds}")
+    if track(container, "video") is None:
+        kinds = {"pictures alone" if s.type == "video" else s.type for s in container.streams}
+        found = " and ".join(sorted(kinds)) or "nothing"
+        raise InputError(f"{path}: no video stream, found {found}")
     hours = (container.duration or 0) / av.time_base / 3600
     if hours > limits.hours:
         raise passed(path, f"the file claims {hours:.1f} hours", "hours", limits.hours)
@@ -276,7 +278,7 @@ class _Pictures:
         threads: int,
     ) -> None:
         self.path, self.container, self.limits = path, container, limits
-        self.stream = container.streams.video[0]
+        self.stream = track(container, "video")
         codec = self.stream.codec_context
         _check_size(path, codec, limits)
         if codec.width * codec.height >= _THREADED_PIXELS:
@@ -289,7 +291,7 @@ class _Pictures:
         Raises:
             InputError: there are none at all.
         """
-        self._frames = _decode_frames(self.path, self.container, self.limits)
+        self._frames = _decode_frames(self.path, self.container, self.stream, self.limits)
         head = next(self._frames, None)
         if head is None:
             raise InputError(f"{self.path}: no frames in its video stream")
@@ -315,10 +317,16 @@ class _Pictures:
             self.container.seek(target, stream=self.stream)
         except (av.FFmpegError, OSError):
             return None
-        self._frames = _decode_frames(self.path, self.container, self.limits)
+        self._frames = _decode_frames(self.path, self.container, self.stream, self.limits)
         # Pictures before the key frame may lack what they are made from.
         head = next((frame for frame in self._frames if frame.key_frame), None)
         return None if head is None or _time(head) > time else head
+
+    def check_whole(self) -> None:
+        """Raises InputError where the pictures ended before the file's header says."""
+        claimed = claimed_end(self.container, self.stream)
+        if claimed is not None and self.end < claimed - SLACK:
+            raise InputError(broken_off(self.path, "video", self.end, claimed))
 
     def __iter__(self) -> Iterator[tuple[Fraction, av.VideoFrame]]:
         """Every picture from where it begins, with its time."""
@@ -333,10 +341,11 @@ class _Pictures:
 def _decode_frames(
     path: Path,
     container: av.container.InputContainer,
+    stream: av.VideoStream,
     limits: DecodingConfig,
 ) -> Iterator[av.VideoFrame]:
     idle, latest = 0, None
-    for packet in container.demux(container.streams.video[0]):
+    for packet in container.demux(stream):
         idle += 1
         for frame in packet.decode():
             if frame.pts is None or frame.time_base is None:
@@ -391,6 +400,7 @@ def _select(
         held = frame
         if all(selection.full for selection in selections):
             return pictures.end
+    pictures.check_whole()
     show(pictures.end + hold)
     if spare and not all(selection.full for selection in selections):
         show(pictures.end + hold + spare)
