@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from wavflow.base.errors import InputError
-from wavflow.base.files import atomic_write
+from wavflow.base.files import atomic_write, keep_apart
 from wavflow.media.container import open_media
 
 #: Containers that `mux` writes, and FFmpeg's names for them.
@@ -42,6 +42,7 @@ def mux(
     path, seconds = Path(path), wave.numel() / rate
     if path.suffix.lower() not in MUXED:
         raise ValueError(f"{path}: suffix {path.suffix!r}, wanted {', '.join(MUXED)}")
+    keep_apart(path, video)
     pcm = np.clip(wave.detach().cpu().numpy(), -1, 1).astype(np.float32)[None]
     try:
         with open_media(Path(video), "video") as source, atomic_write(path) as file:
