@@ -22,7 +22,7 @@ from wavflow.media.audio import load_audio
 from wavflow.media.container import open_media
 from wavflow.media.sound import Sound
 from wavflow.pipeline.load import read_model
-from wavflow.pipeline.request import NOTHING, Request, Settings, check_loudness, check_seed
+from wavflow.pipeline.request import Request, Settings, check_loudness, check_seed
 from wavflow.sampling.batched import Generator
 from wavflow.sampling.engine import Engine
 from wavflow.sampling.field import Field
@@ -298,9 +298,6 @@ class Sampler:
             raise InputError(f"{len(captions)} captions and {len(videos)} videos; wanted as many")
         if len(negative) != rows:
             raise InputError(f"{len(negative)} negative_captions for {rows} rows; wanted as many")
-        for row, (caption, video) in enumerate(zip(captions, videos, strict=True)):
-            if caption is None and video is None:
-                raise InputError(f"row {row}: {NOTHING}")
         lasting = self.seconds(seconds, rows)
         settings = Settings(**options)
         features = [

@@ -213,7 +213,8 @@ class _Job:
 
     def paths(self, row: Row) -> tuple[Path, Path, Path | None]:
         """Paths of the sound, its JSON, and the video with the sound."""
-        muxed = self.out / f"{row.id}.mp4" if self.mux and row.video_exist else None
+        is_seen = row.video_exist and row.video_path is not None
+        muxed = self.out / f"{row.id}.mp4" if self.mux and is_seen else None
         return self.out / f"{row.id}.{self.format}", self.out / f"{row.id}.json", muxed
 
     def settled(self, row: Row) -> ReportRow | None:
@@ -222,13 +223,9 @@ class _Job:
         def failed(reason: str) -> ReportRow:
             return ReportRow(row.id, "failed", f"row {row.number}: {reason}")
 
-        if not row.video_exist and not (row.text_exist and row.caption):
-            reason = f"row {row.number}: {NOTHING}"
-            return ReportRow(row.id, "skipped", reason)
-        try:
-            wanted = self.settings(row)
-        except OSError as error:
-            return failed(f"{row.video_path}: cannot be read ({error.strerror})")
+        is_seen = row.video_exist and row.video_path is not None
+        if not is_seen and not (row.text_exist and row.caption):
+            return ReportRow(row.id, "skipped", f"row {row.number}: {NOTHING}")
         sound, sidecar, muxed = paths = self.paths(row)
         for path in filter(None, paths):
             if os.path.realpath(path) in self.inputs:
@@ -246,6 +243,10 @@ class _Job:
                 )
         if not sound.exists():
             return None
+        try:
+            wanted = self.settings(row)
+        except OSError as error:
+            return failed(f"{row.video_path}: cannot be read ({error.strerror})")
         if _matter(found) == _matter(wanted):
             whole = muxed is None or muxed.exists()
             return ReportRow(row.id, "ok", "was there") if whole else None
@@ -288,6 +289,8 @@ class _Job:
     def encode(self, row: Row) -> Features | str:
         """The row's features, or why there are none."""
         try:
+            if row.video_exist and row.video_path is not None and row.video_path.is_file():
+                identity(row.video_path)  # read here, beside the others, and remembered
             return self.sampler.encode(
                 row.caption if row.text_exist else None,
                 row.video_path if row.video_exist else None,
