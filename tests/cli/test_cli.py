@@ -102,7 +102,7 @@ def test_generate_with_every_option(trained, tmp_path, capsys):
         (["--engine", "graph"], "engine 'graph' needs a model on a GPU"),
         (["--engine", "warp"], "engine is 'warp', wanted one of auto"),
     ):
-        assert run("generate", *options, *wrong) == 2
+        assert run("generate", *options, "--overwrite", *wrong) == 2
         assert message in capsys.readouterr().err
     table = ["--csv", root / "toy/heldout.csv", "--negative-caption", "a drum"]
     assert run("generate", "--checkpoint", checkpoint, *table, "--out", tmp_path / "all") == 2

@@ -121,18 +121,55 @@ def test_files_that_cannot_be_used(tmp_path):
         ("id,audio_path\n", "a header and no rows"),
         ("id,id\n1,2\n", "column 'id' is there 2 times"),
         ("id,caption\n1,x\n", "no column 'audio_path', found id, caption"),
-        ('id,audio_path\n1,"open\n', "row 2: not valid CSV"),
+        ('id,"audio_path\n1,x\n', "row 1: not valid CSV"),
+        ("id;audio_path\n1;x\n", "columns are separated by semicolons; wanted commas"),
+        ("id\taudio_path\n1\tx\n", "columns are separated by tabs; wanted commas"),
     ]:
         path = write(tmp_path / "x.csv", text)
         with pytest.raises(InputError, match=reason) as caught:
             read_manifest(path, required=("id", "audio_path"))
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="not UTF-8"):
-        read_manifest(write(tmp_path / "x.csv", "id\né\n", "latin-1"))
+    with pytest.raises(InputError, match="UTF-16 text; wanted UTF-8"):
+        read_manifest(write(tmp_path / "x.csv", "id\n1\n", "utf-16"))
+    with pytest.raises(InputError, match="row 1: not UTF-8"):
+        read_manifest(write(tmp_path / "x.csv", "id,é\n1,2\n", "latin-1"))
     with pytest.raises(InputError, match="no such file"):
         read_manifest(tmp_path / "missing.csv")
     with pytest.raises(InputError, match="cannot be read"):
         read_manifest(tmp_path)
+
+
+def test_a_bad_row_costs_that_row_alone(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfid,caption\r\n"
+        b"a,a bell\r\n"
+        b'b,"a "big" bell"\r\n'
+        b"c,caf\xe9\r\n"
+        b'd,"never closed\r\n'
+        b"e,caf\xc3\xa9\r\n"
+        b'f,"two\r\nlines"\r\n'
+        b'g,a 3" pipe\r\n'
+        b'h,"open to the end\r\n'
+    )
+    rows = read_manifest(path)
+    assert [(row.id, row.number) for row in rows] == [("a", 2), ("e", 6), ("f", 7), ("g", 8)]
+    assert [row.caption for row in rows] == ["a bell", "café", "two\r\nlines", 'a 3" pipe']
+    assert [error.row_number for error in rows.errors] == [3, 4, 5, 9]
+    said = [str(error) for error in rows.errors]
+    assert said[0].startswith("row 3, row ") and "not valid CSV" in said[0]
+    assert said[1] == r"row 4, caption 'caf\\xe9': not UTF-8 text"
+    assert "never closed" in said[2] and "open to the end" in said[3]
+
+
+def test_what_spreadsheets_and_data_frames_add(tmp_path):
+    path = write(
+        tmp_path / "x.csv",
+        ",id,caption,text_exist,,\n0,a,a bell,True,,\n1,b,rain,0.0,,\n2,c,hail,1.0,,,,\n",
+    )
+    rows = read_manifest(path, required=("id",))
+    assert rows.columns == ("id", "caption", "text_exist") and not rows.errors
+    assert [(row.id, row.text_exist) for row in rows] == [("a", True), ("b", False), ("c", True)]
 
 
 cells = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)

@@ -280,7 +280,7 @@ def test_one_at_a_time(table, tmp_path):
 
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process packs into it"):
+        with pytest.raises(InputError, match="another process is at work in it"):
             pack_clips(table, tmp_path, sizes())
 
 

@@ -55,7 +55,9 @@ def atomic_write(
             if durable:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk names no file
         temporary.unlink(missing_ok=True)
         raise
 
@@ -83,6 +85,91 @@ def working_in(folder: str | os.PathLike[str], *parts: str) -> Iterator[None]:
             yield
         finally:
             clean()
+
+
+@contextmanager
+def alone_in(folder: str | os.PathLike[str], wanted: str) -> Iterator[None]:
+    """Keeps every other such block of this machine out of `folder`, which is made.
+
+    A process that dies leaves no lock behind.
+
+    Args:
+        folder: where this process alone writes.
+        wanted: what one may do instead, for the message.
+
+    Raises:
+        InputError: another process is at work there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another process is at work in it; wanted {wanted}"
+            ) from None
+        yield
+
+
+def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file, through links and from any folder."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is not there
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def keep_apart(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """Refuses a path to write to that is one of the files that are read.
+
+    Raises:
+        InputError: it is one of them.
+    """
+    for given in inputs:
+        if given is not None and is_same_file(path, given):
+            raise InputError(
+                f"{path}: it would replace {given}, which is read; wanted another name to write to"
+            )
+
+
+def check_output(
+    path: str | os.PathLike[str],
+    *inputs: str | os.PathLike[str] | None,
+    overwrite: bool = False,
+) -> None:
+    """Refuses a path to write to before any work is done for it.
+
+    Args:
+        path: the file to write.
+        inputs: files that are read; none of them may be replaced.
+        overwrite: whether another file that is there may be replaced.
+
+    Raises:
+        InputError: it would replace a file, or it is a folder, or it cannot be written.
+    """
+    path = Path(path)
+    keep_apart(path, *inputs)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; wanted the name of a file")
+    if not overwrite and os.path.lexists(path):
+        raise InputError(f"{path}: it is there; wanted --overwrite or another name")
+    check_folder(path.parent)
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder that files cannot be written into; one that is not there can be made.
+
+    Raises:
+        InputError: it, or the nearest folder above it that is there, cannot be written to.
+    """
+    folder = there = Path(folder)
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"{folder}: {there} is not a folder; wanted a folder to write to")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: {there} cannot be written to; wanted another folder")
 
 
 def remove_temporary(folder: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from wavflow.base.console import counter
 from wavflow.base.errors import InputError
-from wavflow.cli.shared import Checkpoint, ConfigFile, Overrides, Seed, finish, say
+from wavflow.cli.shared import Checkpoint, ConfigFile, Overrides, Overwrite, Seed, finish, say
 
 if TYPE_CHECKING:
     from wavflow.pipeline.request import Options
@@ -105,9 +105,7 @@ def generate(
         bool, typer.Option("--mux", help="Also write the video with the sound, as .mp4.")
     ] = False,
     format: Annotated[str, typer.Option(help="With --csv: wav or flac.")] = "wav",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="With --csv: replace sounds made otherwise.")
-    ] = False,
+    overwrite: Overwrite = False,
     batch_size: Annotated[int, typer.Option(help="Most clips at a time.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
@@ -116,12 +114,13 @@ def generate(
     ] = "auto",
 ) -> None:
     """Generate sound for a caption, a video, both, or a table of them."""
+    from wavflow.base.files import check_output
     from wavflow.base.processes import join
     from wavflow.config.load import load_config
     from wavflow.media import video_worker
     from wavflow.media.audio import WavWriter, load_audio
     from wavflow.media.sound import Sound
-    from wavflow.pipeline.request import Request
+    from wavflow.pipeline.request import Request, check_loudness
     from wavflow.pipeline.sampler import Sampler
     from wavflow.pipeline.table import infer
 
@@ -158,6 +157,10 @@ def generate(
             raise InputError(f"--out is {out}; wanted a .wav file with --stream")
         if mux and video is None:
             raise InputError("--mux wants --video: what the sound goes into")
+        read = (video, recording, checkpoint, config)
+        for path in (out, out.with_suffix(".mp4")) if mux else (out,):
+            check_output(path, *read, overwrite=overwrite)
+    check_loudness(loudness)
     if format not in ("wav", "flac"):
         raise InputError(f"--format is {format!r}; wanted wav or flac")
     # A recording's level stands; that of a stream is known at its end only.

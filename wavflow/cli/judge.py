@@ -9,7 +9,7 @@ import typer
 
 from wavflow.base.console import counter
 from wavflow.base.version import __version__
-from wavflow.cli.shared import Seed, Workers, say
+from wavflow.cli.shared import Overwrite, Seed, Workers, say
 
 
 def evaluate(
@@ -55,6 +55,7 @@ def evaluate(
     ] = 0.95,
     seed: Seed = 0,
     json: Annotated[Path | None, typer.Option(help="JSON file for all figures, by id too.")] = None,
+    overwrite: Overwrite = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 when anything was left out.")
     ] = False,
@@ -64,10 +65,13 @@ def evaluate(
     workers: Workers = None,
 ) -> None:
     """Judge generated sounds by true ones: distances of sets, figures of pairs, checks."""
+    from wavflow.base.files import check_output
     from wavflow.evaluation.evaluate import Given, evaluate
     from wavflow.evaluation.figures import Settings
     from wavflow.evaluation.report import show
 
+    if json is not None:
+        check_output(json, captions, toy, overwrite=overwrite)
     rows = {
         "embeddings": embeddings,
         "logits": logits,

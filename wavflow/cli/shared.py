@@ -15,6 +15,7 @@ ConfigFile = Annotated[str, typer.Option(help="A YAML file, or a packaged config
 Checkpoint = Annotated[
     Path, typer.Option(help="A checkpoint or EMA file, or packaged weights: toy_8k.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings of the configuration to change: key=value ...")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wavflow.cli.shared import ConfigFile, Overrides, say
+from wavflow.cli.shared import ConfigFile, Overrides, Overwrite, say
 
 
 def train(
@@ -49,10 +49,13 @@ def train(
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="A folder of shards.")],
     out: Annotated[Path, typer.Argument(help="The .pth file to write.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint's shards as one file in the public layout."""
+    from wavflow.base.files import check_output
     from wavflow.training.run_state import convert
 
+    check_output(out, checkpoint, overwrite=overwrite)
     convert(checkpoint, out)
     say(f"{out}: {out.stat().st_size / 1e9:.2f} GB")
 
@@ -60,8 +63,13 @@ def convert(
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of training runs, overlaid.")],
     out: Annotated[Path | None, typer.Option(help="PNG; default RUN/curves.png.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw the losses of training runs, and what else their metrics.jsonl hold, over the steps."""
+    from wavflow.base.files import check_output
     from wavflow.training.curves import plot_runs
+
+    if out is not None:
+        check_output(out, overwrite=overwrite)
 
     say(str(plot_runs(runs, out)))

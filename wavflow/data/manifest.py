@@ -7,21 +7,23 @@ text_exist; others are kept as they are. Everything is text: "001" stays "001".
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from wavflow.base.errors import InputError
-from wavflow.base.files import atomic_write, check_id
+from wavflow.base.files import atomic_write, check_id, check_output
 
 log = logging.getLogger("wavflow")
 
 PATH_COLUMNS = ("audio_path", "video_path", "features_path")
 FLAG_COLUMNS = ("video_exist", "text_exist")
 STATUSES = ("ok", "skipped", "failed")
+REPORT_COLUMNS = ("id", "status", "reason")
 
 
 @dataclass(frozen=True)
@@ -84,26 +86,67 @@ class _BadCell(Exception):
         self.field, self.value, self.reason = field, value, reason
 
 
-def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
-    line = 0
+#: What separates the columns where it is not a comma, and its name.
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+#: How the flags are written: by hand, and by programs that make floats or truths of them.
+FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
+
+
+def _read_lines(path: Path) -> list[str]:
+    """The lines of a table, with their ends. Bytes that are not UTF-8 stay as surrogates."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header, rows = [], []
-            for line, cells in enumerate(reader, 1):
-                if line == 1:
-                    header = [name.strip() for name in cells]
-                else:
-                    rows.append(cells)
+        content = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, wanted a CSV") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
-    except csv.Error as error:
-        raise InputError(f"{path}, row {line + 1}: not valid CSV ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    return header, rows
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path}: UTF-16 text; wanted UTF-8 (in Excel: CSV UTF-8)")
+    text = content.decode("utf-8-sig", "surrogateescape")
+    return list(io.StringIO(text, newline=""))
+
+
+def _is_text(cell: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in cell)
+
+
+def _shown(cell: str) -> str:
+    """A cell with what is not UTF-8 as escapes."""
+    return cell.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _records(lines: list[str]) -> Iterator[tuple[list[str], str]]:
+    """The cells of each record, and why they are none; a broken record is its first line alone."""
+    at = 0
+
+    def feed() -> Iterator[str]:
+        nonlocal at
+        while at < len(lines):
+            at += 1
+            yield lines[at - 1]
+
+    reader = csv.reader(feed(), strict=True)
+    while at < len(lines):
+        begun = at
+        try:
+            yield next(reader), ""
+        except csv.Error as error:
+            at = begun + 1
+            reader = csv.reader(feed(), strict=True)
+            yield [lines[begun].rstrip("\r\n")], f"not valid CSV ({error})"
+
+
+def _header(path: Path, cells: list[str], problem: str) -> list[str]:
+    """The names of the columns, empty where one has none."""
+    if problem:
+        raise InputError(f"{path}, row 1: {problem}")
+    if not all(map(_is_text, cells)):
+        raise InputError(f"{path}, row 1: not UTF-8 text ({_shown(','.join(cells))!r:.80})")
+    header = [name.strip() for name in cells]
+    for separator, name in SEPARATORS.items():
+        if len(header) == 1 and separator in header[0]:
+            raise InputError(f"{path}: its columns are separated by {name}; wanted commas")
+    return header
 
 
 def needed(path: Path | None) -> Path:
@@ -118,7 +161,7 @@ def read_manifest(
     *,
     data_root: str | os.PathLike[str] | None = None,
 ) -> Manifest:
-    """Read a CSV (UTF-8, with or without BOM).
+    """Read a CSV (UTF-8, with or without BOM; commas).
 
     Columns named in `required` must be there (else InputError naming file and column) and their
     ids and paths filled in; a video_path may be empty where video_exist is 0. Relative paths are
@@ -130,34 +173,48 @@ def read_manifest(
     text_exist whether there is a caption. An empty caption makes text_exist false.
 
     Rows that cannot be used (bad flag, duplicate or hostile id, empty path, wrong number of
-    cells) are left out and listed in `.errors`.
+    cells, a quote out of place, text that is not UTF-8) are left out and listed in `.errors`.
+    Columns without a name are left out, and cells beyond the header that are empty.
     """
     path = Path(path)
     required = tuple(required)
-    header, table = _read_cells(path)
+    records = _records(_read_lines(path))
+    header = _header(path, *next(records, ([], "")))
     if not any(header):
         raise InputError(f"{path}: empty, wanted a header with {', '.join(required) or 'columns'}")
-    for name in header:
+    for name in filter(None, header):
         if header.count(name) > 1:
             raise InputError(f"{path}: column {name!r} is there {header.count(name)} times")
     for name in required:
         if name not in header:
-            raise InputError(f"{path}: no column {name!r}, found {', '.join(header)}")
+            found = ", ".join(filter(None, header))
+            raise InputError(f"{path}: no column {name!r}, found {found}")
+    rows = list(records)
     roots = dict.fromkeys(PATH_COLUMNS, Path(path.parent if data_root is None else data_root))
     if data_root is None:
-        roots |= _from_working_folder(path, header, table)
+        roots |= _from_working_folder(path, header, [cells for cells, _ in rows])
 
-    manifest = Manifest(path, header)
+    manifest = Manifest(path, list(filter(None, header)))
     seen: dict[str, int] = {}
     index = -1
-    for number, cells in enumerate(table, 2):
+    for number, (cells, problem) in enumerate(rows, 2):
         if not cells:
             continue
         index += 1
-        named = dict(zip(header, cells, strict=False))
+        while len(cells) > len(header) and not cells[-1].strip():
+            cells.pop()  # a spreadsheet's empty columns
+        named = {name: _shown(cell) for name, cell in zip(header, cells, strict=False) if name}
         try:
+            if problem:
+                named = {}
+                raise _BadCell("row", _shown(cells[0]), problem)
+            for name, cell in zip(header, cells, strict=False):
+                if not _is_text(cell):
+                    raise _BadCell(name or "row", _shown(cell), "not UTF-8 text")
             if len(cells) != len(header):
-                raise _BadCell("row", ",".join(cells), f"{len(cells)} cells, header {len(header)}")
+                raise _BadCell(
+                    "row", _shown(",".join(cells)), f"{len(cells)} cells, header {len(header)}"
+                )
             row = _parse_row(named, required, roots, number, index)
             if row.id in seen:
                 raise _BadCell("id", row.id, f"already the id of row {seen[row.id]}")
@@ -199,9 +256,9 @@ def _parse_row(
     flags: dict[str, bool | None] = {}
     for name in FLAG_COLUMNS:
         cell = named.get(name)
-        if cell is not None and cell.strip() not in ("0", "1"):
+        if cell is not None and cell.strip().lower() not in FLAGS:
             raise _BadCell(name, cell, "wanted 0 or 1")
-        flags[name] = None if cell is None else cell.strip() == "1"
+        flags[name] = None if cell is None else FLAGS[cell.strip().lower()]
 
     paths: dict[str, Path | None] = {}
     for name in PATH_COLUMNS:
@@ -265,6 +322,29 @@ def write_csv(
             writer.writerow({name: cell(value) for name, value in row.items()})
 
 
+def check_report(
+    path: str | os.PathLike[str],
+    *inputs: str | os.PathLike[str] | None,
+    overwrite: bool = False,
+) -> None:
+    """Refuses a path for a report where something else than a report is; before any work.
+
+    Args:
+        path: the report to write.
+        inputs: files that are read; none of them may be replaced.
+        overwrite: whether another file that is there may be replaced.
+
+    Raises:
+        InputError: it would replace what is not a report, or cannot be written.
+    """
+    path, begins = Path(path), ",".join(REPORT_COLUMNS).encode()
+    is_report = False
+    if path.is_file():
+        with open(path, "rb") as file:
+            is_report = file.read(len(begins) + 1) in (begins + b"\n", begins + b"\r")
+    check_output(path, *inputs, overwrite=overwrite or is_report)
+
+
 def write_report(
     path: str | os.PathLike[str], rows: Iterable[ReportRow | tuple[str, str, str]]
 ) -> None:
@@ -274,4 +354,4 @@ def write_report(
         if status not in STATUSES:
             raise ValueError(f"report: status of {id!r} is {status!r}, wanted one of {STATUSES}")
         table.append({"id": id, "status": status, "reason": " ".join(reason.split())})
-    write_csv(path, table, ("id", "status", "reason"))
+    write_csv(path, table, REPORT_COLUMNS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import itertools
@@ -18,10 +17,24 @@ from typing import Any
 import numpy as np
 
 from wavflow.base.errors import InputError
-from wavflow.base.files import atomic_write, remove_temporary, sha256, write_json
+from wavflow.base.files import (
+    alone_in,
+    atomic_write,
+    check_folder,
+    remove_temporary,
+    sha256,
+    write_json,
+)
 from wavflow.config.schema import DataConfig
 from wavflow.data.dataset import refuse_none, unusable
-from wavflow.data.manifest import Manifest, ReportRow, Row, read_manifest, write_report
+from wavflow.data.manifest import (
+    Manifest,
+    ReportRow,
+    Row,
+    check_report,
+    read_manifest,
+    write_report,
+)
 from wavflow.data.prefetch import prefetch
 from wavflow.data.recording import Recording, RowReader, source
 from wavflow.data.shards import (
@@ -91,12 +104,14 @@ def pack(
         "config": {key: getattr(config, key) for key in config.PACK_KEYS},
         "table": _fingerprint(manifest, config),
     }
+    check_folder(out)
+    check_report(out / "report.csv", csv_path)
     if (out / PACK).exists():
         whole = read_index(out / PACK, PACK_KEYS)
         _check_same(out / PACK, whole, facts, config)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
+        with alone_in(out, "to wait, or another folder"):
             whole = _Packer(manifest, out, config, tracks, facts).run(
                 shard_mb * 2**20, workers, progress
             )
@@ -269,18 +284,3 @@ def _check_same(
             f"{path}: packed from another table, or one that has changed since; pack this one "
             "into another folder"
         )
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from packing into `folder` during the block.
-
-    Raises:
-        InputError: another process is in such a block for `folder`.
-    """
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process packs into it") from None
-        yield

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from wavflow.base.errors import InputError
-from wavflow.base.files import atomic_write
+from wavflow.base.files import atomic_write, keep_apart
 from wavflow.media.audio import resample
 from wavflow.media.container import LEADING, REORDERED, first_picture, open_media, track
 
@@ -59,6 +59,7 @@ def mux(
     video, path, seconds = Path(video), Path(path), Fraction(wave.numel(), rate)
     if path.suffix.lower() not in MUXED:
         raise ValueError(f"{path}: suffix {path.suffix!r}, wanted {', '.join(MUXED)}")
+    keep_apart(path, video)
     form, codec = MUXED[path.suffix.lower()]
     pcm = np.clip(wave.detach().cpu().numpy(), -1, 1).astype(np.float32)
     try:

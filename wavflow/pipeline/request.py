@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -48,6 +49,31 @@ class RowOptions(Options, total=False):
 
     trim: bool
     progress: Callable[[int, int], None] | None
+
+
+#: Seeds are what the noise's counter holds.
+MAX_SEED = 2**63 - 1
+NOTHING = "nothing to generate: give a caption, a video or both"
+
+
+def check_seed(seed: int, what: str = "seed") -> None:
+    """Refuses what is no seed, naming it as `what`.
+
+    Raises:
+        InputError: not a whole number from 0 to 2^63 - 1.
+    """
+    if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"{what} is {seed!r:.40}; wanted a whole number from 0 to 2^63 - 1")
+
+
+def check_loudness(loudness: float | None) -> None:
+    """Refuses what is no loudness.
+
+    Raises:
+        InputError: not a number up to 0.
+    """
+    if loudness is not None and not -math.inf < loudness <= 0:
+        raise InputError(f"loudness is {loudness}; wanted LUFS, a number up to 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +121,15 @@ class Settings:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; wanted at least 1")
+        for name in ("window", "overlap"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{name} is {value}; wanted seconds, 0 or more")
+
+    def options(self) -> RowOptions:
+        """The same as keyword arguments."""
+        given: Any = {each.name: getattr(self, each.name) for each in fields(self)}
+        return given
 
     def plan(self, config: Config) -> Plan:
         """The plan, with what is not given filled in.
@@ -175,9 +210,10 @@ class Request:
             if not kept:
                 raise InputError("gap wants a recording: what it is a gap of")
             low, high = self.gap
-            if not 0 <= low < high:
+            if not 0 <= low < high < math.inf:
                 raise InputError(f"gap is {low:g} to {high:g} s; wanted two times in order")
-        if self.caption is None and self.video is None and not kept:
-            raise InputError("nothing to generate: give a caption, a video or both")
+        if self.video is None and not kept and not (self.caption or "").strip():
+            raise InputError(NOTHING)
+        check_seed(self.seed)
         if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise InputError(f"seconds is {self.seconds}; wanted more than 0")
+            raise InputError(f"seconds is {self.seconds}; wanted a number above 0")

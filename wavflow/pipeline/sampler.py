@@ -20,9 +20,10 @@ from wavflow.base.processes import World
 from wavflow.config.load import load_config
 from wavflow.config.schema import Config
 from wavflow.media.audio import load_audio
+from wavflow.media.container import open_media
 from wavflow.media.sound import Sound
 from wavflow.pipeline.load import read_model
-from wavflow.pipeline.request import Request, Settings
+from wavflow.pipeline.request import Request, Settings, check_loudness, check_seed
 from wavflow.sampling.batched import Generator
 from wavflow.sampling.engine import Engine
 from wavflow.sampling.field import Field
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from wavflow.pipeline.request import Options, PathLike, PlanOptions, RowOptions
 
 log = logging.getLogger("wavflow")
+
+#: Seconds that a film or recording may be longer than its sound without a word.
+SHORTENED = 0.1
 
 
 class Sampler:
@@ -188,6 +192,7 @@ class Sampler:
             seconds=seconds,
             seed=seed,
         )
+        check_loudness(loudness)
         sound = self.make(request, **options)
         return sound if loudness is None else sound.loud(loudness)
 
@@ -299,7 +304,7 @@ class Sampler:
             raise InputError(f"{len(captions)} captions and {len(videos)} videos; wanted as many")
         if len(negative) != rows:
             raise InputError(f"{len(negative)} negative_captions for {rows} rows; wanted as many")
-        lasting = self._seconds(seconds, rows)
+        lasting = self.seconds(seconds, rows)
         settings = Settings(**options)
         features = [
             self.encode(caption, video, length, away, settings.window)
@@ -334,8 +339,19 @@ class Sampler:
                 range, a sound too long for the memory.
             Cancelled: `cancel` was set.
         """
-        lasting = self._seconds(seconds, len(features))
-        return _in_order(self._generate(features, seeds, lasting, Settings(**options)))
+        return _in_order(self.features_as_completed(features, seeds, seconds=seconds, **options))
+
+    def features_as_completed(
+        self,
+        features: Sequence[Features],
+        seeds: Sequence[int],
+        *,
+        seconds: float | Sequence[float] | None = None,
+        **options: Unpack[RowOptions],
+    ) -> Iterator[tuple[int, Sound]]:
+        """:meth:`generate_features`, each (row, sound) as soon as it is done."""
+        lasting = self.seconds(seconds, len(features))
+        return self._generate(features, seeds, lasting, Settings(**options))
 
     def stream(
         self,
@@ -433,6 +449,13 @@ class Sampler:
         if not kept.any():
             raise InputError(f"the gap is all of the recording's {lasting:g} s; wanted less")
         request = replace(request, seconds=lasting if seconds is None else seconds)
+        if request.seconds is not None and request.seconds < lasting - SHORTENED:
+            log.warning(
+                "the recording has %g s: its first %g s are kept (seconds %g for all)",
+                lasting,
+                request.seconds,
+                lasting,
+            )
         sound, parts = self._long(request, Settings(**options))
         device = self.device
         given, gain = self.maker.known(wave.to(device), kept.to(device), sound.windows.tokens)
@@ -499,7 +522,18 @@ class Sampler:
         seconds = self.maker.seconds if seconds is None else seconds
         path = None if video is None else Path(video)
         span = self.generator.window(seconds, window)
-        return self.maker.encode(caption, path, negative_caption, seconds, span)
+        features = self.maker.encode(caption, path, negative_caption, seconds, span)
+        if path is not None:
+            whole = film_seconds(path)
+            if whole is not None and whole > seconds + SHORTENED:
+                log.warning(
+                    "%s: the video has %.2f s, its first %g s get sound (seconds %.2f for all)",
+                    path,
+                    whole,
+                    seconds,
+                    whole,
+                )
+        return features
 
     def _long(
         self, request: Request, settings: Settings, features: Features | None = None
@@ -509,7 +543,7 @@ class Sampler:
             request.check()
         if settings.progress is not None or not settings.trim:
             raise InputError("trim and progress are for rows of sounds, not for a single one")
-        (seconds,) = self._seconds(request.seconds, 1)
+        (seconds,) = self.seconds(request.seconds, 1)
         plan = settings.plan(self.config)
         if features is None:
             features = self.encode(
@@ -558,6 +592,8 @@ class Sampler:
     ) -> Iterator[tuple[int, Sound]]:
         if len(seeds) != len(features):
             raise InputError(f"{len(seeds)} seeds for {len(features)} rows; wanted as many")
+        for row, seed in enumerate(seeds):
+            check_seed(seed, f"row {row}: seed")
         return self.generator.generate(
             features,
             seeds,
@@ -571,7 +607,12 @@ class Sampler:
             monitor=settings.monitor,
         )
 
-    def _seconds(self, seconds: float | Sequence[float] | None, rows: int) -> list[float]:
+    def seconds(self, seconds: float | Sequence[float] | None, rows: int) -> list[float]:
+        """The length of each of `rows` sounds, by default as trained.
+
+        Raises:
+            InputError: as many lengths as rows are wanted, and each above 0.
+        """
         given = self.maker.seconds if seconds is None else seconds
         lasting = [given] * rows if isinstance(given, (int, float)) else list(given)
         if len(lasting) != rows:
@@ -584,6 +625,20 @@ class Sampler:
 
 def _in_order(completed: Iterator[tuple[int, Sound]]) -> list[Sound]:
     return [sound for _, sound in sorted(completed, key=lambda pair: pair[0])]
+
+
+def film_seconds(path: Path) -> float | None:
+    """How long a video's pictures last, as its container says; None where it does not."""
+    import av
+
+    try:
+        with open_media(path, "video") as container:
+            stream = container.streams.video[0]
+            if stream.duration is not None and stream.time_base is not None:
+                return float(stream.duration * stream.time_base)
+            return None if container.duration is None else container.duration / av.time_base
+    except (InputError, IndexError, av.FFmpegError):
+        return None
 
 
 load = Sampler.load

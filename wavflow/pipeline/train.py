@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import torch
 from wavflow.base import precision, processes
 from wavflow.base.console import counter, show_log
 from wavflow.base.errors import InputError
+from wavflow.base.files import alone_in, check_folder
 from wavflow.config.load import load_config, save_config
 from wavflow.config.schema import Config, DataConfig, EncodersConfig, ModelConfig, TrainingConfig
 from wavflow.data.dataset import Clips
+from wavflow.data.manifest import check_report
 from wavflow.data.open import open_dataset
 from wavflow.data.tracks import Track
 from wavflow.features import provenance
@@ -90,7 +92,10 @@ def _prepare(config: Config[ModelConfig, DataConfig], *, write: bool) -> Iterato
     name = config.experiment_id or "wavflow"
     out = Path(settings.output_dir) / f"{name}{part}"
     group, patience = settings.strategy == "fsdp", config.comm.init_timeout_seconds
-    with processes.join(settings.device, group, patience) as world:
+    with (
+        processes.join(settings.device, group, patience) as world,
+        _owned(out) if write and world.is_main else nullcontext(),
+    ):
         if not world.is_main:
             logging.getLogger("wavflow").setLevel(logging.WARNING)
         for table in (config.data.csv_path, config.data.val_csv_path):
@@ -118,6 +123,25 @@ def _prepare(config: Config[ModelConfig, DataConfig], *, write: bool) -> Iterato
         if write and world.is_main:
             save_config(out / "config.yaml", config)
         yield trainer
+
+
+@contextmanager
+def _owned(out: Path) -> Iterator[None]:
+    """Keeps other runs, and files of others, out of a run's folder.
+
+    Raises:
+        InputError: a run is at work there; it has a configuration or report of something else.
+    """
+    check_folder(out)
+    begun = (out / "training.log").exists() or any(out.glob("checkpoint_*"))
+    if (out / "config.yaml").exists() and not (begun or (out / ".lock").exists()):
+        raise InputError(
+            f"{out / 'config.yaml'}: it is there, and no run; wanted another training.output_dir "
+            "or experiment_id"
+        )
+    check_report(out / "report.csv")
+    with alone_in(out, "to wait for its end, or another training.output_dir or experiment_id"):
+        yield
 
 
 def _open(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -68,8 +69,25 @@ class Engine:
         self.may_fall_back = kind == "auto"
         self.kind = ("graph" if gpu else "eager") if kind == "auto" else kind
         self.field, self.dtype, self.limit = field, dtype, limit
+        self._begin()
+
+    def _begin(self) -> None:
         self.graphs: OrderedDict[tuple[Any, ...], _Steps] = OrderedDict()
         self._compiled: Callable[..., Output] | None = None
+        # Captured steps lie at fixed places: while one sound uses them, no other may.
+        self._turn = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_here = ("graphs", "_compiled", "_turn")
+        return {name: value for name, value in self.__dict__.items() if name not in made_here}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """Where steps are captured one thread runs them at a time, else as many as come."""
+        return nullcontext() if self.kind == "eager" else self._turn
 
     def cast(self) -> AbstractContextManager[Any]:
         """The autocast that the field runs under."""
@@ -105,9 +123,10 @@ class Engine:
                 both.
         """
         alone = [plain or empty is None for plain in is_unguided(table)]
-        steps = self._steps(noise, table, conditions, empty, rescale, set(alone))
-        with self.cast():
-            return steps.run(alone, after)
+        with self.turn():
+            steps = self._steps(noise, table, conditions, empty, rescale, set(alone))
+            with self.cast():
+                return steps.run(alone, after)
 
     @torch.inference_mode()
     def predict(
@@ -119,15 +138,19 @@ class Engine:
         weight: float,
         rescale: float = 0.0,
     ) -> Output:
-        """What the field says of x at t; the next call overwrites it.
+        """What the field says of x at t.
 
         A pair (with, without conditions), unless `empty` is None, `weight` 1 or they are rescaled.
         """
         alone = weight == 1 or empty is None
         table = torch.tensor([[t, weight, 0.0, 1.0]], dtype=torch.float64)  # leaves x as it is
-        steps = self._steps(x, table, conditions, empty, rescale, {alone})
-        with self.cast():
-            return steps.predicted(alone)
+        with self.turn():
+            steps = self._steps(x, table, conditions, empty, rescale, {alone})
+            with self.cast():
+                predicted = steps.predicted(alone)
+            if steps.graphs:  # the next call, maybe another thread's, overwrites it
+                return _copied(predicted)
+            return predicted
 
     def _steps(
         self,
@@ -178,6 +201,13 @@ class Engine:
             steps.capture(kinds)
         steps.load(noise, room, conditions, empty)
         return steps
+
+
+def _copied(output: Output) -> Output:
+    if isinstance(output, Tensor):
+        return output.clone()
+    with_conditions, without = output
+    return with_conditions.clone(), without.clone()
 
 
 def _predict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -49,6 +50,10 @@ class Plan:
             ),
             (self.steps < 1, f"steps is {self.steps}; wanted at least 1"),
             (self.times not in TIMES, f"times is {self.times!r}; wanted one of {', '.join(TIMES)}"),
+            (
+                not math.isfinite(self.guidance),
+                f"guidance is {self.guidance}; wanted a number, 1 or less for none",
+            ),
             (
                 not 0 <= low <= high <= 1,
                 f"guidance_interval is {low:g} to {high:g}; wanted times from 0 to 1 in order",

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from wavflow.base.files import atomic_write, read_json, write_json
+from wavflow.base.files import atomic_write, check_folder, check_output, read_json, write_json
 from wavflow.data.manifest import write_csv
 from wavflow.toy.look import draw
 from wavflow.toy.scene import FPS, Scene, make_scene
@@ -103,6 +103,7 @@ def write_toy_world(
     """
     if clips < 1 or heldout < 0:
         raise ValueError(f"toy world: {clips} clips, {heldout} held out, wanted >= 1 and >= 0")
+    _check_place(Path(out))
     (Path(out) / EVENTS).unlink(missing_ok=True)
     for split, count in (("train", clips), ("heldout", heldout)):
         write_split(
@@ -162,6 +163,26 @@ def write_split(
         scene.id: {"kind": scene.kind, "times": scene.times, "split": split} for scene in scenes
     }
     write_json(out / EVENTS, events)
+
+
+def _check_place(out: Path) -> None:
+    """Refuses a folder with tables or events that no toy world wrote."""
+    check_folder(out)
+    if (out / EVENTS).exists():
+        events = read_json(out / EVENTS)
+        scenes = events.values() if isinstance(events, dict) else [None]
+        is_ours = all(
+            isinstance(s, dict) and {"kind", "times", "split"} <= s.keys() for s in scenes
+        )
+        check_output(out / EVENTS, overwrite=is_ours)
+    for split in ("train", "heldout"):
+        path = out / f"{split}.csv"
+        if path.exists():
+            begins = f"{','.join(COLUMNS)}\n".encode()
+            with open(path, "rb") as file:
+                found = file.read(len(begins) + len(split) + 1)
+            is_ours = found in (begins, begins + f"{split}_".encode())
+            check_output(path, overwrite=is_ours)
 
 
 def _row(scene: Scene) -> dict[str, object]:

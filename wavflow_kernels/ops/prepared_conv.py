@@ -243,11 +243,8 @@ def _transformed(given: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _picture(given: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Lay out weights (o c k), one below the other, for a height-1 picture: (o c 1 k)."""
-    _, c, k = given[0].shape
     joined = torch.cat([w.detach().to(dtype) for w in given]).unsqueeze(2)
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        joined, [0, k // 2], [1, 1], [1, 1], 1, [1, c, 1, _HINT]
-    )
+    return _laid_out(joined, given[0].shape[2])
 
 
 def _workload(winograd: bool) -> Workload:
@@ -303,7 +300,8 @@ def fast(x: Tensor) -> bool:
 class PreparedConv(NamedTuple):
     """The weights of one convolution, or of a gated pair, as :func:`prepare_conv` makes them.
 
-    They are copies: a change of the parameters needs a new one.
+    They are copies: a change of the parameters needs a new one. Nothing changes them: a deep copy
+    shares them. Pickled they are dense, and laid out again where they are read.
     """
 
     weights: tuple[Tensor, ...]
@@ -311,6 +309,31 @@ class PreparedConv(NamedTuple):
     gated: bool
     packed: bool  # as the op prepared_conv takes them; else cast alone: (o c k), or two of them
     dtype: torch.dtype  # of the activations; packed weights may be wider
+
+    def __deepcopy__(self, memo: object) -> PreparedConv:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        laid_out = tuple(weight.is_mkldnn for weight in self.weights)
+        dense = tuple(w.to_dense() if w.is_mkldnn else w for w in self.weights)
+        return _read_again, (dense, laid_out, *self[1:])
+
+
+def _read_again(
+    dense: Sequence[Tensor], laid_out: Sequence[bool], width: int, *rest: Any
+) -> PreparedConv:
+    """Prepared weights out of a pickle: `laid_out` says which were in oneDNN's layout."""
+    weights = [_laid_out(w, width) if was else w for w, was in zip(dense, laid_out, strict=True)]
+    return PreparedConv(tuple(weights), width, *rest)
+
+
+def _laid_out(weight: Tensor, width: int) -> Tensor:
+    """Weights (o c), or (o c 1 k) of a height-1 picture, in oneDNN's layout."""
+    if weight.dim() == 2:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, _HINT)
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, [0, width // 2], [1, 1], [1, 1], 1, [1, weight.shape[1], 1, _HINT]
+    )
 
 
 def weights_for(op: str, x: Tensor, prepared: PreparedConv) -> tuple[Tensor, ...]:
@@ -428,5 +451,4 @@ def prepare_conv(
             if winograd
             else [torch.cat([w.squeeze(2).to(stored) for w in given])]
         )
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        return PreparedConv(tuple(reorder(w, _HINT) for w in matrices), k, gated, True, dtype)
+        return PreparedConv(tuple(_laid_out(w, k) for w in matrices), k, gated, True, dtype)

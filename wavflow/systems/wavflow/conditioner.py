@@ -6,7 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from threading import Lock
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from wavflow.systems.wavflow.scenes import film, stored
 
 #: For how many lengths empty conditions and views of the network are kept.
 KEPT_LENGTHS = 4
+#: Held while a cache changes; networks and conditions are made outside of it.
+_keeping = Lock()
 
 T = TypeVar("T")
 
@@ -46,6 +49,10 @@ class WavflowField:
         self.prediction = config.sampling.prediction_type
         self._views: OrderedDict[Hashable, WavflowModel] = OrderedDict()
         self._empty: OrderedDict[Hashable, Conditions] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copied and pickled without what is kept for speed.
+        return self.__dict__ | {"_views": OrderedDict(), "_empty": OrderedDict()}
 
     @property
     def device(self) -> torch.device:
@@ -262,8 +269,14 @@ class WavflowMaker:
 
 def _kept(cache: OrderedDict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
     """The cache's value of a key, made if need be; the most recently used ones stay."""
-    value = cache.pop(key, None)
-    cache[key] = value = make() if value is None else value
-    while len(cache) > KEPT_LENGTHS:
-        cache.popitem(last=False)
+    with _keeping:
+        value = cache.pop(key, None)
+        if value is not None:
+            cache[key] = value
+            return value
+    value = make()
+    with _keeping:
+        cache[key] = value
+        while len(cache) > KEPT_LENGTHS:
+            cache.popitem(last=False)
     return value
