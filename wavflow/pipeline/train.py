@@ -140,8 +140,15 @@ def _owned(out: Path) -> Iterator[None]:
             "or experiment_id"
         )
     check_report(out / "report.csv")
+    is_new = not out.exists()
     with alone_in(out, "to wait for its end, or another training.output_dir or experiment_id"):
-        yield
+        try:
+            yield
+        except InputError:
+            if is_new and [path.name for path in out.iterdir()] == [".lock"]:
+                (out / ".lock").unlink()  # a run that could not begin leaves nothing
+                out.rmdir()
+            raise
 
 
 def _open(
