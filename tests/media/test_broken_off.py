@@ -6,12 +6,13 @@ import struct
 
 import numpy as np
 import pytest
-import soundfile
 from support.videos import make_video
 
 from wavflow.base.errors import InputError
 from wavflow.media.audio import SoundFile, load_audio
 from wavflow.media.video import FrameStream, decode
+
+soundfile = pytest.importorskip("soundfile")
 
 NOISE = 0.3 * np.random.default_rng(0).standard_normal(16000).clip(-3, 3)
 

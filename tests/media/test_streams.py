@@ -6,7 +6,6 @@ import struct
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from support.videos import SIDE, make_video, write_video
 
@@ -14,6 +13,8 @@ from wavflow.base.errors import InputError
 from wavflow.media.audio import is_sound_file, load_audio, save_wav
 from wavflow.media.mux import mux
 from wavflow.media.video import FrameStream, decode
+
+soundfile = pytest.importorskip("soundfile")
 
 
 def boxes(data: bytes) -> list[bytes]:

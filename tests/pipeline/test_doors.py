@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from support.networks import save_tiny
 
 import wavflow
 from wavflow.base.errors import InputError
 from wavflow.training import checkpoint
+
+omegaconf = pytest.importorskip("omegaconf")
 
 CALL = """
 try:
@@ -48,7 +49,7 @@ def saved(tmp_path_factory):
     whole = save_tiny(root / "checkpoint.pth")
     weights = checkpoint.read_weights(whole, "none")
     checkpoint.save(root / "flat.pth", weights.state)
-    OmegaConf.save(OmegaConf.create(weights.config), root / "config.yaml")
+    omegaconf.OmegaConf.save(omegaconf.OmegaConf.create(weights.config), root / "config.yaml")
     return root
 
 

@@ -398,8 +398,14 @@ def test_a_loop_is_a_ring_of_windows(seconds):
             lambda s: s.generate(["a"], seconds=5, overlap=2.0),
             r"overlap is 2 s; wanted 0 to 1.96 s",
         ),
-        (lambda s: s.generate(["a"], seconds=5, overlap=-0.1), "overlap is -0.1 s; wanted 0"),
-        (lambda s: s.generate(["a"], seconds=5, window=-1), "window is -1; wanted seconds, or 0"),
+        (
+            lambda s: s.generate(["a"], seconds=5, overlap=-0.1),
+            "overlap is -0.1; wanted seconds, 0 or more",
+        ),
+        (
+            lambda s: s.generate(["a"], seconds=5, window=-1),
+            "window is -1; wanted seconds, 0 or more",
+        ),
         (
             lambda s: s.generate(["a"], seconds=5, solver="adaptive"),
             "made of windows; wanted a sol",

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 #: File name -> its content, key by key.
 PUBLIC: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "config/public_configs.json").read_text(encoding="utf-8")
@@ -30,6 +28,8 @@ SMALL = [
 
 def write_public(folder: Path, files: dict[str, Any] = PUBLIC) -> Path:
     """Writes the files into a folder, and returns it."""
+    from omegaconf import OmegaConf
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         OmegaConf.save(OmegaConf.create(content), folder / name)
