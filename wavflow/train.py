@@ -5,19 +5,27 @@ The module can be called like the function `wavflow.train`, whose name it has.
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wavflow.config.schema import Config
+    from wavflow.training.trainer import TrainResult
 
 
 class _Callable(ModuleType):
     """A module that trains when it is called."""
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(
+        self, config: Config | str | os.PathLike[str], overrides: Iterable[str] = ()
+    ) -> TrainResult:
         """Trains as a configuration says; see `wavflow.pipeline.train.train`."""
         from wavflow.pipeline.train import train
 
-        return train(*args, **options)
+        return train(config, overrides)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -8,10 +8,10 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from wavflow.base.errors import InputError
 from wavflow.base.interrupt import Interrupts
+from wavflow.config.schema import Config
 from wavflow.media import video_worker
 from wavflow.pipeline.sampler import Sampler
 from wavflow.serve.gate import Gate
@@ -26,14 +26,18 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 7860,
     limits: Limits | None = None,
-    **options: Any,
+    device: str = "auto",
+    dtype: str = "auto",
+    ema: str = "ema1",
+    config: Config | str | os.PathLike[str] | None = None,
+    engine: str = "auto",
 ) -> None:
     """Serves the page until SIGINT or SIGTERM.
 
     Uploads and sounds are in a temporary folder, which is removed at the end.
 
     Args:
-        checkpoint, options: as in :meth:`wavflow.Sampler.load`.
+        checkpoint, device, dtype, ema, config, engine: as in :meth:`wavflow.Sampler.load`.
         host: address to listen at; 0.0.0.0 is every one that this machine has.
         port: port to listen at.
         limits: what requests may ask for.
@@ -56,7 +60,8 @@ def serve(
             text = f"the page needs Gradio ({error}): pip install 'wavflow[serve]'"
             raise InputError(text) from None
         video_worker.start()
-        studio = Studio(Sampler.load(checkpoint, **options), folder, limits)
+        sampler = Sampler.load(checkpoint, device, dtype, ema, config, engine)
+        studio = Studio(sampler, folder, limits)
         studio.warm_up()
         page = build_page(studio)
         upload_bytes = limits.upload_mb * 10**6
