@@ -32,7 +32,7 @@ def clip_bytes(
     others = config.clip_seq_len + config.sync_seq_len + config.text_seq_len
     together = min(tokens, 2 * stretch(device, inner, rows, dtype.itemsize))
     products = cpu.product_dtype(dtype) if device.type == "cpu" else dtype
-    rounded = 14 * (tokens + others) * hidden * dtype.itemsize
+    rounded = 16 * (tokens + others) * hidden * dtype.itemsize
     gated = 9 * together * inner * products.itemsize
     exact = 2 * (tokens + others) * hidden
     state = 8 * tokens * config.latent_dim
