@@ -274,3 +274,14 @@ def test_the_table_of_a_configuration_is_not_the_one_it_reads(made):
     path = made[0] / "toy/train.csv"
     with pytest.raises(InputError, match=r"train\.csv: the table written there would replace"):
         extract(path, made[0] / "x", table=path)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "report.csv"])
+def test_somebodys_table_is_not_replaced(made, tmp_path, name):
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir()
+    theirs.write_text("mine,only\n1,2\n")
+    with pytest.raises(InputError, match=rf"{name}: it is there; wanted --overwrite"):
+        extract(made[0] / "toy/train.csv", tmp_path / "out", workers=1)
+    assert theirs.read_text() == "mine,only\n1,2\n"
+    assert [path.name for path in theirs.parent.iterdir()] == [name]

@@ -327,22 +327,34 @@ def check_report(
     *inputs: str | os.PathLike[str] | None,
     overwrite: bool = False,
 ) -> None:
-    """Refuses a path for a report where something else than a report is; before any work.
+    """Refuses a path for a report where something else than a report is; as `check_table`."""
+    check_table(path, REPORT_COLUMNS, *inputs, overwrite=overwrite)
+
+
+def check_table(
+    path: str | os.PathLike[str],
+    columns: Sequence[str],
+    *inputs: str | os.PathLike[str] | None,
+    overwrite: bool = False,
+) -> None:
+    """Refuses a path for a table where something else than such a table is; before any work.
 
     Args:
-        path: the report to write.
+        path: the table to write.
+        columns: its columns, or the first of them.
         inputs: files that are read; none of them may be replaced.
         overwrite: whether another file that is there may be replaced.
 
     Raises:
-        InputError: it would replace what is not a report, or cannot be written.
+        InputError: it would replace what begins with other columns, or cannot be written.
     """
-    path, begins = Path(path), ",".join(REPORT_COLUMNS).encode()
-    is_report = False
+    path, begins = Path(path), ",".join(columns).encode()
+    is_such = False
     if path.is_file():
         with open(path, "rb") as file:
-            is_report = file.read(len(begins) + 1) in (begins + b"\n", begins + b"\r")
-    check_output(path, *inputs, overwrite=overwrite or is_report)
+            found = file.read(len(begins) + 1)
+        is_such = found[:-1] == begins and found[-1:] in (b"\n", b"\r", b",")
+    check_output(path, *inputs, overwrite=overwrite or is_such)
 
 
 def write_report(

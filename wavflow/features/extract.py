@@ -26,7 +26,16 @@ from wavflow.base.files import atomic_write, load_tensors, locked, working_in
 from wavflow.base.version import __version__
 from wavflow.config.load import load_config
 from wavflow.config.schema import Config, DataConfig, DecodingConfig, EncodersConfig
-from wavflow.data.manifest import ReportRow, Row, needed, read_manifest, write_csv, write_report
+from wavflow.data.manifest import (
+    ReportRow,
+    Row,
+    check_report,
+    check_table,
+    needed,
+    read_manifest,
+    write_csv,
+    write_report,
+)
 from wavflow.data.recording import read_features
 from wavflow.features import provenance
 from wavflow.features.encode import (
@@ -124,6 +133,8 @@ def extract(
         folder, target = out.resolve(), Path(table)
     if target.resolve() == csv_path.resolve():
         raise InputError(f"{target}: the table written there would replace {csv_path}")
+    check_table(target, COLUMNS, overwrite=overwrite)
+    check_report(out / part.report, csv_path, overwrite=overwrite)
     manifest = read_manifest(csv_path, ("id", "audio_path", "caption"), data_root=data_root)
     if "video_path" not in manifest.columns:
         found = ", ".join(manifest.columns)
