@@ -311,7 +311,7 @@ def test_safetensors_with_a_lying_header(tmp_path, length):
     data = struct.pack("<Q", length) + b'{"x":{}}' + bytes(100)
     (tmp_path / "shard.safetensors").write_bytes(data)
     entry = {"shard.safetensors": [len(data), zlib.crc32(data)]}
-    write_json(tmp_path / sharded_checkpoint.WHOLE, entry)
+    write_json(tmp_path / sharded_checkpoint.END_MARK, entry)
     with pytest.raises(InputError, match=r"shard\.safetensors: not a readable safetensors file"):
         sharded_checkpoint.check(tmp_path, World(0, 1, torch.device("cpu")))
 

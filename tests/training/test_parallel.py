@@ -206,7 +206,7 @@ def test_shards_become_the_public_file(tmp_path: Path, done: Path) -> None:
     shard.write_bytes(raw)
     with pytest.raises(InputError, match="its bytes are not those that were written"):
         convert(broken, tmp_path / "two.pth")
-    (broken / sharded_checkpoint.WHOLE).unlink()
+    (broken / sharded_checkpoint.END_MARK).unlink()
     with pytest.raises(InputError, match="the checkpoint is not whole"):
         convert(broken, tmp_path / "two.pth")
 

@@ -213,8 +213,7 @@ class _Job:
 
     def paths(self, row: Row) -> tuple[Path, Path, Path | None]:
         """Paths of the row's sound, of its JSON, and of the video with the sound."""
-        is_seen = row.video_exist and row.video_path is not None
-        muxed = self.out / f"{row.id}.mp4" if self.mux and is_seen else None
+        muxed = self.out / f"{row.id}.mp4" if self.mux and _is_seen(row) else None
         return self.out / f"{row.id}.{self.format}", self.out / f"{row.id}.json", muxed
 
     def settled(self, row: Row) -> ReportRow | None:
@@ -223,8 +222,7 @@ class _Job:
         def failed(reason: str) -> ReportRow:
             return ReportRow(row.id, "failed", f"row {row.number}: {reason}")
 
-        is_seen = row.video_exist and row.video_path is not None
-        if not is_seen and not (row.text_exist and row.caption):
+        if not _is_seen(row) and not (row.text_exist and row.caption):
             return ReportRow(row.id, "skipped", f"row {row.number}: {NOTHING}")
         sound, sidecar, muxed = paths = self.paths(row)
         for path in filter(None, paths):
@@ -320,6 +318,11 @@ class _Job:
                 reason = f"{path}: cannot be written"
             return ReportRow(row.id, "failed", f"row {row.number}: {reason}")
         return ReportRow(row.id, "ok")
+
+
+def _is_seen(row: Row) -> bool:
+    """Whether the row has a video to look at."""
+    return row.video_exist and row.video_path is not None
 
 
 def _matter(settings: dict[str, Any]) -> dict[str, Any]:

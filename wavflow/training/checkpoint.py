@@ -32,7 +32,7 @@ log = logging.getLogger("wavflow")
 
 LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
 #: The last file that is written into a folder of shards.
-WHOLE = "whole.json"
+END_MARK = "whole.json"
 SAFETENSORS = ".safetensors"
 #: Where the weights are that come with the package.
 PACKAGED = Path(__file__).parents[1] / "weights"
@@ -84,7 +84,9 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     if path.is_dir() and path != Path():
         if (path / LATEST).is_file():
             raise InputError(f"{path}: a folder; wanted a file, such as {path / LATEST}")
-        shards = next((p for p in (path, path / Path(LATEST).stem) if (p / WHOLE).exists()), path)
+        shards = next(
+            (p for p in (path, path / Path(LATEST).stem) if (p / END_MARK).exists()), path
+        )
         raise InputError(
             f"{path}: a folder; wanted a file, as `wavflow convert {shards} FILE.pth` writes it "
             "from a checkpoint in shards"

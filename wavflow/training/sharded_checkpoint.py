@@ -27,7 +27,7 @@ from wavflow.base.errors import InputError
 from wavflow.base.files import write_json
 from wavflow.base.processes import World
 from wavflow.training import checkpoint
-from wavflow.training.checkpoint import WHOLE
+from wavflow.training.checkpoint import END_MARK
 
 META = "meta.pth"
 
@@ -68,7 +68,9 @@ def save(
     sums = [(f.name, f.stat().st_size, _crc(f)) for f in files[world.rank :: world.size]]
     found = world.gather(sums)
     if world.is_main:
-        write_json(temporary / WHOLE, {n: [size, crc] for part in found for n, size, crc in part})
+        write_json(
+            temporary / END_MARK, {n: [size, crc] for part in found for n, size, crc in part}
+        )
         old = previous or folder.parent / f".{folder.name}.old"
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -83,9 +85,9 @@ def check(folder: Path, world: World) -> None:
     """Raises InputError, in every process, unless all files are as they were written and whole."""
     problems = []
     try:
-        entries = sorted(json.loads((folder / WHOLE).read_text(encoding="utf-8")).items())
+        entries = sorted(json.loads((folder / END_MARK).read_text(encoding="utf-8")).items())
     except (OSError, ValueError):
-        raise InputError(f"{folder}: no readable {WHOLE}; the checkpoint is not whole") from None
+        raise InputError(f"{folder}: no readable {END_MARK}; the checkpoint is not whole") from None
     for name, (size, crc) in entries[world.rank :: world.size]:
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
